@@ -1,0 +1,165 @@
+// How kernels of this package are written and launched, once for nvcc and once for the host emulation (csrc/emulation).
+//
+//   VTOK_SHARED(type, name, count);      a static shared array, 16-byte aligned
+//   VTOK_DYNAMIC_SHARED(type, name);     the dynamic shared memory of the launch as `type* name`, 16-byte aligned
+//   VTOK_LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, arguments...);
+//   VTOK_LAUNCH_SM90(...)                the same for a kernel that only runs on sm_90: up to 227 KiB instead of 99
+//
+// `kernel` with several template arguments goes into parentheses. The grid must not be empty: callers return early for
+// zero elements. A launch that fails throws std::runtime_error("KERNEL: cudaErrorName: description").
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "stream.h"
+
+#ifdef VTOK_EMULATE_CUDA
+#include "../emulation/kernel_language.h"
+#else
+
+#include <cuda_runtime.h>
+
+#include <utility>
+
+#define VTOK_SHARED(type, name, count) __shared__ __align__(16) type name[count]
+#define VTOK_DYNAMIC_SHARED(type, name)                                       \
+  extern __shared__ __align__(16) unsigned char vtok_dynamic_shared_memory[]; \
+  type* const name = reinterpret_cast<type*>(vtok_dynamic_shared_memory)
+// The first two variadic arguments are dynamic_shared_bytes and the stream.
+#define VTOK_LAUNCH(kernel, grid, block, ...) ::vtok::launch_kernel(#kernel, kernel, grid, block, __VA_ARGS__)
+#define VTOK_LAUNCH_SM90(kernel, grid, block, ...) VTOK_LAUNCH(kernel, grid, block, __VA_ARGS__)
+
+#endif
+
+namespace vtok {
+
+// Throws if a CUDA call failed; `what` names the operation.
+inline void check_cuda(cudaError_t error, const std::string& what) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(what + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
+}
+
+#ifdef VTOK_EMULATE_CUDA
+
+struct DeviceGuard {
+  explicit DeviceGuard(int /*device_index*/) {}
+};
+
+// Small and no power of two, so that persistent kernels go through their loop more than once.
+inline int num_multiprocessors(int /*device_index*/) { return 3; }
+
+#else
+
+// Makes `device_index` the current device of the calling thread while it lives.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device_index) {
+    check_cuda(cudaGetDevice(&previous_), "cudaGetDevice");
+    is_changed_ = device_index != previous_;
+    if (is_changed_) check_cuda(cudaSetDevice(device_index), "cudaSetDevice");
+  }
+  ~DeviceGuard() {
+    if (is_changed_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0;
+  bool is_changed_ = false;
+};
+
+inline int num_multiprocessors(int device_index) {
+  int count = 0;
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_index), "cudaDeviceGetAttribute");
+  return count;
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch_kernel(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic_shared_bytes,
+                   Stream stream, Arguments&&... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) {
+    throw std::runtime_error(std::string(name) + ": grid must not be empty (return early for zero elements)");
+  }
+  constexpr size_t kDefaultLimit = 48 << 10;  // beyond it a kernel has to opt in
+  if (dynamic_shared_bytes > kDefaultLimit) {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(dynamic_shared_bytes)),
+               name);
+  }
+  kernel<<<grid, block, dynamic_shared_bytes, static_cast<cudaStream_t>(stream)>>>(
+      std::forward<Arguments>(arguments)...);
+  check_cuda(cudaGetLastError(), name);
+}
+
+#endif
+
+// N values that are loaded and stored by one instruction.
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Vector {
+  T values[N];
+};
+
+namespace detail {
+
+// The built-in type whose load and store nvcc always makes a single instruction.
+template <size_t Bytes>
+struct MemoryWord;
+template <>
+struct MemoryWord<1> {
+  using type = unsigned char;
+};
+template <>
+struct MemoryWord<2> {
+  using type = unsigned short;
+};
+template <>
+struct MemoryWord<4> {
+  using type = unsigned;
+};
+template <>
+struct MemoryWord<8> {
+  using type = uint2;
+};
+template <>
+struct MemoryWord<16> {
+  using type = uint4;
+};
+
+}  // namespace detail
+
+// The VectorType (1, 2, 4, 8 or 16 bytes) at `address`, which must be a multiple of its size.
+template <typename VectorType>
+__device__ __forceinline__ VectorType load_vector(const void* address) {
+  using Word = typename detail::MemoryWord<sizeof(VectorType)>::type;
+#ifdef VTOK_EMULATE_CUDA
+  emulation::check_alignment(address, sizeof(Word), "load_vector");
+#endif
+  const Word word = *static_cast<const Word*>(address);
+  VectorType vector;
+  memcpy(&vector, &word, sizeof vector);
+  return vector;
+}
+
+template <typename VectorType>
+__device__ __forceinline__ void store_vector(void* address, const VectorType& vector) {
+  using Word = typename detail::MemoryWord<sizeof(VectorType)>::type;
+#ifdef VTOK_EMULATE_CUDA
+  emulation::check_alignment(address, sizeof(Word), "store_vector");
+#endif
+  Word word;
+  memcpy(&word, &vector, sizeof word);
+  *static_cast<Word*>(address) = word;
+}
+
+// Adds to global or shared memory. The order of additions is not defined: with floats the last bits are not either.
+template <typename T>
+__device__ __forceinline__ void atomic_add(T* address, T value) {
+  atomicAdd(address, value);
+}
+
+}  // namespace vtok

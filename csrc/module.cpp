@@ -1,0 +1,59 @@
+// The one compiled module, vtok_ext._C: a bind_<stem>() line per op, and build_info().
+#include <pybind11/pybind11.h>
+
+#include "core/check.h"
+#include "core/isa.h"
+#include "core/parallel.h"
+
+#ifdef VTOK_EMULATE_CUDA
+#include "emulation/emulation_bind.h"
+#endif
+
+namespace py = pybind11;
+
+namespace vtok {
+
+void bind_fsq(py::module_& m);
+
+static py::dict build_info() {
+  py::dict info;
+  info["version"] = VTOK_VERSION;
+  info["compiler"] = VTOK_COMPILER;
+#ifdef VTOK_CUDA_VERSION
+  info["cuda_version"] = VTOK_CUDA_VERSION;
+  info["cuda_architectures"] = VTOK_CUDA_ARCHITECTURES;
+#else
+  info["cuda_version"] = py::none();
+  info["cuda_architectures"] = py::none();
+#endif
+#ifdef VTOK_EMULATE_CUDA
+  info["cuda_emulation"] = true;
+#else
+  info["cuda_emulation"] = false;
+#endif
+  info["cpu_isa"] = name_of(cpu_isa());
+#ifdef _OPENMP
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+  return info;
+}
+
+}  // namespace vtok
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of vtok_ext. Use them through vtok_ext.ops: the functions here check only memory safety.";
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const vtok::type_mismatch& error) {
+      py::set_error(PyExc_TypeError, error.what());
+    }
+  });
+  m.def("build_info", &vtok::build_info, "Version, compiler, CUDA version and architectures, CPU instruction set.");
+  vtok::bind_fsq(m);
+#ifdef VTOK_EMULATE_CUDA
+  vtok::emulation::bind_emulation(m);
+#endif
+}

@@ -1,0 +1,63 @@
+"""Fast, exact, trainable video tokenizers: VidTok, CoordTok, ProMAG and VTok behind one API.
+
+    import vtok_ext as vt
+    model = vt.create_model("vidtok_fsq_causal_488_262144")
+    encoding = model.encode(video)          # [B, 3, T, H, W] in [-1, 1]
+    video = model.decode(encoding)
+
+Importing needs torch, numpy and the compiled module only.
+"""
+
+from pkgutil import extend_path
+
+# `python` started in a source checkout finds this folder first, which holds no compiled module; the installed
+# package's folder, where `pip install .` put it, is searched as well.
+__path__ = extend_path(__path__, __name__)
+
+from vtok_ext import metrics  # noqa: E402
+from vtok_ext._native import build_info  # noqa: E402
+from vtok_ext._version import __version__  # noqa: E402
+from vtok_ext.layers import (  # noqa: E402
+    FSQ,
+    AlphaBlender,
+    CausalConv3d,
+    NormAct,
+    TemporalDownsample,
+    TemporalUpsample,
+)
+from vtok_ext.models import (  # noqa: E402
+    Encoding,
+    Output,
+    Tokens,
+    VideoTokenizer,
+    create_model,
+    list_models,
+    load_model,
+)
+from vtok_ext.ops.fsq import (  # noqa: E402
+    fsq,
+    fsq_codes_to_indices,
+    fsq_indices_to_codes,
+)
+
+__all__ = [
+    "FSQ",
+    "AlphaBlender",
+    "CausalConv3d",
+    "Encoding",
+    "NormAct",
+    "Output",
+    "TemporalDownsample",
+    "TemporalUpsample",
+    "Tokens",
+    "VideoTokenizer",
+    "__version__",
+    "build_info",
+    "create_model",
+    "fsq",
+    "fsq_codes_to_indices",
+    "fsq_indices_to_codes",
+    "list_models",
+    "load_model",
+    "metrics",
+]
