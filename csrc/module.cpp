@@ -13,6 +13,7 @@ namespace py = pybind11;
 
 namespace vtok {
 
+void bind_vectorized(py::module_& m);
 void bind_fsq(py::module_& m);
 
 static py::dict build_info() {
@@ -43,7 +44,9 @@ static py::dict build_info() {
 }  // namespace vtok
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled kernels of vtok_ext. Use them through vtok_ext.ops: the functions here check only memory safety.";
+  m.doc() =
+      "Compiled kernels of vtok_ext. Use them through vtok_ext.ops: the functions here check only "
+      "memory safety.";
   py::register_exception_translator([](std::exception_ptr pointer) {
     try {
       if (pointer) std::rethrow_exception(pointer);
@@ -51,7 +54,9 @@ PYBIND11_MODULE(_C, m) {
       py::set_error(PyExc_TypeError, error.what());
     }
   });
-  m.def("build_info", &vtok::build_info, "Version, compiler, CUDA version and architectures, CPU instruction set.");
+  m.def("build_info", &vtok::build_info,
+        "Version, compiler, CUDA version and architectures, CPU instruction set.");
+  vtok::bind_vectorized(m);
   vtok::bind_fsq(m);
 #ifdef VTOK_EMULATE_CUDA
   vtok::emulation::bind_emulation(m);

@@ -5,6 +5,7 @@ import torch
 __file__: str
 
 def build_info() -> dict[str, Any]: ...
+def evaluate(name: str, x: torch.Tensor, y: torch.Tensor) -> None: ...
 def fsq_forward(
     z: torch.Tensor,
     codes: torch.Tensor,

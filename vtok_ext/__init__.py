@@ -10,14 +10,14 @@ Importing needs torch, numpy and the compiled module only.
 
 from pkgutil import extend_path
 
-# `python` started in a source checkout finds this folder first, which holds no compiled module; the installed
-# package's folder, where `pip install .` put it, is searched as well.
+# `python` started in a source checkout finds this folder first, which holds no compiled module; the
+# installed package's folder, where `pip install .` put it, is searched as well.
 __path__ = extend_path(__path__, __name__)
 
-from vtok_ext import metrics  # noqa: E402
-from vtok_ext._native import build_info  # noqa: E402
-from vtok_ext._version import __version__  # noqa: E402
-from vtok_ext.layers import (  # noqa: E402
+from vtok_ext import metrics
+from vtok_ext._native import build_info
+from vtok_ext._version import __version__
+from vtok_ext.layers import (
     FSQ,
     AlphaBlender,
     CausalConv3d,
@@ -25,7 +25,7 @@ from vtok_ext.layers import (  # noqa: E402
     TemporalDownsample,
     TemporalUpsample,
 )
-from vtok_ext.models import (  # noqa: E402
+from vtok_ext.models import (
     Encoding,
     Output,
     Tokens,
@@ -34,7 +34,7 @@ from vtok_ext.models import (  # noqa: E402
     list_models,
     load_model,
 )
-from vtok_ext.ops.fsq import (  # noqa: E402
+from vtok_ext.ops.fsq import (
     fsq,
     fsq_codes_to_indices,
     fsq_indices_to_codes,

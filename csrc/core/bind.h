@@ -16,7 +16,8 @@ struct CallContext {
 };
 
 [[noreturn]] inline void throw_no_cuda(const char* op) {
-  throw std::runtime_error(join_message(op, ": vtok_ext was built without CUDA, got a cuda tensor"));
+  throw std::runtime_error(
+      join_message(op, ": vtok_ext was built without CUDA, got a cuda tensor"));
 }
 
 }  // namespace vtok
@@ -37,19 +38,20 @@ struct type_caster<vtok::CallContext> {
 
 }  // namespace pybind11::detail
 
-// Calls <function>_cpu(params) or <function>_cuda(params, stream) for the device of `view`, without the GIL.
-// The CUDA function selects the device itself (DeviceGuard in launch.cuh): this header needs no CUDA header.
+// Calls <function>_cpu(params) or <function>_cuda(params, stream) for the device of `view`, without
+// the GIL. The CUDA function selects the device itself (DeviceGuard in launch.cuh): this header
+// needs no CUDA header.
 #ifdef VTOK_WITH_CUDA
 #define VTOK_CALL_CUDA(context, function, params) function##_cuda(params, (context).stream)
 #else
 #define VTOK_CALL_CUDA(context, function, params) ::vtok::throw_no_cuda(#function)
 #endif
-#define VTOK_CALL_DEVICE(view, context, function, params)   \
-  do {                                                      \
-    const pybind11::gil_scoped_release no_gil;              \
-    if ((view).device == ::vtok::DeviceType::kCUDA) {       \
-      VTOK_CALL_CUDA(context, function, params);            \
-    } else {                                                \
-      function##_cpu(params);                               \
-    }                                                       \
+#define VTOK_CALL_DEVICE(view, context, function, params) \
+  do {                                                    \
+    const pybind11::gil_scoped_release no_gil;            \
+    if ((view).device == ::vtok::DeviceType::kCUDA) {     \
+      VTOK_CALL_CUDA(context, function, params);          \
+    } else {                                              \
+      function##_cpu(params);                             \
+    }                                                     \
   } while (false)

@@ -23,16 +23,16 @@ std::string join_message(const Parts&... parts) {
 
 }  // namespace vtok
 
-#define VTOK_CHECK_VALUE(condition, ...)                                 \
-  do {                                                                   \
-    if (!(condition)) {                                                  \
-      throw std::invalid_argument(::vtok::join_message(__VA_ARGS__));    \
-    }                                                                    \
+#define VTOK_CHECK_VALUE(condition, ...)                              \
+  do {                                                                \
+    if (!(condition)) {                                               \
+      throw std::invalid_argument(::vtok::join_message(__VA_ARGS__)); \
+    }                                                                 \
   } while (false)
 
-#define VTOK_CHECK_TYPE(condition, ...)                                  \
-  do {                                                                   \
-    if (!(condition)) {                                                  \
-      throw ::vtok::type_mismatch(::vtok::join_message(__VA_ARGS__));    \
-    }                                                                    \
+#define VTOK_CHECK_TYPE(condition, ...)                               \
+  do {                                                                \
+    if (!(condition)) {                                               \
+      throw ::vtok::type_mismatch(::vtok::join_message(__VA_ARGS__)); \
+    }                                                                 \
   } while (false)

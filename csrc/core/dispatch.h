@@ -20,21 +20,22 @@ void dispatch_floating(const char* op, const char* argument, DType dtype, Functi
     case DType::kFloat16: return function(TypeTag<float16>{});
     case DType::kBFloat16: return function(TypeTag<bfloat16>{});
     default:
-      VTOK_CHECK_TYPE(false, op, ": ", argument, " must be float32, float64, float16 or bfloat16, got ",
-                      name_of(dtype));
+      VTOK_CHECK_TYPE(false, op, ": ", argument,
+                      " must be float32, float64, float16 or bfloat16, got ", name_of(dtype));
   }
 }
 
 // As above without float64, which no CUDA kernel of this package supports.
 template <typename Function>
-void dispatch_floating_cuda(const char* op, const char* argument, DType dtype, Function&& function) {
+void dispatch_floating_cuda(const char* op, const char* argument, DType dtype,
+                            Function&& function) {
   switch (dtype) {
     case DType::kFloat32: return function(TypeTag<float>{});
     case DType::kFloat16: return function(TypeTag<float16>{});
     case DType::kBFloat16: return function(TypeTag<bfloat16>{});
     default:
-      VTOK_CHECK_TYPE(false, op, ": ", argument, " must be float32, float16 or bfloat16 on CUDA, got ",
-                      name_of(dtype));
+      VTOK_CHECK_TYPE(false, op, ": ", argument,
+                      " must be float32, float16 or bfloat16 on CUDA, got ", name_of(dtype));
   }
 }
 

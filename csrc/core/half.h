@@ -1,6 +1,7 @@
 // float16 and bfloat16 as storage types, and their conversions from and to float.
-// All arithmetic in this package is done in float: a half type is only ever loaded, converted and stored.
-// The host conversions are branch-free integer code, so that compilers vectorise them on every instruction set.
+// All arithmetic in this package is done in float: a half type is only ever loaded, converted and
+// stored. The host conversions are branch-free integer code, so that compilers vectorise them on
+// every instruction set.
 #pragma once
 
 #include <cstdint>
@@ -36,16 +37,21 @@ VTOK_FUNCTION float bits_to_float(uint32_t bits) {
   return value;
 }
 
-VTOK_FUNCTION float to_float(float value) { return value; }
+VTOK_FUNCTION float to_float(float value) {
+  return value;
+}
 
-VTOK_FUNCTION float to_float(bfloat16 value) { return bits_to_float(uint32_t(value.bits) << 16); }
+VTOK_FUNCTION float to_float(bfloat16 value) {
+  return bits_to_float(uint32_t(value.bits) << 16);
+}
 
 VTOK_FUNCTION float to_float(float16 value) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(value.bits));
 #else
-  // Exponent and mantissa are moved into place and the exponent bias (127 - 15 = 112) is corrected by a
-  // multiplication, which also normalises subnormals. Infinity and NaN keep an all-ones exponent.
+  // Exponent and mantissa are moved into place and the exponent bias (127 - 15 = 112) is corrected
+  // by a multiplication, which also normalises subnormals. Infinity and NaN keep an all-ones
+  // exponent.
   const uint32_t magnitude = uint32_t(value.bits & 0x7fffu) << 13;
   const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16;
   const uint32_t scaled = float_to_bits(bits_to_float(magnitude) * 0x1p112f);
@@ -59,7 +65,8 @@ VTOK_FUNCTION bfloat16 float_to_bfloat16(float value) {
   return bfloat16{__bfloat16_as_ushort(__float2bfloat16_rn(value))};
 #else
   const uint32_t bits = float_to_bits(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  const uint32_t rounded =
+      (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
   const uint32_t quiet_nan = (bits >> 16) | 0x0040u;
   return bfloat16{uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded)};
 #endif

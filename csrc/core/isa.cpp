@@ -34,8 +34,9 @@ static Isa choose_isa() {
   for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
     if (std::string(wanted) == name_of(isa) && isa <= best) return isa;
   }
-  throw std::invalid_argument(join_message("VTOK_CPU_ISA must be baseline, avx2 or avx512, at most ", name_of(best),
-                                           " on this machine, got ", wanted));
+  throw std::invalid_argument(
+      join_message("VTOK_CPU_ISA must be baseline, avx2 or avx512, at most ", name_of(best),
+                   " on this machine, got ", wanted));
 }
 
 Isa cpu_isa() {

@@ -1,5 +1,6 @@
-// Loops over threads. The thread count comes from torch.get_num_threads() through Python; 1 opens no OpenMP
-// region at all. Reductions must not depend on it: split the work by a fixed grain, never by the thread count.
+// Loops over threads. The thread count comes from torch.get_num_threads() through Python; 1 opens
+// no OpenMP region at all. Reductions must not depend on it: split the work by a fixed grain, never
+// by the thread count.
 #pragma once
 
 #include <cstdint>
@@ -11,11 +12,12 @@
 
 namespace vtok {
 
-// True in a child that was forked after this module was imported: libgomp's thread pool does not survive a fork, and a
-// region opened there would wait for ever.
+// True in a child that was forked after this module was imported: libgomp's thread pool does not
+// survive a fork, and a region opened there would wait for ever.
 bool in_forked_child();
 
-// Calls function(begin, end) on consecutive ranges that cover [0, count), each but the last a multiple of `grain`.
+// Calls function(begin, end) on consecutive ranges that cover [0, count), each but the last a
+// multiple of `grain`.
 template <typename Function>
 void parallel_for(int64_t count, int64_t grain, int num_threads, const Function& function) {
   if (count <= 0) return;

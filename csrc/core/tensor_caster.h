@@ -1,7 +1,9 @@
-// pybind11 caster: torch.Tensor -> TensorView / OutputView / WorkspaceView, by duck typing and without libtorch.
+// pybind11 caster: torch.Tensor -> TensorView / OutputView / WorkspaceView, by duck typing and
+// without libtorch.
 //
-// Only a plain torch.Tensor or torch.nn.Parameter is accepted: for a subclass (FakeTensor, DTensor, ...) the pointer is
-// absent or is not the data that the Python object stands for. Under the CUDA emulation every view refers to a guarded copy.
+// Only a plain torch.Tensor or torch.nn.Parameter is accepted: for a subclass (FakeTensor, DTensor,
+// ...) the pointer is absent or is not the data that the Python object stands for. Under the CUDA
+// emulation every view refers to a guarded copy.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -25,8 +27,10 @@ struct TorchObjects {
 inline const TorchObjects& torch_objects() {
   static const TorchObjects* objects = [] {
     const auto torch = pybind11::module_::import("torch");
-    static const char* const names[] = {"float32", "float64", "float16", "bfloat16", "uint8", "int32", "int64", "bool"};
-    auto* found = new TorchObjects{torch.attr("Tensor"), torch.attr("nn").attr("Parameter"), torch.attr("strided"), {}};
+    static const char* const names[] = {"float32", "float64", "float16", "bfloat16",
+                                        "uint8",   "int32",   "int64",   "bool"};
+    auto* found = new TorchObjects{
+        torch.attr("Tensor"), torch.attr("nn").attr("Parameter"), torch.attr("strided"), {}};
     for (int i = 0; i < 8; ++i) found->dtypes[i] = torch.attr(names[i]);
     return found;  // never freed: the interpreter may already be gone at exit
   }();
@@ -45,8 +49,9 @@ inline DType read_dtype(pybind11::handle tensor) {
   for (int i = 0; i < 8; ++i) {
     if (dtype.is(objects.dtypes[i])) return static_cast<DType>(i);
   }
-  throw type_mismatch(join_message("vtok_ext: tensor dtype must be a floating, int32, int64, uint8 or bool type, got ",
-                                   std::string(pybind11::str(dtype))));
+  throw type_mismatch(join_message(
+      "vtok_ext: tensor dtype must be a floating, int32, int64, uint8 or bool type, got ",
+      std::string(pybind11::str(dtype))));
 }
 
 inline void read_device(pybind11::handle tensor, TensorView& view) {
@@ -56,8 +61,9 @@ inline void read_device(pybind11::handle tensor, TensorView& view) {
     view.device = DeviceType::kCUDA;
     view.device_index = tensor.attr("get_device")().cast<int>();
   } else {
-    throw std::invalid_argument(join_message("vtok_ext: tensor must be on cpu or cuda and have memory, got device ",
-                                             std::string(pybind11::str(tensor.attr("device")))));
+    throw std::invalid_argument(
+        join_message("vtok_ext: tensor must be on cpu or cuda and have memory, got device ",
+                     std::string(pybind11::str(tensor.attr("device")))));
   }
 }
 
@@ -72,9 +78,10 @@ inline void read_tensor(pybind11::handle tensor, TensorView& view) {
   view.dtype = read_dtype(tensor);
   read_device(tensor, view);
   const auto shape = pybind11::reinterpret_borrow<pybind11::tuple>(tensor.attr("shape"));
-  const auto strides = pybind11::reinterpret_steal<pybind11::tuple>(tensor.attr("stride")().release());
-  VTOK_CHECK_VALUE(shape.size() <= size_t{kMaxDims}, "vtok_ext: tensor must have at most ", kMaxDims,
-                   " dimensions, got ", shape.size());
+  const auto strides =
+      pybind11::reinterpret_steal<pybind11::tuple>(tensor.attr("stride")().release());
+  VTOK_CHECK_VALUE(shape.size() <= size_t{kMaxDims}, "vtok_ext: tensor must have at most ",
+                   kMaxDims, " dimensions, got ", shape.size());
   view.num_dims = static_cast<int>(shape.size());
   for (int dim = 0; dim < view.num_dims; ++dim) {
     view.shape[dim] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), dim));
@@ -82,27 +89,37 @@ inline void read_tensor(pybind11::handle tensor, TensorView& view) {
   }
   if (PyErr_Occurred()) throw pybind11::error_already_set();
   view.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
-  VTOK_CHECK_VALUE(view.data != nullptr || view.num_elements() == 0,
-                   "vtok_ext: tensor must have memory (not fake, meta or freed), got a null pointer for shape ",
-                   shape_string(view));
+  VTOK_CHECK_VALUE(
+      view.data != nullptr || view.num_elements() == 0,
+      "vtok_ext: tensor must have memory (not fake, meta or freed), got a null pointer for shape ",
+      shape_string(view));
 }
 
 #ifdef VTOK_EMULATE_CUDA
-inline emulation::Role role_of(const TensorView*) { return emulation::Role::kInput; }
-inline emulation::Role role_of(const OutputView*) { return emulation::Role::kOutput; }
-inline emulation::Role role_of(const WorkspaceView*) { return emulation::Role::kWorkspace; }
+inline emulation::Role role_of(const TensorView*) {
+  return emulation::Role::kInput;
+}
+inline emulation::Role role_of(const OutputView*) {
+  return emulation::Role::kOutput;
+}
+inline emulation::Role role_of(const WorkspaceView*) {
+  return emulation::Role::kWorkspace;
+}
 #endif
 
-// Shared body of the three casters. `None` becomes a view with a null pointer and no dimensions: an absent optional argument.
+// Shared body of the three casters. `None` becomes a view with a null pointer and no dimensions: an
+// absent optional argument.
 template <typename View>
 struct ViewCaster {
   bool load(pybind11::handle source, bool) {
     if (source.is_none()) return true;
     read_tensor(source, value);
 #ifdef VTOK_EMULATE_CUDA
-    VTOK_CHECK_VALUE(value.device == DeviceType::kCPU, "vtok_ext: the CUDA emulation takes cpu tensors");
-    copy = std::make_unique<emulation::DeviceBuffer>(role_of(&value), value.data, size_of(value.dtype), value.num_dims,
-                                                     value.shape, value.strides, name_of(value.dtype));
+    VTOK_CHECK_VALUE(value.device == DeviceType::kCPU,
+                     "vtok_ext: the CUDA emulation takes cpu tensors");
+    copy = std::make_unique<emulation::DeviceBuffer>(
+        role_of(&value), value.data, size_of(value.dtype), value.num_dims, value.shape,
+        value.strides, name_of(value.dtype));
     value.data = copy->device();
     value.device = DeviceType::kCUDA;
 #endif
@@ -119,13 +136,13 @@ struct ViewCaster {
 
 namespace pybind11::detail {
 
-#define VTOK_VIEW_CASTER(View)                                                              \
-  template <>                                                                               \
-  struct type_caster<vtok::View> : vtok::ViewCaster<vtok::View> {                           \
-    static constexpr auto name = const_name("torch.Tensor");                                \
-    template <typename>                                                                     \
-    using cast_op_type = const vtok::View&;                                                 \
-    explicit operator const vtok::View&() { return this->value; }                           \
+#define VTOK_VIEW_CASTER(View)                                    \
+  template <>                                                     \
+  struct type_caster<vtok::View> : vtok::ViewCaster<vtok::View> { \
+    static constexpr auto name = const_name("torch.Tensor");      \
+    template <typename>                                           \
+    using cast_op_type = const vtok::View&;                       \
+    explicit operator const vtok::View&() { return this->value; } \
   };
 VTOK_VIEW_CASTER(TensorView)
 VTOK_VIEW_CASTER(OutputView)

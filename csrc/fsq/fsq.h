@@ -1,7 +1,9 @@
-// Finite scalar quantization (FSQ): what the CPU and the CUDA kernels are told. The arithmetic is in fsq_math.h.
+// Finite scalar quantization (FSQ): what the CPU and the CUDA kernels are told. The arithmetic is
+// in fsq_math.h.
 //
-// A call quantizes `num_tokens` vectors of `channels` values. Tokens are addressed by up to six dimensions, because
-// z may have any strides: [..., D], [B, D, T, H, W], several codebooks, or a slice of a larger buffer.
+// A call quantizes `num_tokens` vectors of `channels` values. Tokens are addressed by up to six
+// dimensions, because z may have any strides: [..., D], [B, D, T, H, W], several codebooks, or a
+// slice of a larger buffer.
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,10 @@
-// FSQ on the CPU: forward (codes and indices in one pass), straight-through backward, indices to codes.
+// FSQ on the CPU: forward (codes and indices in one pass), straight-through backward, indices to
+// codes.
 //
 // Three memory layouts, each vectorised along the contiguous direction:
-//   planar   neighbouring tokens are neighbours in memory ([B, D, T, H, W] contiguous): vectors run over tokens;
-//   packed   the D channels of a token are neighbours ([..., D], channels_last): vectors run over all elements and the channel
+//   planar   neighbouring tokens are neighbours in memory ([B, D, T, H, W] contiguous): vectors run
+//   over tokens; packed   the D channels of a token are neighbours ([..., D], channels_last):
+//   vectors run over all elements and the channel
 //            constants are repeated in a table of kGroup tokens;
 //   strided  anything else: as planar, with strided loads and stores.
 #include "../core/dispatch.h"
@@ -13,11 +15,14 @@
 
 namespace vtok::VTOK_ISA {
 
-// Tokens per pass over the channels: index sums (8 B) and NaN marks (4 B) of 512 tokens stay in a 32 KB L1 cache.
+// Tokens per pass over the channels: index sums (8 B) and NaN marks (4 B) of 512 tokens stay in a
+// 32 KB L1 cache.
 constexpr int kBlock = 512;
-// Tokens per packed group: 16 * D elements are a whole number of vectors of any width up to 512 bits.
+// Tokens per packed group: 16 * D elements are a whole number of vectors of any width up to 512
+// bits.
 constexpr int kGroup = 16;
-// Elements (tokens x channels) below which a second thread costs more than it gains (about 5 us of work).
+// Elements (tokens x channels) below which a second thread costs more than it gains (about 5 us of
+// work).
 constexpr int64_t kGrainElements = 16384;
 
 // The type of the arithmetic.
@@ -50,7 +55,8 @@ struct Run {
 
 // Calls function(Run) for tokens [begin, end), split at rows and at kBlock.
 template <typename Function>
-static void for_each_run(const FsqTokens& tokens, int64_t begin, int64_t end, const Function& function) {
+static void for_each_run(const FsqTokens& tokens, int64_t begin, int64_t end,
+                         const Function& function) {
   const int inner = tokens.num_dims - 1;
   while (begin < end) {
     const int64_t position = begin % tokens.sizes[inner];
@@ -80,7 +86,8 @@ static int64_t token_grain(const FsqLayout& layout) {
 static bool is_packed(const FsqLayout& layout) {
   const int inner = layout.tokens.num_dims - 1;
   return layout.z_channel_stride == 1 && layout.code_channel_stride == 1 &&
-         layout.tokens.z_strides[inner] == layout.channels && layout.tokens.code_strides[inner] == layout.channels;
+         layout.tokens.z_strides[inner] == layout.channels &&
+         layout.tokens.code_strides[inner] == layout.channels;
 }
 
 // Channel constants of kGroup consecutive packed tokens, one entry per element.
@@ -107,15 +114,18 @@ struct PackedTable {
   }
 };
 
-// One digit's share of the index. A NaN digit counts as 0 here and is marked through `digit - digit` instead.
+// One digit's share of the index. A NaN digit counts as 0 here and is marked through `digit -
+// digit` instead.
 template <typename Index, typename Real>
 VTOK_FUNCTION Index index_share(Real digit, Real half_width, Index basis) {
-  return static_cast<Index>(static_cast<int32_t>(digit == digit ? digit + half_width : Real(0))) * basis;
+  return static_cast<Index>(static_cast<int32_t>(digit == digit ? digit + half_width : Real(0))) *
+         basis;
 }
 
 // kUnit: z and codes have stride 1 along the run.
 template <bool kUnit, typename T, typename Index>
-static void forward_strided(const FsqLayout& layout, const T* z, T* codes, Index* indices, int count) {
+static void forward_strided(const FsqLayout& layout, const T* z, T* codes, Index* indices,
+                            int count) {
   using Real = real<T>;
   const int inner = layout.tokens.num_dims - 1;
   const int64_t z_stride = kUnit ? 1 : layout.tokens.z_strides[inner];
@@ -142,8 +152,8 @@ static void forward_strided(const FsqLayout& layout, const T* z, T* codes, Index
 }
 
 template <typename T, typename Index>
-static void forward_packed(const FsqLayout& layout, const PackedTable<real<T>>& table, const T* z, T* codes,
-                           Index* indices, int count) {
+static void forward_packed(const FsqLayout& layout, const PackedTable<real<T>>& table, const T* z,
+                           T* codes, Index* indices, int count) {
   using Real = real<T>;
   const int64_t index_stride = layout.tokens.index_strides[layout.tokens.num_dims - 1];
   alignas(64) Index share[kGroup * kFsqMaxChannels];
@@ -188,21 +198,27 @@ void fsq_forward(const FsqForward& params) {
       const PackedTable<real<T>> table(layout);
       const auto run_forward = [&](const Run& run) {
         if (packed) {
-          forward_packed(layout, table, z + run.z, codes + run.code, indices + run.index, run.count);
+          forward_packed(layout, table, z + run.z, codes + run.code, indices + run.index,
+                         run.count);
         } else if (unit) {
-          forward_strided<true>(layout, z + run.z, codes + run.code, indices + run.index, run.count);
+          forward_strided<true>(layout, z + run.z, codes + run.code, indices + run.index,
+                                run.count);
         } else {
-          forward_strided<false>(layout, z + run.z, codes + run.code, indices + run.index, run.count);
+          forward_strided<false>(layout, z + run.z, codes + run.code, indices + run.index,
+                                 run.count);
         }
       };
       parallel_for(layout.tokens.num_tokens, token_grain(layout), params.num_threads,
-                   [&](int64_t begin, int64_t end) { for_each_run(layout.tokens, begin, end, run_forward); });
+                   [&](int64_t begin, int64_t end) {
+                     for_each_run(layout.tokens, begin, end, run_forward);
+                   });
     });
   });
 }
 
 template <bool kUnit, typename T>
-static void backward_strided(const FsqLayout& layout, const T* z, const T* grad_codes, T* grad_z, int count) {
+static void backward_strided(const FsqLayout& layout, const T* z, const T* grad_codes, T* grad_z,
+                             int count) {
   using Real = real<T>;
   const int inner = layout.tokens.num_dims - 1;
   const int64_t z_stride = kUnit ? 1 : layout.tokens.z_strides[inner];
@@ -229,7 +245,8 @@ static void backward_packed(const FsqLayout& layout, const PackedTable<real<T>>&
     const int elements = total - first < group ? total - first : group;
 #pragma GCC ivdep
     for (int e = 0; e < elements; ++e) {
-      store(grad_z + first + e, load(grad_codes + first + e) * fsq_slope(load(z + first + e), table.at(e)));
+      store(grad_z + first + e,
+            load(grad_codes + first + e) * fsq_slope(load(z + first + e), table.at(e)));
     }
   }
 }
@@ -247,20 +264,24 @@ void fsq_backward(const FsqBackward& params) {
     const PackedTable<real<T>> table(layout);
     const auto run_backward = [&](const Run& run) {
       if (packed) {
-        backward_packed(layout, table, z + run.z, grad_codes + run.code, grad_z + run.code, run.count);
+        backward_packed(layout, table, z + run.z, grad_codes + run.code, grad_z + run.code,
+                        run.count);
       } else if (unit) {
-        backward_strided<true>(layout, z + run.z, grad_codes + run.code, grad_z + run.code, run.count);
+        backward_strided<true>(layout, z + run.z, grad_codes + run.code, grad_z + run.code,
+                               run.count);
       } else {
-        backward_strided<false>(layout, z + run.z, grad_codes + run.code, grad_z + run.code, run.count);
+        backward_strided<false>(layout, z + run.z, grad_codes + run.code, grad_z + run.code,
+                                run.count);
       }
     };
-    parallel_for(layout.tokens.num_tokens, token_grain(layout), params.num_threads,
-                 [&](int64_t begin, int64_t end) { for_each_run(layout.tokens, begin, end, run_backward); });
+    parallel_for(
+        layout.tokens.num_tokens, token_grain(layout), params.num_threads,
+        [&](int64_t begin, int64_t end) { for_each_run(layout.tokens, begin, end, run_backward); });
   });
 }
 
-// Peels the digits off from the least significant channel on. Dividing by a run-time constant dominates, and this is not
-// on a training path, so the loop stays scalar.
+// Peels the digits off from the least significant channel on. Dividing by a run-time constant
+// dominates, and this is not on a training path, so the loop stays scalar.
 template <typename T, typename Index>
 static void decode_run(const FsqLayout& layout, const Index* indices, T* codes, int count) {
   using Real = real<T>;
@@ -272,7 +293,8 @@ static void decode_run(const FsqLayout& layout, const Index* indices, T* codes, 
       const FsqChannel& channel = layout.channel[d];
       const Index levels = static_cast<Index>(channel.levels);
       const Real digit = static_cast<Real>(rest % levels - channel.half_width);
-      store(token_codes + d * layout.code_channel_stride, digit / static_cast<Real>(channel.half_width));
+      store(token_codes + d * layout.code_channel_stride,
+            digit / static_cast<Real>(channel.half_width));
       rest /= levels;
     }
   }

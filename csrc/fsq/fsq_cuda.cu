@@ -1,9 +1,13 @@
-// FSQ on CUDA. Memory bound: every kernel reads and writes each element once, in 16-byte accesses where layout allows.
+// FSQ on CUDA. Memory bound: every kernel reads and writes each element once, in 16-byte accesses
+// where layout allows.
 //
-//   planar   a thread owns kWidth neighbouring tokens and loops over the channels; neighbouring threads read neighbouring
+//   planar   a thread owns kWidth neighbouring tokens and loops over the channels; neighbouring
+//   threads read neighbouring
 //            vectors. With kWidth 1 this also serves any other strides.
-//   packed   the D channels of a token are neighbours in memory: a block copies kTokens * D elements to shared memory in
-//            16-byte accesses, each thread quantizes one token there, and the block copies the codes back.
+//   packed   the D channels of a token are neighbours in memory: a block copies kTokens * D
+//   elements to shared memory in
+//            16-byte accesses, each thread quantizes one token there, and the block copies the
+//            codes back.
 #include "../core/dispatch.h"
 #include "../core/launch.cuh"
 #include "fsq.h"
@@ -13,7 +17,8 @@ namespace vtok {
 namespace {
 
 constexpr int kThreads = 256;
-// Shared memory of the packed kernel: 256 tokens x 16 channels x 4 B = 16 KB at most, so that occupancy is not limited.
+// Shared memory of the packed kernel: 256 tokens x 16 channels x 4 B = 16 KB at most, so that
+// occupancy is not limited.
 constexpr int kTokens = kThreads;
 constexpr int64_t kMaxBlocks = 0x7fffffff;
 
@@ -50,10 +55,11 @@ struct IndexSum {
 };
 
 template <typename T, typename Index, int kWidth>
-__global__ void __launch_bounds__(kThreads) fsq_forward_kernel(const FsqLayout layout,
-                                                               const T* __restrict__ z,        // [tokens, D]
-                                                               T* __restrict__ codes,          // [tokens, D]
-                                                               Index* __restrict__ indices) {  // [tokens]
+__global__ void __launch_bounds__(kThreads)
+    fsq_forward_kernel(const FsqLayout layout,
+                       const T* __restrict__ z,        // [tokens, D]
+                       T* __restrict__ codes,          // [tokens, D]
+                       Index* __restrict__ indices) {  // [tokens]
   const int64_t first = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kWidth;
   if (first >= layout.tokens.num_tokens) return;
   const Offsets at = offsets_of(layout.tokens, first);
@@ -75,10 +81,11 @@ __global__ void __launch_bounds__(kThreads) fsq_forward_kernel(const FsqLayout l
 }
 
 template <typename T, typename Index>
-__global__ void __launch_bounds__(kThreads) fsq_forward_packed_kernel(const FsqLayout layout,
-                                                                      const T* __restrict__ z,        // [tokens, D]
-                                                                      T* __restrict__ codes,          // [tokens, D]
-                                                                      Index* __restrict__ indices) {  // [tokens]
+__global__ void __launch_bounds__(kThreads)
+    fsq_forward_packed_kernel(const FsqLayout layout,
+                              const T* __restrict__ z,        // [tokens, D]
+                              T* __restrict__ codes,          // [tokens, D]
+                              Index* __restrict__ indices) {  // [tokens]
   constexpr int kWidth = 16 / sizeof(T);
   using Word = Vector<T, kWidth>;
   VTOK_DYNAMIC_SHARED(T, tile);  // [kTokens, D]
@@ -93,7 +100,8 @@ __global__ void __launch_bounds__(kThreads) fsq_forward_packed_kernel(const FsqL
   for (int word = threadIdx.x; word < num_words; word += kThreads) {
     store_vector(tile + word * kWidth, load_vector<Word>(block_z + word * kWidth));
   }
-  for (int e = num_words * kWidth + threadIdx.x; e < num_elements; e += kThreads) tile[e] = block_z[e];
+  for (int e = num_words * kWidth + threadIdx.x; e < num_elements; e += kThreads)
+    tile[e] = block_z[e];
   __syncthreads();
 
   if (static_cast<int>(threadIdx.x) < num_tokens) {
@@ -112,14 +120,16 @@ __global__ void __launch_bounds__(kThreads) fsq_forward_packed_kernel(const FsqL
   for (int word = threadIdx.x; word < num_words; word += kThreads) {
     store_vector(block_codes + word * kWidth, load_vector<Word>(tile + word * kWidth));
   }
-  for (int e = num_words * kWidth + threadIdx.x; e < num_elements; e += kThreads) block_codes[e] = tile[e];
+  for (int e = num_words * kWidth + threadIdx.x; e < num_elements; e += kThreads)
+    block_codes[e] = tile[e];
 }
 
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kThreads) fsq_backward_kernel(const FsqLayout layout,
-                                                                const T* __restrict__ z,           // [tokens, D]
-                                                                const T* __restrict__ grad_codes,  // [tokens, D]
-                                                                T* __restrict__ grad_z) {          // [tokens, D]
+__global__ void __launch_bounds__(kThreads)
+    fsq_backward_kernel(const FsqLayout layout,
+                        const T* __restrict__ z,           // [tokens, D]
+                        const T* __restrict__ grad_codes,  // [tokens, D]
+                        T* __restrict__ grad_z) {          // [tokens, D]
   const int64_t first = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kWidth;
   if (first >= layout.tokens.num_tokens) return;
   const Offsets at = offsets_of(layout.tokens, first);
@@ -130,7 +140,8 @@ __global__ void __launch_bounds__(kThreads) fsq_backward_kernel(const FsqLayout 
     auto grad = load_vector<Vector<T, kWidth>>(grad_codes + grad_offset);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      grad.values[i] = from_float<T>(to_float(grad.values[i]) * fsq_slope(to_float(values.values[i]), c));
+      grad.values[i] =
+          from_float<T>(to_float(grad.values[i]) * fsq_slope(to_float(values.values[i]), c));
     }
     store_vector(grad_z + grad_offset, grad);
   }
@@ -138,10 +149,10 @@ __global__ void __launch_bounds__(kThreads) fsq_backward_kernel(const FsqLayout 
 
 // Packed: the channel of an element is its position modulo D, so no grouping by token is needed.
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kThreads) fsq_backward_packed_kernel(const FsqLayout layout,
-                                                                       const T* __restrict__ z,  // [tokens, D]
-                                                                       const T* __restrict__ grad_codes,
-                                                                       T* __restrict__ grad_z) {
+__global__ void __launch_bounds__(kThreads)
+    fsq_backward_packed_kernel(const FsqLayout layout,
+                               const T* __restrict__ z,  // [tokens, D]
+                               const T* __restrict__ grad_codes, T* __restrict__ grad_z) {
   const int64_t num_elements = layout.tokens.num_tokens * layout.channels;
   const int64_t first = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kWidth;
   if (first >= num_elements) return;
@@ -151,16 +162,18 @@ __global__ void __launch_bounds__(kThreads) fsq_backward_packed_kernel(const Fsq
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
     const FsqConstants<float> c = fsq_constants<float>(layout.channel[d]);
-    grad.values[i] = from_float<T>(to_float(grad.values[i]) * fsq_slope(to_float(values.values[i]), c));
+    grad.values[i] =
+        from_float<T>(to_float(grad.values[i]) * fsq_slope(to_float(values.values[i]), c));
     d = d + 1 == layout.channels ? 0 : d + 1;
   }
   store_vector(grad_z + first, grad);
 }
 
 template <typename T, typename Index>
-__global__ void __launch_bounds__(kThreads) fsq_decode_kernel(const FsqLayout layout,
-                                                              const Index* __restrict__ indices,  // [tokens]
-                                                              T* __restrict__ codes) {            // [tokens, D]
+__global__ void __launch_bounds__(kThreads)
+    fsq_decode_kernel(const FsqLayout layout,
+                      const Index* __restrict__ indices,  // [tokens]
+                      T* __restrict__ codes) {            // [tokens, D]
   const int64_t token = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (token >= layout.tokens.num_tokens) return;
   const Offsets at = offsets_of(layout.tokens, token);
@@ -168,19 +181,24 @@ __global__ void __launch_bounds__(kThreads) fsq_decode_kernel(const FsqLayout la
   for (int d = 0; d < layout.channels; ++d) {
     const FsqChannel& channel = layout.channel[d];
     const float digit = static_cast<float>(rest % channel.levels - channel.half_width);
-    codes[at.code + d * layout.code_channel_stride] = from_float<T>(digit / static_cast<float>(channel.half_width));
+    codes[at.code + d * layout.code_channel_stride] =
+        from_float<T>(digit / static_cast<float>(channel.half_width));
     rest /= channel.levels;
   }
 }
 
-bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+bool is_aligned(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
 
-// Whether kWidth consecutive tokens are one aligned vector in z and codes, for every row and channel.
+// Whether kWidth consecutive tokens are one aligned vector in z and codes, for every row and
+// channel.
 bool is_planar(const FsqLayout& layout, int width) {
   const FsqTokens& tokens = layout.tokens;
   const int inner = tokens.num_dims - 1;
-  bool planar = tokens.z_strides[inner] == 1 && tokens.code_strides[inner] == 1 && tokens.sizes[inner] % width == 0 &&
-                layout.z_channel_stride % width == 0 && layout.code_channel_stride % width == 0;
+  bool planar = tokens.z_strides[inner] == 1 && tokens.code_strides[inner] == 1 &&
+                tokens.sizes[inner] % width == 0 && layout.z_channel_stride % width == 0 &&
+                layout.code_channel_stride % width == 0;
   for (int dim = 0; dim < inner; ++dim) {
     planar = planar && tokens.z_strides[dim] % width == 0 && tokens.code_strides[dim] % width == 0;
   }
@@ -188,8 +206,9 @@ bool is_planar(const FsqLayout& layout, int width) {
 }
 
 bool is_packed(const FsqLayout& layout) {
-  return layout.tokens.num_dims == 1 && layout.z_channel_stride == 1 && layout.code_channel_stride == 1 &&
-         layout.tokens.z_strides[0] == layout.channels && layout.tokens.code_strides[0] == layout.channels;
+  return layout.tokens.num_dims == 1 && layout.z_channel_stride == 1 &&
+         layout.code_channel_stride == 1 && layout.tokens.z_strides[0] == layout.channels &&
+         layout.tokens.code_strides[0] == layout.channels;
 }
 
 unsigned blocks_for(const char* op, int64_t items, int64_t items_per_block) {
@@ -215,14 +234,17 @@ void fsq_forward_cuda(const FsqForward& params, Stream stream) {
       const bool aligned = is_aligned(z) && is_aligned(codes);
       if (aligned && is_packed(layout)) {
         const unsigned shared_bytes = static_cast<unsigned>(kTokens * layout.channels * sizeof(T));
-        VTOK_LAUNCH((fsq_forward_packed_kernel<T, Index>), dim3(blocks_for("fsq", num_tokens, kTokens)), dim3(kThreads),
-                    shared_bytes, stream, layout, z, codes, indices);
+        VTOK_LAUNCH((fsq_forward_packed_kernel<T, Index>),
+                    dim3(blocks_for("fsq", num_tokens, kTokens)), dim3(kThreads), shared_bytes,
+                    stream, layout, z, codes, indices);
       } else if (aligned && is_planar(layout, kWidth)) {
-        VTOK_LAUNCH((fsq_forward_kernel<T, Index, kWidth>), dim3(blocks_for("fsq", num_tokens, kThreads * kWidth)),
-                    dim3(kThreads), 0, stream, layout, z, codes, indices);
+        VTOK_LAUNCH((fsq_forward_kernel<T, Index, kWidth>),
+                    dim3(blocks_for("fsq", num_tokens, kThreads * kWidth)), dim3(kThreads), 0,
+                    stream, layout, z, codes, indices);
       } else {
-        VTOK_LAUNCH((fsq_forward_kernel<T, Index, 1>), dim3(blocks_for("fsq", num_tokens, kThreads)), dim3(kThreads),
-                    0, stream, layout, z, codes, indices);
+        VTOK_LAUNCH((fsq_forward_kernel<T, Index, 1>),
+                    dim3(blocks_for("fsq", num_tokens, kThreads)), dim3(kThreads), 0, stream,
+                    layout, z, codes, indices);
       }
     });
   });
@@ -242,14 +264,16 @@ void fsq_backward_cuda(const FsqBackward& params, Stream stream) {
     const int64_t num_elements = num_tokens * layout.channels;
     if (aligned && is_packed(layout) && num_elements % kWidth == 0) {
       VTOK_LAUNCH((fsq_backward_packed_kernel<T, kWidth>),
-                  dim3(blocks_for("fsq backward", num_elements, kThreads * kWidth)), dim3(kThreads), 0, stream, layout,
-                  z, grad_codes, grad_z);
-    } else if (aligned && is_planar(layout, kWidth)) {
-      VTOK_LAUNCH((fsq_backward_kernel<T, kWidth>), dim3(blocks_for("fsq backward", num_tokens, kThreads * kWidth)),
-                  dim3(kThreads), 0, stream, layout, z, grad_codes, grad_z);
-    } else {
-      VTOK_LAUNCH((fsq_backward_kernel<T, 1>), dim3(blocks_for("fsq backward", num_tokens, kThreads)), dim3(kThreads),
+                  dim3(blocks_for("fsq backward", num_elements, kThreads * kWidth)), dim3(kThreads),
                   0, stream, layout, z, grad_codes, grad_z);
+    } else if (aligned && is_planar(layout, kWidth)) {
+      VTOK_LAUNCH((fsq_backward_kernel<T, kWidth>),
+                  dim3(blocks_for("fsq backward", num_tokens, kThreads * kWidth)), dim3(kThreads),
+                  0, stream, layout, z, grad_codes, grad_z);
+    } else {
+      VTOK_LAUNCH((fsq_backward_kernel<T, 1>),
+                  dim3(blocks_for("fsq backward", num_tokens, kThreads)), dim3(kThreads), 0, stream,
+                  layout, z, grad_codes, grad_z);
     }
   });
 }
@@ -262,8 +286,9 @@ void fsq_decode_cuda(const FsqDecode& params, Stream stream) {
     dispatch_index("fsq_indices_to_codes", "indices", params.indices.dtype, [&](auto index_type) {
       using Index = typename decltype(index_type)::type;
       VTOK_LAUNCH((fsq_decode_kernel<T, Index>),
-                  dim3(blocks_for("fsq_indices_to_codes", layout.tokens.num_tokens, kThreads)), dim3(kThreads), 0,
-                  stream, layout, params.indices.data_as<Index>(), params.codes.data_as<T>());
+                  dim3(blocks_for("fsq_indices_to_codes", layout.tokens.num_tokens, kThreads)),
+                  dim3(kThreads), 0, stream, layout, params.indices.data_as<Index>(),
+                  params.codes.data_as<T>());
     });
   });
 }

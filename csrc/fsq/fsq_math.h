@@ -1,11 +1,11 @@
 // FSQ of one value, shared by the CPU and the CUDA kernels.
 //
-//   bounded = tanh(z + shift) * half - offset,   digit = round_half_even(bounded),   code = digit / half_width
-//   half = (levels - 1) * (1 + 1e-3) / 2,  offset = 0.5 for even levels else 0,  shift = atanh(offset / half)
-//   index = sum over channels of (digit + half_width) * basis
+//   bounded = tanh(z + shift) * half - offset,   digit = round_half_even(bounded),   code = digit /
+//   half_width half = (levels - 1) * (1 + 1e-3) / 2,  offset = 0.5 for even levels else 0,  shift =
+//   atanh(offset / half) index = sum over channels of (digit + half_width) * basis
 //
-// Source: Mentzer et al. 2023, "Finite Scalar Quantization", as varied by VidTok (bound with 1 + eps and atanh).
-// No fused multiply-add: see Note [The same bits everywhere] in core/vectorized.h.
+// Source: Mentzer et al. 2023, "Finite Scalar Quantization", as varied by VidTok (bound with 1 +
+// eps and atanh). No fused multiply-add: see Note [The same bits everywhere] in core/vectorized.h.
 #pragma once
 
 #include "../core/vectorized.h"

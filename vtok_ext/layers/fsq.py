@@ -81,8 +81,8 @@ class FSQ(nn.Module):
                 since the entropy looks at every code for every token.
 
         Returns:
-            codes as z, indices (see `fsq`), and {"aux_loss", "entropy", "commitment"} as float32 scalars,
-            empty when not computed.
+            codes as z, indices (see `fsq`), and {"aux_loss", "entropy", "commitment"} as float32
+            scalars, empty when not computed.
         """
         codes, indices = fsq(
             z, self.levels, channel_dim=self.channel_dim, num_codebooks=self.num_codebooks

@@ -1,1 +1,2 @@
-"""The ops: each file holds a plain PyTorch reference, its checks, an autograd.Function and the function."""
+"""The ops: each file holds a plain PyTorch reference, its checks, an autograd.Function and the
+function."""

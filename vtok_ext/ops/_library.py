@@ -1,15 +1,27 @@
 """Registers raw ops with torch.library, so that torch.compile sees them as single graph nodes.
 
 Note [Raw ops]
-A raw op allocates its outputs, calls the compiled module and knows nothing of autograd: it is called inside an
-`autograd.Function`. Called directly with gradients enabled it would yield None gradients in silence,
-so it raises instead. Ops are functional: none writes into its arguments.
+A raw op allocates its outputs, calls the compiled module and knows nothing of autograd: it is
+called inside an `autograd.Function`. Called directly with gradients enabled it would yield None
+gradients in silence, so it raises instead. Ops are functional: none writes into its arguments.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+
+class OpFunction(torch.autograd.Function):
+    """Base of the ops' autograd functions: `forward` without a context, and `setup_context`."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Caches the signature that torch binds the arguments with at every call: 12 of 30 us
+        measured."""
+        super().__init_subclass__(**kwargs)
+        cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+
 
 _LIBRARY = torch.library.Library("vtok_ext", "DEF")
 

@@ -1,8 +1,9 @@
 """Finite scalar quantization: rounds every channel of a latent to one of a few levels.
 
-    half = (levels - 1) * (1 + 1e-3) / 2,  offset = 0.5 for even levels else 0,  shift = atanh(offset / half)
+    half = (levels - 1) * (1 + 1e-3) / 2,  offset = 0.5 for even levels else 0
+    shift = atanh(offset / half)
     digit = round_half_even(tanh(z + shift) * half - offset),  code = digit / (levels // 2)
-    index = sum_d (digit_d + levels_d // 2) * basis_d,  basis = (1, levels_0, levels_0 * levels_1, ...)
+    index = sum_d (digit_d + levels_d // 2) * basis_d,  basis_d = product of the levels before d
 
 Source: Mentzer et al. 2023, "Finite Scalar Quantization: VQ-VAE Made Simple", in VidTok's variant.
 """
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vtok_ext import _native
-from vtok_ext.ops._library import register
+from vtok_ext.ops._library import OpFunction, register
 
 MAX_CHANNELS = 16
 MAX_LEVELS = 256
@@ -35,7 +36,7 @@ def fsq_reference(
     channel_dim: int = -1,
     num_codebooks: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Codes and indices in plain PyTorch, the definition of `fsq`: same arguments, results and errors."""
+    """Codes and indices in plain PyTorch, the definition of `fsq`: arguments and errors as there."""
     channel_dim = _check_fsq("fsq", z, levels, channel_dim, num_codebooks)
     real = z.dtype if z.dtype == torch.float64 else torch.float32
     x = z.to(real).movedim(channel_dim, -1).unflatten(-1, (num_codebooks, len(levels)))
@@ -59,7 +60,8 @@ def _digits_to_indices(digits: Tensor, levels: Sequence[int]) -> Tensor:
 
 
 def _place_codebooks(indices: Tensor, channel_dim: int, num_codebooks: int) -> Tensor:
-    """[..., num_codebooks] -> the codebook dimension where z has its channels, or dropped when it is 1."""
+    """[..., num_codebooks] -> the codebook dimension where z has its channels, or dropped when it
+    is 1."""
     return indices.squeeze(-1) if num_codebooks == 1 else indices.movedim(-1, channel_dim)
 
 
@@ -175,7 +177,7 @@ _fsq_decode = register(
 )
 
 
-class FsqFunction(torch.autograd.Function):
+class FsqFunction(OpFunction):
     """Saves z only: tanh is recomputed in the backward pass."""
 
     @staticmethod
@@ -220,28 +222,30 @@ def fsq(
 ) -> tuple[Tensor, Tensor]:
     """Codes and codebook indices of a latent, in one pass.
 
-    code = round(tanh(z + shift) * half - offset) / (levels // 2), straight through in the backward pass.
+    code = round(tanh(z + shift) * half - offset) / (levels // 2), straight through backwards.
     Equivalent to: fsq_reference(z, levels, channel_dim=channel_dim, num_codebooks=num_codebooks)
 
     Args:
-        z: latent, any real values, 1 to 6 dimensions, any strides; channel c * D + d is channel d of
-            codebook c.
+        z: latent, any real values, 1 to 6 dimensions, any strides; channel c * D + d is channel d
+            of codebook c.
         levels: D level counts in [2, 256], D in [1, 16], product below 2^63.
         channel_dim: the dimension of z that holds the channels.
         num_codebooks: independent codebooks that share `levels`.
 
     Returns:
         codes: as z (shape, dtype, memory format), values k / (levels // 2) in [-1, 1].
-        indices: shape of z without the channel dimension (num_codebooks in its place when that is over 1),
-            int32, or int64 when the codebook has more than 2^31 entries; in [0, product of levels).
-            The first channel is the least significant. A NaN gives a NaN code and the index -1.
+        indices: shape of z without the channel dimension (num_codebooks in its place when that is
+            over 1), int32, or int64 when the codebook has more than 2^31 entries; in [0, product of
+            levels). The first channel is the least significant. A NaN gives a NaN code and the
+            index -1.
 
     Raises:
         ValueError: wrong rank, channel count, levels, channel_dim or num_codebooks.
         TypeError: z or levels of an unsupported dtype.
 
-    float32, float16 and bfloat16 on cpu and cuda, float64 on cpu; half types are computed in float32.
-    Deterministic, and bitwise equal on every CPU and GPU. Differentiable once; supports vmap.
+    float32, float16 and bfloat16 on cpu and cuda, float64 on cpu; half types are computed in
+    float32. Deterministic, and bitwise equal on every CPU and GPU. Differentiable once; supports
+    vmap.
 
     Source: Mentzer et al. 2023, section 3; VidTok's regulariser.
     """
@@ -259,7 +263,8 @@ def fsq_indices_to_codes_reference(
     num_codebooks: int = 1,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Codes in plain PyTorch, the definition of `fsq_indices_to_codes`: same arguments and errors."""
+    """Codes in plain PyTorch, the definition of `fsq_indices_to_codes`: same arguments and
+    errors."""
     channel_dim = _check_indices(indices, levels, channel_dim, num_codebooks, dtype)
     rest = indices.unsqueeze(-1) if num_codebooks == 1 else indices.movedim(channel_dim, -1)
     real = dtype if dtype == torch.float64 else torch.float32
@@ -280,10 +285,14 @@ def _check_indices(
     if indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: indices must be int32 or int64, got {indices.dtype}")
     if dtype not in _FLOATING or (indices.is_cuda and dtype == torch.float64):
-        raise TypeError(f"{op}: dtype must be a floating type of {indices.device.type}, got {dtype}")
+        raise TypeError(
+            f"{op}: dtype must be a floating type of {indices.device.type}, got {dtype}"
+        )
     rank = indices.dim() + (1 if num_codebooks == 1 else 0)
     if not 1 <= rank <= 6:
-        raise ValueError(f"{op}: codes must have 1 to 6 dimensions, got indices {list(indices.shape)}")
+        raise ValueError(
+            f"{op}: codes must have 1 to 6 dimensions, got indices {list(indices.shape)}"
+        )
     if not -rank <= channel_dim < rank:
         raise ValueError(f"{op}: channel_dim must be in [{-rank}, {rank}), got {channel_dim}")
     channel_dim %= rank
@@ -346,10 +355,12 @@ def fsq_codes_to_indices(
     channel_dim: int = -1,
     num_codebooks: int = 1,
 ) -> Tensor:
-    """Codebook indices of codes that `fsq` or `fsq_indices_to_codes` returned, in any floating dtype.
+    """Codebook indices of codes that `fsq` or `fsq_indices_to_codes` returned, in any floating
+    dtype.
 
     index = sum_d (round(code_d * (levels_d // 2)) + levels_d // 2) * basis_d. Rounding to nearest
-    makes it right where code * (levels // 2) is not a whole number in floating point (26 levels, say).
+    makes it right where code * (levels // 2) is not a whole number in floating point (26 levels,
+    say).
 
     Args and Returns: as the codes and indices of `fsq`. Raises: as `fsq`.
     """

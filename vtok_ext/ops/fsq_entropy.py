@@ -15,7 +15,8 @@ from torch import Tensor
 
 from vtok_ext.ops.fsq import _check_fsq, fsq_indices_to_codes_reference
 
-# The published log argument is clamped here, which caps the entropy of a code at -ln(1e-5) = 11.5 nats.
+# The published log argument is clamped here, which caps the entropy of a code at -ln(1e-5) = 11.5
+# nats.
 LOG_CLAMP = 1e-5
 
 
@@ -43,12 +44,14 @@ def fsq_entropy_loss_reference(
 ) -> FsqEntropy:
     """The entropy loss by its definition: a dense softmax over the whole codebook for every token.
 
-    Takes about 16 bytes x tokens x codebook of memory with gradients: 21 GB for 5,120 tokens and 2^18 codes.
+    Takes about 16 bytes x tokens x codebook of memory with gradients: 21 GB for 5,120 tokens and
+        2^18 codes.
 
     Args:
         z: the latent before rounding and bounding, as in `fsq`.
         levels, channel_dim, num_codebooks: as in `fsq`.
-        inverse_temperature: sharpness of the assignment; affinity is 2 * inverse_temperature * <z, c>.
+        inverse_temperature: sharpness of the assignment; affinity is 2 * inverse_temperature * <z,
+            c>.
         diversity_gamma: weight of the codebook entropy.
 
     Returns:

@@ -1,0 +1,182 @@
+"""Times providers side by side in one run and writes what it measured as JSON.
+
+Providers of a case take turns, round by round, so that drift of the machine hits all of them alike;
+results are medians with the 20th and 80th percentile. On a GPU every call starts with a cold L2
+cache. Each case checks in the same run that providers agree.
+"""
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vtok_ext as vt
+
+RESULTS = Path(__file__).parent / "results"
+QUICK = os.environ.get("VTOK_BENCH_QUICK") == "1"  # smoke run: few rounds, nothing saved
+_L2_FLUSH_BYTES = 256 << 20  # larger than any L2 (H200: 50 MB)
+
+
+@dataclass
+class Measurement:
+    """One provider of one case. Times in milliseconds."""
+
+    provider: str
+    allocation: str  # "preallocated" outputs or the "default" allocator
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    gb_per_s: float  # of the bytes that the op must move
+    floor_fraction: float  # time of copying as many bytes / time of this
+    peak_mb: float | None  # GPU memory above the inputs; None on a CPU
+
+
+@dataclass
+class Case:
+    """What is measured: an op on a shape, in a direction."""
+
+    op: str
+    shape: str
+    dtype: str
+    direction: str
+    bytes_moved: int  # least bytes that any implementation reads and writes
+    measurements: list[Measurement] = field(default_factory=list)
+
+    def ratio(self, provider: str, against: str, allocation: str) -> float:
+        """How many times faster `provider` is than `against`."""
+        by_name = {(m.provider, m.allocation): m.median_ms for m in self.measurements}
+        return by_name[against, allocation] / by_name[provider, allocation]
+
+
+class Timer:
+    """Times calls on the CPU with the clock, on a GPU with events after flushing L2."""
+
+    def __init__(self, device: str):
+        self.device = device
+        self.is_cuda = device == "cuda"
+        if self.is_cuda:
+            self.flush = torch.empty(_L2_FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+    def once(self, call: Callable[[], Any]) -> float:
+        """Milliseconds of one call."""
+        if not self.is_cuda:
+            start = time.perf_counter()
+            call()
+            return (time.perf_counter() - start) * 1e3
+        self.flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    def peak_mb(self, call: Callable[[], Any]) -> float | None:
+        """GPU memory that a call takes beyond what is allocated before it."""
+        if not self.is_cuda:
+            return None
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def measure(
+    case: Case,
+    providers: dict[tuple[str, str], Callable[[], Any]],
+    device: str,
+    budget_s: float = 4.0,
+) -> Case:
+    """Fills `case.measurements` for providers {(name, allocation): call}; a copy of equal bytes is
+    the floor."""
+    timer = Timer(device)
+    half = max(case.bytes_moved // 2, 1)
+    source = torch.zeros(half, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    calls = {("copy", "preallocated"): lambda: target.copy_(source), **providers}
+    for call in calls.values():  # compiles, warms caches, faults pages in
+        for _ in range(1 if QUICK else 3):
+            call()
+    longest = sum(timer.once(call) for call in calls.values()) / 1e3
+    rounds = 2 if QUICK else int(min(200, max(10, budget_s / longest)))
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+    for _ in range(rounds):
+        for key, call in calls.items():
+            times[key].append(timer.once(call))
+    quantiles = {
+        key: torch.tensor(values).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+        for key, values in times.items()
+    }
+    floor = quantiles["copy", "preallocated"][1]
+    for (name, allocation), (p20, median, p80) in quantiles.items():
+        case.measurements.append(
+            Measurement(
+                provider=name,
+                allocation=allocation,
+                median_ms=median,
+                p20_ms=p20,
+                p80_ms=p80,
+                gb_per_s=case.bytes_moved / median / 1e6,
+                floor_fraction=floor / median,
+                peak_mb=timer.peak_mb(calls[name, allocation]),
+            )
+        )
+    return case
+
+
+def device_name(device: str) -> str:
+    """A folder name for the device, such as "nvidia-h200" or "cpu-amd-epyc-2-threads"."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        model = "unknown"
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.split(":", 1)[1].strip()
+                break
+        name = f"cpu {model} {torch.get_num_threads()} threads"
+    return "-".join(name.lower().replace("(r)", "").split())
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What a reader needs to judge the numbers."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    ).stdout.strip()
+    info = vt.build_info()
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "vtok_ext": info["version"],
+        "cpu_isa": info["cpu_isa"],
+        "cuda": torch.version.cuda,
+        "commit": commit or "unknown",
+        "date": date.today().isoformat(),
+    }
+
+
+def save(name: str, device: str, cases: list[Case]) -> Path | None:
+    """Writes results/<device>/<name>.json (or below VTOK_BENCH_OUT); a quick run writes nothing."""
+    if QUICK or not cases:
+        return None
+    folder = Path(os.environ.get("VTOK_BENCH_OUT", RESULTS)) / device_name(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    text = json.dumps(
+        {"environment": environment(device), "cases": [asdict(case) for case in cases]}, indent=1
+    )
+    temporary = path.with_suffix(".json.partial")
+    temporary.write_text(text + "\n")
+    temporary.replace(path)
+    return path

@@ -1,0 +1,54 @@
+"""What several test files share: the tolerance table and the comparison against a reference."""
+
+from dataclasses import dataclass
+
+import torch
+
+# Largest |difference| relative to the largest |reference value|, and why it is that large.
+TOLERANCES = {
+    torch.float64: 1e-12,  # a few roundings of 1e-16 in sums of up to thousands of terms
+    torch.float32: 2e-6,  # tanh differs by 3 ulp (1.8e-7) from torch's, times a few roundings
+    torch.float16: 1e-3,  # one rounding to 11 bits (4.9e-4) on either side
+    torch.bfloat16: 8e-3,  # one rounding to 8 bits (3.9e-3) on either side
+}
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, what: str, factor: float = 1.0):
+    """Fails unless shapes, dtypes and values agree within `factor` times the table's tolerance."""
+    assert actual.shape == expected.shape, f"{what}: {list(actual.shape)} != {list(expected.shape)}"
+    assert actual.dtype == expected.dtype, f"{what}: {actual.dtype} != {expected.dtype}"
+    if actual.numel() == 0:
+        return
+    tolerance = factor * TOLERANCES[expected.dtype]
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    assert torch.equal(actual.isnan(), expected.isnan()), f"{what}: NaN in different places"
+    difference = (actual - expected).nan_to_num().abs().max().item()
+    scale = expected.nan_to_num().abs().max().item()
+    assert difference <= tolerance * scale, (
+        f"{what}: {difference:.3g} > {tolerance:.3g} * {scale:.3g}"
+    )
+
+
+@dataclass
+class Strided:
+    """How a test tensor lies in memory: a slice of a larger buffer, with permuted dimensions."""
+
+    name: str
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.name == "contiguous" or tensor.dim() == 0:
+            return tensor
+        if self.name == "permuted":
+            return tensor.movedim(0, -1).contiguous().movedim(-1, 0)
+        if self.name == "slice":
+            outside = torch.nan if tensor.is_floating_point() else -1
+            larger = torch.full([size + 3 for size in tensor.shape], outside, dtype=tensor.dtype)
+            inner = larger.to(tensor.device)[tuple(slice(1, size + 1) for size in tensor.shape)]
+            return inner.copy_(tensor)
+        if self.name == "offset":  # starts one element into its buffer: vector loads are misaligned
+            flat = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
+            return flat[1:].view(tensor.shape).copy_(tensor)
+        raise ValueError(self.name)
+
+
+STRIDES = [Strided(name) for name in ("contiguous", "permuted", "slice", "offset")]
