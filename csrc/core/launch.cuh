@@ -1,12 +1,15 @@
-// How kernels of this package are written and launched, once for nvcc and once for the host emulation (csrc/emulation).
+// How kernels of this package are written and launched, once for nvcc and once for the host
+// emulation (csrc/emulation).
 //
 //   VTOK_SHARED(type, name, count);      a static shared array, 16-byte aligned
-//   VTOK_DYNAMIC_SHARED(type, name);     the dynamic shared memory of the launch as `type* name`, 16-byte aligned
-//   VTOK_LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, arguments...);
-//   VTOK_LAUNCH_SM90(...)                the same for a kernel that only runs on sm_90: up to 227 KiB instead of 99
+//   VTOK_DYNAMIC_SHARED(type, name);     the dynamic shared memory of the launch as `type* name`,
+//   16-byte aligned VTOK_LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, arguments...);
+//   VTOK_LAUNCH_SM90(...)                the same for a kernel that only runs on sm_90: up to 227
+//   KiB instead of 99
 //
-// `kernel` with several template arguments goes into parentheses. The grid must not be empty: callers return early for
-// zero elements. A launch that fails throws std::runtime_error("KERNEL: cudaErrorName: description").
+// `kernel` with several template arguments goes into parentheses. The grid must not be empty:
+// callers return early for zero elements. A launch that fails throws std::runtime_error("KERNEL:
+// cudaErrorName: description").
 #pragma once
 
 #include <cstddef>
@@ -30,7 +33,8 @@
   extern __shared__ __align__(16) unsigned char vtok_dynamic_shared_memory[]; \
   type* const name = reinterpret_cast<type*>(vtok_dynamic_shared_memory)
 // The first two variadic arguments are dynamic_shared_bytes and the stream.
-#define VTOK_LAUNCH(kernel, grid, block, ...) ::vtok::launch_kernel(#kernel, kernel, grid, block, __VA_ARGS__)
+#define VTOK_LAUNCH(kernel, grid, block, ...) \
+  ::vtok::launch_kernel(#kernel, kernel, grid, block, __VA_ARGS__)
 #define VTOK_LAUNCH_SM90(kernel, grid, block, ...) VTOK_LAUNCH(kernel, grid, block, __VA_ARGS__)
 
 #endif
@@ -40,7 +44,8 @@ namespace vtok {
 // Throws if a CUDA call failed; `what` names the operation.
 inline void check_cuda(cudaError_t error, const std::string& what) {
   if (error == cudaSuccess) return;
-  throw std::runtime_error(what + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
+  throw std::runtime_error(what + ": " + cudaGetErrorName(error) + ": " +
+                           cudaGetErrorString(error));
 }
 
 #ifdef VTOK_EMULATE_CUDA
@@ -50,7 +55,9 @@ struct DeviceGuard {
 };
 
 // Small and no power of two, so that persistent kernels go through their loop more than once.
-inline int num_multiprocessors(int /*device_index*/) { return 3; }
+inline int num_multiprocessors(int /*device_index*/) {
+  return 3;
+}
 
 #else
 
@@ -75,15 +82,17 @@ class DeviceGuard {
 
 inline int num_multiprocessors(int device_index) {
   int count = 0;
-  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_index), "cudaDeviceGetAttribute");
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_index),
+             "cudaDeviceGetAttribute");
   return count;
 }
 
 template <typename... Parameters, typename... Arguments>
-void launch_kernel(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic_shared_bytes,
-                   Stream stream, Arguments&&... arguments) {
+void launch_kernel(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                   size_t dynamic_shared_bytes, Stream stream, Arguments&&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) {
-    throw std::runtime_error(std::string(name) + ": grid must not be empty (return early for zero elements)");
+    throw std::runtime_error(std::string(name) +
+                             ": grid must not be empty (return early for zero elements)");
   }
   constexpr size_t kDefaultLimit = 48 << 10;  // beyond it a kernel has to opt in
   if (dynamic_shared_bytes > kDefaultLimit) {
@@ -91,7 +100,7 @@ void launch_kernel(const char* name, void (*kernel)(Parameters...), dim3 grid, d
                                     static_cast<int>(dynamic_shared_bytes)),
                name);
   }
-  kernel<<<grid, block, dynamic_shared_bytes, static_cast<cudaStream_t>(stream)>>>(
+  kernel<<<grid, block, dynamic_shared_bytes, static_cast<cudaStream_t>(stream)> > >(
       std::forward<Arguments>(arguments)...);
   check_cuda(cudaGetLastError(), name);
 }
@@ -156,7 +165,8 @@ __device__ __forceinline__ void store_vector(void* address, const VectorType& ve
   *static_cast<Word*>(address) = word;
 }
 
-// Adds to global or shared memory. The order of additions is not defined: with floats the last bits are not either.
+// Adds to global or shared memory. The order of additions is not defined: with floats the last bits
+// are not either.
 template <typename T>
 __device__ __forceinline__ void atomic_add(T* address, T value) {
   atomicAdd(address, value);

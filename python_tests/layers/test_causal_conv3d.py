@@ -1,0 +1,127 @@
+"""Causal convolutions against nn.functional, chunked against whole, for every padding and stride."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vtok_ext.layers import CausalConv1d, CausalConv3d, FrameConv2d, _convolution
+
+
+def video(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def front(x: torch.Tensor, count: int, temporal: str) -> torch.Tensor:
+    first = x[:, :, :1] if temporal == "replicate" else torch.zeros_like(x[:, :, :1])
+    return torch.cat([first] * count + [x], dim=2)
+
+
+@pytest.mark.parametrize("temporal", ["zeros", "replicate"])
+@pytest.mark.parametrize("kernel", [1, 3, (3, 1, 1), (1, 3, 3), (2, 5, 3), (4, 3, 3)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_equals_padded_convolution(kernel, stride, temporal):
+    taps = (kernel,) * 3 if isinstance(kernel, int) else kernel
+    if stride > taps[0]:
+        pytest.skip("stride beyond the kernel leaves frames out")
+    layer = CausalConv3d(4, 6, kernel, stride, temporal=temporal)
+    x = video(2, 4, 5, 7, 6)
+    expected = F.conv3d(
+        front(x, taps[0] - stride, temporal),
+        layer.conv.weight,
+        layer.conv.bias,
+        stride=(stride, 1, 1),
+        padding=(0, taps[1] // 2, taps[2] // 2),
+    )
+    y = layer(x)
+    assert y.shape == (2, 6, 5 // stride, 7, 6)
+    assert torch.allclose(y, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("temporal", ["zeros", "replicate"])
+def test_1d_equals_conv1d_at_every_pixel(temporal):
+    layer = CausalConv1d(4, 6, 3, temporal=temporal)
+    x = video(2, 4, 5, 3, 2)
+    pixels = front(x, 2, temporal).permute(0, 3, 4, 1, 2).flatten(0, 2)
+    expected = F.conv1d(pixels, layer.conv.weight, layer.conv.bias)
+    expected = expected.unflatten(0, (2, 3, 2)).permute(0, 3, 4, 1, 2)
+    assert torch.allclose(layer(x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("stride", "padding"), [(1, 1), (2, 0)])
+def test_2d_equals_conv2d_of_every_frame(stride, padding):
+    layer = FrameConv2d(4, 6, 3, stride=stride, padding=padding)
+    x = video(2, 4, 5, 9, 8)
+    expected = torch.stack(
+        [F.conv2d(f, layer.weight, layer.bias, stride, padding) for f in x.unbind(2)], dim=2
+    )
+    assert torch.allclose(layer(x), expected, atol=1e-5)
+    sliced = video(2, 4, 7, 9, 8).contiguous(memory_format=torch.channels_last_3d)[:, :, 1:4]
+    assert torch.allclose(layer(sliced), layer(sliced.contiguous()), atol=1e-5)
+
+
+@pytest.mark.parametrize("plan", [[1] * 8, [2, 1, 5], [8], [3, 3, 2]])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 1), ((4, 1, 1), 2)])
+@pytest.mark.parametrize("temporal", ["zeros", "replicate"])
+def test_chunks_equal_whole(plan, kernel, stride, temporal):
+    layer = CausalConv3d(4, 6, kernel, stride, temporal=temporal)
+    x, state, chunks = video(2, 4, 8, 5, 6), None, []
+    for chunk in x.split(plan, dim=2):
+        y, state = layer(chunk, state, return_state=True)
+        chunks.append(y)
+        assert state.untyped_storage().nbytes() == state.nbytes  # owned, not a view
+    assert torch.allclose(torch.cat(chunks, dim=2), layer(x), atol=1e-5)
+
+
+def test_gradients():
+    torch.manual_seed(0)
+    layer = CausalConv3d(2, 3, 3).double()
+    x = video(1, 2, 3, 4, 4).double().requires_grad_(True)
+    state = video(1, 2, 2, 4, 4, seed=1).double().requires_grad_(True)
+    assert torch.autograd.gradcheck(layer, (x, state))
+    layer = CausalConv3d(2, 3, 3, 2, temporal="replicate").double()
+    assert torch.autograd.gradcheck(layer, (x,))
+
+
+@pytest.mark.parametrize("channels", [3, 16])
+@pytest.mark.parametrize("grad", [False, True])
+def test_small_batches_take_another_path_with_the_same_result(channels, grad):
+    """See Note [Small batches on the CPU]."""
+    x = video(1, channels, 5, 8, 9)
+    weight, bias = video(6, channels, 3, 3, 3, seed=1), video(6, seed=2)
+    assert _convolution._is_small(x) and not _convolution._is_small(x.double())
+    inputs = [t.requires_grad_(grad) for t in (x, weight, bias)]
+    y = _convolution.conv3d(*inputs, padding=(0, 1, 1))
+    expected = F.conv3d(*inputs, padding=(0, 1, 1))
+    assert torch.allclose(y, expected, atol=1e-4)
+    with torch.no_grad():
+        again = _convolution.conv3d(*inputs, padding=(0, 1, 1))
+    assert torch.allclose(again, expected, atol=1e-4)
+    if grad:
+        direction = video(*y.shape, seed=3)
+        found = torch.autograd.grad(y, inputs, direction)
+        for a, b in zip(found, torch.autograd.grad(expected, inputs, direction), strict=True):
+            assert torch.allclose(a, b, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((4, 4, 2), {}, r"kernel_size must be \(kt, kh, kw\), kh and kw odd, got \(2, 2, 2\)"),
+        ((4, 4, (3, 3)), {}, r"kernel_size must be .*, got \(3, 3\)"),
+        ((4, 4, 3, 4), {}, r"stride must be in 1\.\.3, got 4"),
+        ((4, 4, 3), {"temporal": "reflect"}, "temporal must be one of .*, got 'reflect'"),
+    ],
+)
+def test_bad_arguments(arguments, options, message):
+    with pytest.raises(ValueError, match=f"causal_conv3d: {message}"):
+        CausalConv3d(*arguments, **options)
+
+
+def test_bad_state():
+    layer = CausalConv3d(4, 4)
+    for shape in ((1, 4, 2, 5, 6), (2, 4, 1, 5, 6), (2, 4, 2, 5), (2, 4, 2, 5, 7)):
+        with pytest.raises(ValueError, match=r"state must be \[2, 4, 2, 5, 6\], got"):
+            layer(video(2, 4, 1, 5, 6), video(*shape))
+    layer = CausalConv3d(4, 4, stride=2)
+    with pytest.raises(ValueError, match=r"state must be \[2, 4, 1\.\.2, 5, 6\], got \[2, 4, 3, 5"):
+        layer(video(2, 4, 1, 5, 6), video(2, 4, 3, 5, 6))

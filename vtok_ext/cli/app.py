@@ -1,0 +1,140 @@
+"""The commands of `vtok` and their options; each imports its own implementation when it runs."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .failures import EXIT_INTERRUPTED, describe_failure, wants_traceback
+
+app = typer.Typer(
+    name="vtok",
+    help="Video tokenizers: turn a video into tokens and back.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+@app.command()
+def demo(
+    video: Annotated[
+        Path | None, typer.Option(help="Train on this clip instead of a procedural one.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("vtok-demo"),
+    seconds: Annotated[
+        float | None, typer.Option(help="Training time to aim at, on the wall clock.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Training steps, exactly; instead of --seconds.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the clip, the weights and the training.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a small tokenizer on one clip, then encode it to a token file and decode that."""
+    from .demo import run_demo
+
+    run_demo(video=video, out=out, seconds=seconds, steps=steps, seed=seed, as_json=as_json)
+
+
+@app.command()
+def reconstruct(
+    video: Annotated[Path, typer.Argument(help="Video file of any length and size.")],
+    model: Annotated[
+        str, typer.Option(help="Folder of a saved model, a released checkpoint, or a preset name.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Video to write [default: NAME.vtok.mp4 here]."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Preset that a released checkpoint belongs to.")
+    ] = None,
+    side_by_side: Annotated[
+        bool, typer.Option("--side-by-side/--no-side-by-side", help="Input left, output right.")
+    ] = False,
+    max_frames: Annotated[
+        int | None, typer.Option(min=1, help="Stop after this many frames.")
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1; auto takes CUDA where it works.")
+    ] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Encode a video and decode it again, frame by frame through a stream; print the quality."""
+    from .reconstruct import run_reconstruct
+
+    run_reconstruct(
+        video=video,
+        model_source=model,
+        output=output,
+        name=name,
+        side_by_side=side_by_side,
+        max_frames=max_frames,
+        device=device,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def models(as_json: JsonOption = False) -> None:
+    """List the models that can be created by name."""
+    from .models import run_models
+
+    run_models(as_json=as_json)
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Show what this installation can use, and why something cannot be used."""
+    from .doctor import run_doctor
+
+    run_doctor(as_json=as_json)
+
+
+def run(arguments: list[str]) -> int:
+    """Returns the exit code of `vtok ARGUMENTS...`; a failure is one line on stderr.
+
+    Args:
+        arguments: as on the command line, without the program name.
+    """
+    with _termination_as_exception():
+        try:
+            outcome: Any = app(args=arguments, prog_name="vtok", standalone_mode=True)
+            return outcome if isinstance(outcome, int) else 0
+        except SystemExit as stop:
+            return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except KeyboardInterrupt:
+            print("vtok: interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        except Exception as error:
+            if wants_traceback():
+                traceback.print_exc()
+            code, line = describe_failure(error)
+            print(f"vtok: {line}", file=sys.stderr)
+            return code
+
+
+class _termination_as_exception:
+    """Within it, SIGTERM unwinds the stack as Ctrl-C does, so that partial output is removed."""
+
+    def __enter__(self) -> None:
+        try:
+            self._previous = signal.signal(signal.SIGTERM, _raise_interrupt)
+        except ValueError:  # not the main thread: signals are someone else's business
+            self._previous = None
+
+    def __exit__(self, *_: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+
+
+def _raise_interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,42 @@
+"""Diagonal Gaussian posterior of a continuous latent, and its KL divergence from N(0, 1).
+
+    mean, logvar = moments;  latent = mean + exp(logvar / 2) * noise, or mean
+    kl_loss = sum(mean^2 + var - 1 - logvar) / (2 B)
+
+Source: Kingma and Welling (arXiv 1312.6114), appendix B; reduction and clamp as in VidTok.
+"""
+
+import torch
+from torch import Tensor
+
+# Bounds of logvar: standard deviations from 3e-7 to 2.2e4, so that exp and its gradient stay
+# finite.
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+def kl_posterior(
+    moments: Tensor,  # [B, 2 C, ...]
+    sample: bool = False,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns the latent [B, C, ...] of a posterior, and its losses.
+
+    Args:
+        moments: [B, 2 C, ...]: C channels of mean, then C of log variance, clamped to [-30, 20].
+        sample: draw from the posterior instead of returning its mean.
+        generator: source of the noise; default the global CPU one on every device, so that a seed
+            gives the same latent everywhere.
+
+    Returns:
+        The mean in the dtype of `moments`, or a float32 sample; and {"kl_loss"}: a float32 scalar,
+        summed over C and positions, averaged over B.
+    """
+    mean, logvar = moments.chunk(2, dim=1)
+    mean32, logvar32 = mean.float(), logvar.float().clamp(*LOGVAR_RANGE)
+    terms = mean32.square() + logvar32.exp() - 1 - logvar32
+    losses = {"kl_loss": 0.5 * terms.sum() / moments.shape[0]}
+    if not sample:
+        return mean, losses
+    device = "cpu" if generator is None else generator.device
+    noise = torch.randn(mean.shape, generator=generator, device=device).to(mean.device)
+    return mean32 + torch.exp(0.5 * logvar32) * noise, losses

@@ -1,0 +1,52 @@
+"""Halving and doubling height and width, frame by frame, without temporal context.
+
+    down: zeros appended at the right and the bottom only, then a 3x3 convolution of stride 2
+    up:   every pixel repeated 2x2, then a 3x3 convolution with zero padding
+
+Source: VidTok (arXiv 2412.13061), section 3.2.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vtok_ext.layers.causal_conv3d import FrameConv2d
+
+
+def repeat_nearest(x: Tensor, time: int, space: int) -> Tensor:
+    """Returns [B, C, time * T, space * H, space * W]: every value of x [B, C, T, H, W] repeated.
+
+    Equivalent to: `F.interpolate(x, scale_factor=(time, space, space), mode="nearest")`, as one
+    broadcast copy: it keeps channels_last_3d memory and the dtype under autocast.
+    """
+    batch, channels, frames, height, width = x.shape
+    y = x.permute(0, 2, 3, 4, 1)[:, :, None, :, None, :, None]
+    y = y.expand(batch, frames, time, height, space, width, space, channels)
+    y = y.reshape(batch, frames * time, height * space, width * space, channels)
+    return y.permute(0, 4, 1, 2, 3)
+
+
+class SpatialDownsample(nn.Module):
+    """Returns [B, C, T, floor(H / 2), floor(W / 2)] from [B, C, T, H, W]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = FrameConv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns [B, C, T, floor(H / 2), floor(W / 2)]."""
+        # With an odd size the last window ends inside the frame and needs no padding.
+        return self.conv(F.pad(x, (0, 1 - x.shape[4] % 2, 0, 1 - x.shape[3] % 2)))
+
+
+class SpatialUpsample(nn.Module):
+    """Returns [B, C, T, 2 H, 2 W] from [B, C, T, H, W]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = FrameConv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns [B, C, T, 2 H, 2 W]."""
+        return self.conv(repeat_nearest(x, 1, 2))

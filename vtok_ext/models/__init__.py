@@ -1,0 +1,21 @@
+"""Video tokenizers behind one interface, `VideoTokenizer`, and the registry of their names."""
+
+from vtok_ext.models._registry import create_model, list_models, load_model
+from vtok_ext.models.base import VideoTokenizer
+from vtok_ext.models.encoding import Encoding, Output, Tokens
+from vtok_ext.models.streaming import StreamDecoder, StreamEncoder
+from vtok_ext.models.vidtok import VidTok, VidTokConfig
+
+__all__ = [
+    "Encoding",
+    "Output",
+    "StreamDecoder",
+    "StreamEncoder",
+    "Tokens",
+    "VidTok",
+    "VidTokConfig",
+    "VideoTokenizer",
+    "create_model",
+    "list_models",
+    "load_model",
+]

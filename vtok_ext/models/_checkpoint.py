@@ -1,0 +1,74 @@
+"""Released training checkpoints: only tensors are read, and only the model's own are kept."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtok_ext.models._persistence import read_safetensors
+
+PICKLED = (".ckpt", ".pth", ".pt")
+# Training state beside the model: loss networks, and shadow weights whose names have lost their
+# dots.
+IGNORED_PREFIXES = ("loss.", "model_ema.")
+# torch.compile inserts this level into the names of what it wraps.
+COMPILED_LEVEL = "_orig_mod."
+# The first release whose weights_only loading is safe (CVE-2025-32434).
+SAFE_TORCH = (2, 6)
+
+
+def is_checkpoint(path: str) -> bool:
+    """Returns whether `path` is named like a checkpoint file rather than a folder or hub id."""
+    return not os.path.isdir(path) and path.lower().endswith((*PICKLED, ".safetensors"))
+
+
+def read_checkpoint(path: str, trust_checkpoint: bool = False) -> dict[str, Tensor]:
+    """Returns the model's tensors of a checkpoint by name.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a checkpoint, holds something other than tensors, or is a pickled one
+        that
+            this torch cannot read safely.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"load_model: {path!r} must be a file, got none")
+    pickled = path.lower().endswith(PICKLED)
+    content = _unpickle(path, trust_checkpoint) if pickled else read_safetensors(path, "load_model")
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"load_model: {path!r} must hold a state_dict, got {type(content).__name__}"
+        )
+    weights = {
+        str(name).replace(COMPILED_LEVEL, ""): value
+        for name, value in content.items()
+        if not str(name).startswith(IGNORED_PREFIXES)
+    }
+    for name, value in weights.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"load_model: {name} must be a tensor, got {type(value).__name__} in {path!r}"
+            )
+    return weights
+
+
+def _unpickle(path: str, trust_checkpoint: bool) -> Any:
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < SAFE_TORCH and not trust_checkpoint:
+        raise ValueError(
+            f"load_model: torch must be >= 2.6 to read {path!r} safely (CVE-2025-32434), got "
+            f"{torch.__version__}; trust_checkpoint=True reads it nevertheless"
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"load_model: {path!r} must be a checkpoint of tensors, got {reason}"
+        ) from error

@@ -1,0 +1,172 @@
+"""Models on disk: a folder of config.json and model.safetensors, strict in both directions.
+
+config.json names the model class, its configuration, the version of the reference behaviour that
+the weights were made for, and the package version that wrote it. Nothing in a folder is executed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from vtok_ext.models.base import VideoTokenizer
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+FORMAT_VERSION = 1
+# A config.json is a few hundred bytes; more than this is not one.
+MAX_CONFIG_BYTES = 1 << 20
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[str]:
+    """Yields a temporary name that becomes `path` on success and is removed otherwise."""
+    target = os.path.abspath(os.fspath(path))
+    if os.path.isdir(target):
+        raise IsADirectoryError(f"save: {target!r} must be a file name, got a directory")
+    handle, temporary = tempfile.mkstemp(
+        prefix=f".{os.path.basename(target)}.", suffix=".tmp", dir=os.path.dirname(target)
+    )
+    os.close(handle)
+    try:
+        yield temporary
+        # mkstemp makes private files; give the result the permissions that open() would have.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def package_version() -> str:
+    """Returns the version of the installed vtok_ext, "unknown" in an uninstalled source tree."""
+    try:
+        return importlib.metadata.version("vtok_ext")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def save_model(model: VideoTokenizer, folder: str | os.PathLike) -> None:
+    """Writes config.json and model.safetensors into `folder`, creating it; both appear complete."""
+    from safetensors.torch import save_file
+
+    os.makedirs(folder, exist_ok=True)
+    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    description = {
+        "format_version": FORMAT_VERSION,
+        "model": type(model).__name__,
+        "name": model.name,
+        "reference_version": model.reference_version,
+        "vtok_ext_version": package_version(),
+        "config": model.config.to_dict(),
+    }
+    with atomic_path(os.path.join(folder, WEIGHTS_NAME)) as temporary:
+        save_file(weights, temporary)
+    # Last, so that a folder with a config.json is a complete one.
+    with atomic_path(os.path.join(folder, CONFIG_NAME)) as temporary:
+        Path(temporary).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def resolve_folder(source: str | os.PathLike) -> str:
+    """Returns the local folder of a saved model, downloading it when `source` is a hub id."""
+    if os.path.isdir(source):
+        return os.fspath(source)
+    if os.path.exists(source) or not _HUB_ID.fullmatch(str(source)):
+        raise FileNotFoundError(
+            f"from_pretrained: source must be a folder of save_pretrained or a hub id "
+            f"(owner/name), got {os.fspath(source)!r}"
+        )
+    hub = require_hub("from_pretrained")
+    return hub.snapshot_download(str(source), allow_patterns=[CONFIG_NAME, WEIGHTS_NAME])
+
+
+def require_hub(op: str):
+    """Returns the module huggingface_hub. Raises ImportError with the remedy when it is absent."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ImportError(
+            f"{op}: huggingface_hub must be installed (pip install huggingface_hub), got no module"
+        ) from error
+    return huggingface_hub
+
+
+def read_description(folder: str) -> dict[str, Any]:
+    """Returns the parsed config.json of `folder`. Raises FileNotFoundError or ValueError."""
+    path = os.path.join(folder, CONFIG_NAME)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"from_pretrained: {folder!r} must hold {CONFIG_NAME}, got a folder without it"
+        )
+    if os.path.getsize(path) > MAX_CONFIG_BYTES:
+        raise ValueError(f"from_pretrained: {path!r} must be <= 1 MiB, got a larger file")
+    try:
+        description = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"from_pretrained: {path!r} must be JSON, got {error}") from error
+    if not isinstance(description, dict) or not isinstance(description.get("config"), dict):
+        raise ValueError(f"from_pretrained: {path!r} must be an object with `config`, got another")
+    if description.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"from_pretrained: format_version must be {FORMAT_VERSION}, "
+            f"got {description.get('format_version')!r}"
+        )
+    return description
+
+
+def read_safetensors(path: str, op: str) -> dict[str, Tensor]:
+    """Returns the tensors of a safetensors file. Raises FileNotFoundError or ValueError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{op}: {path!r} must be a file, got none")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{op}: {path!r} must be a safetensors file, got {error}") from error
+
+
+def load_weights(model: VideoTokenizer, weights: Mapping[str, Tensor], op: str) -> None:
+    """Copies `weights` into `model`, which keeps its dtype. All names and shapes must agree.
+
+    Raises:
+        ValueError: one message with counts and the first missing, unexpected and misshapen tensors.
+    """
+    expected = model.state_dict()
+    missing = [k for k in expected if k not in weights]
+    unexpected = [k for k in weights if k not in expected]
+    misshapen = [
+        f"{k} {list(weights[k].shape)} instead of {list(v.shape)}"
+        for k, v in expected.items()
+        if k in weights and weights[k].shape != v.shape
+    ]
+    found = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for names, what in (
+            (missing, "missing"),
+            (unexpected, "unexpected"),
+            (misshapen, "of another shape"),
+        )
+        if names
+    ]
+    if found:
+        raise ValueError(f"{op}: weights must be those of {model.name}, got {'; '.join(found)}")
+    with torch.no_grad():
+        for key, target in expected.items():
+            target.copy_(weights[key])

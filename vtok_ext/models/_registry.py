@@ -1,0 +1,106 @@
+"""Names of models: `list_models`, `create_model` and `load_model`."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from typing import Any
+
+from vtok_ext.models import _checkpoint, _persistence
+from vtok_ext.models._config import closest
+from vtok_ext.models.base import VideoTokenizer
+from vtok_ext.models.vidtok import VidTok
+
+# Class names as they stand in config.json; a file can name nothing outside this table.
+MODEL_CLASSES: dict[str, type[VideoTokenizer]] = {"VidTok": VidTok}
+
+
+def _presets() -> dict[str, tuple[type[VideoTokenizer], Any]]:
+    return {
+        name: (model_class, config)
+        for model_class in MODEL_CLASSES.values()
+        for name, config in model_class.presets.items()
+    }
+
+
+def list_models(pattern: str = "*", *, discrete: bool | None = None) -> list[str]:
+    """Returns the names that `create_model` knows, sorted.
+
+    Args:
+        pattern: shell pattern, such as "vidtok_fsq*".
+        discrete: only models with (True) or without (False) a codebook.
+    """
+    return [
+        name
+        for name, (_, config) in sorted(_presets().items())
+        if fnmatch.fnmatchcase(name, pattern) and discrete in (None, config.is_discrete)
+    ]
+
+
+def create_model(name: str, **overrides: Any) -> VideoTokenizer:
+    """Returns a model with random weights, in training mode.
+
+    Args:
+        name: one of `list_models()`.
+        **overrides: fields of the configuration to change, such as `ch=16`.
+
+    Raises:
+        ValueError: an unknown name or field (the message names the closest) or a rejected value.
+    """
+    presets = _presets()
+    if name not in presets:
+        raise ValueError(
+            f"create_model: name must be one of {', '.join(sorted(presets))}, "
+            f"got {name!r}{closest(name, presets)}"
+        )
+    model_class, config = presets[name]
+    return model_class(config.replace(**overrides), name)
+
+
+def load_model(
+    source: str | os.PathLike,
+    name: str | None = None,
+    *,
+    trust_checkpoint: bool = False,
+    **overrides: Any,
+) -> VideoTokenizer:
+    """Returns a model with weights, in eval mode.
+
+    Args:
+        source: a folder of `save_pretrained`, a hub id `owner/name` of one, or, with `name`, a
+        released
+            checkpoint (.ckpt, .pth, .pt, .safetensors).
+        name: which of `list_models()` a checkpoint belongs to. Versions share names and shapes, so
+            the file itself cannot tell.
+        trust_checkpoint: read a pickled checkpoint with torch < 2.6, whose `weights_only` loading
+        can
+            be made to run code (CVE-2025-32434).
+        **overrides: configuration fields by which a checkpoint deviates from `name`.
+
+    Raises:
+        FileNotFoundError: there is no such folder or file.
+        ValueError: not a model, an unknown name or field, or weights with other names or shapes.
+    """
+    path = os.fspath(source)
+    if _checkpoint.is_checkpoint(path):
+        if name is None:
+            raise ValueError(
+                f"load_model: name must say which model the checkpoint {path!r} belongs to, "
+                "got None"
+            )
+        weights = _checkpoint.read_checkpoint(path, trust_checkpoint)
+        model = create_model(name, **overrides)
+        _persistence.load_weights(model, weights, "load_model")
+        return model.eval()
+    if name is not None or overrides:
+        raise ValueError(
+            f"load_model: name and overrides must be absent for a saved model, got {name!r}, "
+            f"{overrides}"
+        )
+    folder = _persistence.resolve_folder(path)
+    model_name = _persistence.read_description(folder).get("model")
+    if model_name not in MODEL_CLASSES:
+        raise ValueError(
+            f"load_model: model must be one of {', '.join(MODEL_CLASSES)}, got {model_name!r}"
+        )
+    return MODEL_CLASSES[model_name].from_pretrained(folder)

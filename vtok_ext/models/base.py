@@ -1,0 +1,260 @@
+"""VideoTokenizer: what every model of this package can do, and the parts they share.
+
+A model implements `forward`, `encode`, `decode` and the facts about it; saving, loading and tokens
+are here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vtok_ext.models import _persistence
+from vtok_ext.models._config import ModelConfig
+from vtok_ext.models._video_input import to_uint8
+from vtok_ext.models.encoding import Encoding, Output, Tokens
+
+OUTPUTS = ("float", "uint8")
+
+
+class VideoTokenizer(nn.Module):
+    """A video autoencoder with a continuous or a discrete latent.
+
+    Videos are [B, 3, T, H, W], float in [-1, 1] or uint8; any T >= 1, H, W.
+
+    Attributes:
+        config: the validated configuration.
+        name: the preset it was created from, else the class name.
+    """
+
+    config_class: ClassVar[type[ModelConfig]]
+    presets: ClassVar[dict[str, Any]]
+
+    def __init__(self, config: ModelConfig, name: str | None = None) -> None:
+        super().__init__()
+        if not isinstance(config, self.config_class):
+            raise TypeError(
+                f"{type(self).__name__}: config must be {self.config_class.__name__}, "
+                f"got {type(config).__name__}"
+            )
+        self.config = config
+        self.name = name or type(self).__name__
+
+    # What a model is.
+
+    @property
+    @abstractmethod
+    def is_causal(self) -> bool:
+        """Whether a latent depends on its own and earlier frames only."""
+
+    @property
+    @abstractmethod
+    def is_discrete(self) -> bool:
+        """Whether the model has a codebook, hence `tokenize`."""
+
+    @property
+    @abstractmethod
+    def temporal_factor(self) -> int | None:
+        """Frames per latent frame; None where meaningless."""
+
+    @property
+    @abstractmethod
+    def spatial_factor(self) -> int | None:
+        """Pixels per latent position along H and W; None where meaningless."""
+
+    @property
+    def codebook_size(self) -> int | None:
+        """Number of distinct ids of a discrete model, else None."""
+        return None
+
+    @property
+    def reference_version(self) -> str:
+        """Version of the published behaviour that the weights belong to."""
+        return "1.0"
+
+    @property
+    def model_id(self) -> str:
+        """Name and configuration digest; equal ids mean that ids have the same layout and codebook.
+
+        It does not cover the weights: tokens of one training run are meaningless to another.
+        """
+        content = json.dumps([type(self).__name__, self.config.to_dict()], sort_keys=True)
+        return f"{self.name}@{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+    @abstractmethod
+    def token_grid(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
+        """Returns the shape of the ids of one clip."""
+
+    # What a model does.
+
+    @abstractmethod
+    def forward(self, video: Tensor) -> Output:
+        """Returns the reconstruction and the encoding; the only entry for training."""
+
+    @abstractmethod
+    def encode(
+        self,
+        video: Tensor,
+        *,
+        fps: float | None = None,
+        sample: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Encoding:
+        """Returns the Encoding of a video."""
+
+    @abstractmethod
+    def decode(
+        self,
+        encoding: Encoding | Tensor,
+        *,
+        num_frames: int | None = None,
+        size: tuple[int, int] | None = None,
+        output: str = "float",
+    ) -> Tensor:
+        """Returns the video of an Encoding or a bare latent."""
+
+    def indices_to_latent(self, indices: Tensor) -> Tensor:
+        """Returns the latent that integer ids stand for (discrete models only)."""
+        raise self._continuous("indices_to_latent")
+
+    def tokenize(self, video: Tensor, *, fps: float | None = None, **options: Any) -> Tokens:
+        """Returns the integer Tokens of a video.
+
+        Args:
+            video, fps: as for `encode`.
+            **options: further options of this model's `encode`.
+
+        Raises:
+            ValueError: the model is continuous; the message names the discrete presets.
+        """
+        if not self.is_discrete:
+            raise self._continuous("tokenize")
+        encoding = self.encode(video, fps=fps, **options)
+        ids = encoding.indices
+        assert ids is not None  # a discrete model's encode gives indices
+        return Tokens(
+            ids=ids,
+            grid=tuple(ids.shape[1:]),
+            num_frames=encoding.num_frames,
+            size=encoding.size,
+            fps=encoding.fps,
+            model_id=self.model_id,
+        )
+
+    def detokenize(self, tokens: Tokens, *, output: str = "float") -> Tensor:
+        """Returns the video [B, 3, num_frames, H, W] of `tokens`.
+
+        Raises:
+            ValueError: a continuous model, tokens of another model, ids outside the codebook, or a
+                grid that does not cover `num_frames` and `size`.
+        """
+        if not self.is_discrete:
+            raise self._continuous("detokenize")
+        if tokens.model_id not in ("", self.model_id):
+            raise ValueError(
+                f"detokenize: tokens must come from {self.model_id}, got {tokens.model_id}"
+            )
+        device = next(self.parameters()).device
+        latent = self.indices_to_latent(tokens.ids.to(device))
+        return self.decode(latent, num_frames=tokens.num_frames, size=tokens.size, output=output)
+
+    def stream_encoder(self, output: str = "latent"):
+        """Returns a StreamEncoder, see `CausalTokenizer`. Raises ValueError without causality."""
+        raise self._not_causal("stream_encoder")
+
+    def stream_decoder(self, **options: Any):
+        """Returns a StreamDecoder, see `CausalTokenizer`. Raises ValueError without causality."""
+        raise self._not_causal("stream_decoder")
+
+    # A model on disk.
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Writes config.json and model.safetensors; each is complete or absent. Raises OSError."""
+        _persistence.save_model(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike) -> VideoTokenizer:
+        """Returns the model saved in folder `source`, or of the hub id `owner/name`, in eval mode.
+
+        Raises:
+            FileNotFoundError: there is no such folder or a file is missing in it.
+            ValueError: not a saved model, one of another class, an unknown configuration field (the
+                message names the closest), or weights with other names or shapes.
+        """
+        folder = _persistence.resolve_folder(source)
+        description = _persistence.read_description(folder)
+        if description.get("model") != cls.__name__:
+            raise ValueError(
+                f"from_pretrained: model must be {cls.__name__}, got {description.get('model')!r}"
+            )
+        name = description.get("name")
+        config = cls.config_class.from_dict(description["config"])
+        model = cls(config, name if isinstance(name, str) else None)
+        if description.get("reference_version") != model.reference_version:
+            raise ValueError(
+                f"from_pretrained: reference_version must be {model.reference_version!r}, "
+                f"got {description.get('reference_version')!r}"
+            )
+        path = os.path.join(folder, _persistence.WEIGHTS_NAME)
+        weights = _persistence.read_safetensors(path, "from_pretrained")
+        _persistence.load_weights(model, weights, "from_pretrained")
+        return model.eval()
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
+        """Returns the address of the commit that uploads the model to the Hugging Face hub.
+
+        Raises:
+            ImportError: huggingface_hub is not installed.
+        """
+        import tempfile
+
+        hub = _persistence.require_hub("push_to_hub")
+        api = hub.HfApi()
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+
+    # For subclasses.
+
+    def _continuous(self, op: str) -> ValueError:
+        from vtok_ext.models._registry import list_models
+
+        return ValueError(
+            f"{op}: model must be discrete ({', '.join(list_models(discrete=True))}), "
+            f"got {self.name}, whose latent is continuous"
+        )
+
+    def _not_causal(self, op: str) -> ValueError:
+        return ValueError(f"{op}: model must be causal for an exact stream, got {self.name}")
+
+    @staticmethod
+    def _finish(op: str, video: Tensor, num_frames, size, output: str) -> Tensor:
+        """Returns `video` cropped to what was recorded, in the requested form."""
+        if output not in OUTPUTS:
+            raise ValueError(f"{op}: output must be one of {OUTPUTS}, got {output!r}")
+        available = tuple(video.shape[2:])
+        wanted = (
+            available[0] if num_frames is None else num_frames,
+            *(available[1:] if size is None else size),
+        )
+        if len(wanted) != 3 or not all(1 <= w <= a for w, a in zip(wanted, available, strict=True)):
+            raise ValueError(
+                f"{op}: num_frames and size must be within the decoded {list(available)}, "
+                f"got {list(wanted)}"
+            )
+        if wanted != available:
+            video = video[:, :, : wanted[0], : wanted[1], : wanted[2]]
+        return to_uint8(video) if output == "uint8" else video
+
+    def extra_repr(self) -> str:
+        """Returns name and configuration, for printing."""
+        fields = dataclasses.asdict(self.config)
+        return f"{self.name}: " + ", ".join(f"{k}={v}" for k, v in fields.items())

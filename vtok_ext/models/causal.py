@@ -1,0 +1,221 @@
+"""CausalTokenizer: one latent frame for the first frame of a video, one for every f further ones.
+
+The clip is extended at its tail (last frame repeated until (T - 1) % f == 0; last row and column up
+to multiples of s) and decoding crops to what the Encoding records. Since nothing is added that
+depends on the length before the end is reached, a stream never needs to know it, and equals the
+whole-clip result.
+"""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from vtok_ext.layers._state import State
+from vtok_ext.models import _video_input as video_input
+from vtok_ext.models.base import VideoTokenizer
+from vtok_ext.models.encoding import Encoding, Output
+from vtok_ext.models.streaming import StreamDecoder, StreamEncoder
+
+
+class CausalTokenizer(VideoTokenizer):
+    """Base of causal models whose latent is a grid [B, C, 1 + ceil((T - 1) / f), H / s, W / s].
+
+    A model adds `encode_chunk`, `decode_chunk`, `regularize` and the facts `temporal_factor`,
+    `spatial_factor`, `latent_channels`, `is_discrete`.
+    """
+
+    video_channels: int = 3
+
+    @property
+    def is_causal(self) -> bool:
+        """True: a latent depends on its own and earlier frames only."""
+        return True
+
+    @property
+    @abstractmethod
+    def temporal_factor(self) -> int:
+        """f: frames per latent frame."""
+
+    @property
+    @abstractmethod
+    def spatial_factor(self) -> int:
+        """s: pixels per latent position along H and W."""
+
+    @property
+    @abstractmethod
+    def latent_channels(self) -> int:
+        """C of the latent."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the parameters, to which videos and latents are converted."""
+        return next(self.parameters()).dtype
+
+    def token_grid(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Returns (t, h, w) of the latent of a clip of that many frames and that size."""
+        f, s = self.temporal_factor, self.spatial_factor
+        return 1 - (1 - num_frames) // f, -(-height // s), -(-width // s)
+
+    @abstractmethod
+    def encode_chunk(self, video: Tensor, state: State | None = None, return_state: bool = False):
+        """Returns the raw latent of the next frames of a stream, or `(latent, state)`.
+
+        At the start (state None) 1 + k f frames, afterwards k f; sizes are multiples of s.
+        """
+
+    @abstractmethod
+    def decode_chunk(self, latent: Tensor, state: State | None = None, return_state: bool = False):
+        """Returns the frames of the next latents of a stream, or `(frames, state)`.
+
+        At the start (state None) 1 + (k - 1) f frames for k latents, afterwards k f.
+        """
+
+    @abstractmethod
+    def encode_reference(self, video: Tensor) -> Tensor:
+        """Returns the raw latent of a clip under the published frame rule."""
+
+    @abstractmethod
+    def regularize(
+        self,
+        raw: Tensor,
+        *,
+        sample: bool = False,
+        generator: torch.Generator | None = None,
+        step: int = 0,
+        compute_loss: bool = False,
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Returns latent, indices (None when continuous) and losses of a raw latent."""
+
+    def forward(self, video: Tensor, *, sample: bool | None = None, **options) -> Output:
+        """Returns Output(reconstruction, encoding); the entry for training.
+
+        Args:
+            video: [B, 3, T, H, W], float in [-1, 1] or uint8.
+            sample: draw continuous latents from the posterior; default in training mode only.
+            **options: `fps`, `generator`, `frames`, `step`, `compute_loss` of `encode`.
+        """
+        sample = self.training if sample is None else sample
+        encoding = self.encode(video, sample=sample, **options)
+        return Output(self.decode(encoding), encoding)
+
+    def encode(
+        self,
+        video: Tensor,
+        *,
+        fps: float | None = None,
+        sample: bool = False,
+        generator: torch.Generator | None = None,
+        frames: str = "preserve",
+        step: int = 0,
+        compute_loss: bool | None = None,
+    ) -> Encoding:
+        """Returns the Encoding of a video.
+
+        Args:
+            video: [B, 3, T, H, W], float in [-1, 1] or uint8.
+            fps: frames per second, only recorded.
+            sample: draw a continuous latent from the posterior instead of taking its mean.
+            generator: source of that noise; default the global CPU one.
+            frames: "preserve" every frame and pixel; or "reference" for the published frame rule.
+            step: training step, which anneals the weight of FSQ's entropy loss.
+            compute_loss: whether FSQ's auxiliary loss is computed, which takes memory for tokens x
+                codes; default in training mode with gradients. The KL loss is always there.
+
+        Raises:
+            TypeError, ValueError: the video or an option is not as described; NaN or infinite
+            values.
+        """
+        video_input.check_video("encode", video, self.video_channels)
+        video_input.check_frame_rule("encode", frames)
+        f, s = self.temporal_factor, self.spatial_factor
+        num_frames, height, width = video.shape[2:]
+        x = video_input.to_float(video, self.dtype)
+        if frames == "preserve":
+            raw = self.encode_chunk(video_input.pad_tail(video_input.pad_size(x, s), f))
+        elif min(height, width) < s:
+            raise ValueError(f"encode: height and width must be >= {s}, got {[height, width]}")
+        else:
+            raw = self.encode_reference(x)
+            num_frames = f * (raw.shape[2] - 1) + 1
+            height, width = s * raw.shape[3], s * raw.shape[4]
+        if compute_loss is None:
+            compute_loss = self.training and torch.is_grad_enabled()
+        latent, indices, losses = self.regularize(
+            raw, sample=sample, generator=generator, step=step, compute_loss=compute_loss
+        )
+        moments = None if self.is_discrete else raw
+        return Encoding(latent, num_frames, (height, width), indices, moments, losses, fps)
+
+    def decode(
+        self,
+        encoding: Encoding | Tensor,
+        *,
+        num_frames: int | None = None,
+        size: tuple[int, int] | None = None,
+        output: str = "float",
+    ) -> Tensor:
+        """Returns the video [B, 3, T, H, W] of an encoding.
+
+        Args:
+            encoding: an Encoding; or a bare latent [B, C, t, h, w]; or, of a discrete model,
+            integer ids
+                [B, t, h, w].
+            num_frames, size: crop to T and (H, W); default what the Encoding records, and for a
+            bare
+                tensor all f * t - (f - 1) frames of the decoder.
+            output: "float", nominally in [-1, 1] and not clamped; or "uint8", clamped and rounded.
+
+        Raises:
+            TypeError, ValueError: an argument is not as described, or more is asked for than there
+            is.
+        """
+        latent = encoding
+        if isinstance(encoding, Encoding):
+            latent = encoding.latent  # type: ignore[assignment]
+            num_frames = encoding.num_frames if num_frames is None else num_frames
+            size = encoding.size if size is None else size
+        frames = self.decode_chunk(self.to_latent("decode", latent))
+        return self._finish("decode", frames, num_frames, size, output)
+
+    def stream_encoder(self, output: str = "latent") -> StreamEncoder:
+        """Returns a StreamEncoder: push frames in any portions, collect latents or ids.
+
+        Args:
+            output: "latent", or "tokens" for the ids of a discrete model.
+
+        Raises:
+            ValueError: another output, or "tokens" of a continuous model.
+        """
+        if output == "tokens" and not self.is_discrete:
+            raise self._continuous("stream_encoder")
+        return StreamEncoder(self, output)
+
+    def stream_decoder(  # type: ignore[override]
+        self,
+        *,
+        num_frames: int | None = None,
+        size: tuple[int, int] | None = None,
+        output: str = "float",
+    ) -> StreamDecoder:
+        """Returns a StreamDecoder: push latents or ids in any portions, collect frames.
+
+        Args:
+            num_frames: frames of the whole clip if known already; else pass it to `flush`.
+            size: (H, W) to crop to; default the decoder's own size.
+            output: "float" or "uint8".
+        """
+        return StreamDecoder(self, num_frames=num_frames, size=size, output=output)
+
+    def to_latent(self, op: str, latent) -> Tensor:
+        """Returns `latent`, or that of integer ids, checked, in the model's dtype and layout."""
+        if not isinstance(latent, Tensor):
+            raise TypeError(f"{op}: latent must be a torch.Tensor, got {type(latent).__name__}")
+        if not latent.is_floating_point():
+            latent = self.indices_to_latent(latent)
+        if latent.dim() != 5 or latent.shape[1] != self.latent_channels or 0 in latent.shape:
+            raise ValueError(
+                f"{op}: latent must be a non-empty [B, {self.latent_channels}, T, H, W], "
+                f"got {list(latent.shape)}"
+            )
+        return latent.to(self.dtype).contiguous(memory_format=torch.channels_last_3d)

@@ -1,0 +1,259 @@
+"""Exact streams: one video pushed in any portions gives what one call on the whole clip gives.
+
+Frames (or latents) wait until they fill the unit that the network consumes; the network's own
+memory is the state that `encode_chunk` / `decode_chunk` take and return. Memory does not grow with
+the length of the video. A stream can be saved at any point and resumed: `state_dict()` holds plain
+tensors only, and the same pushes after resuming give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vtok_ext.layers._state import owned
+from vtok_ext.models import _video_input as video_input
+
+if TYPE_CHECKING:
+    from vtok_ext.models.causal import CausalTokenizer
+
+_LAYER = "layer."
+
+
+class _Stream:
+    """What both directions share: counters, the network's state, and saving them.
+
+    `_counters` names the integer attributes that are saved; None is stored as -1.
+    """
+
+    _op: str
+    _counters: tuple[str, ...]
+
+    def __init__(self, model: CausalTokenizer, role: str) -> None:
+        self.model = model
+        self.flushed = False
+        self._role = f"{role} of {model.model_id}"
+        self._state: dict[str, Tensor] | None = None
+        # Frames [B, C, T, H, W] that have arrived or been decoded but not been handed on.
+        self._waiting: Tensor | None = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns copies of all that the stream remembers: contiguous CPU tensors by name."""
+        values = [getattr(self, name) for name in self._counters]
+        state = {
+            "role": torch.tensor(list(self._role.encode()), dtype=torch.uint8),
+            "counters": torch.tensor([-1 if v is None else int(v) for v in values]),
+        }
+        if self._waiting is not None:
+            state["waiting"] = self._waiting
+        state.update({_LAYER + name: value for name, value in (self._state or {}).items()})
+        return {
+            name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, value in state.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continues where `state`, the `state_dict()` of a stream of the same model, was taken.
+
+        Raises:
+            ValueError: the state is not one of this kind of stream and model.
+        """
+        names = [name for name in state if not name.startswith(_LAYER)]
+        if not {"role", "counters"} <= set(names) <= {"role", "counters", "waiting"}:
+            raise ValueError(f"{self._op}: state must be that of a stream, got {sorted(names)}")
+        role = bytes(state["role"].tolist()).decode(errors="replace")
+        counters = state["counters"].tolist()
+        if role != self._role or len(counters) != len(self._counters):
+            raise ValueError(f"{self._op}: state must be that of {self._role}, got {role}")
+        for name, value in zip(self._counters, counters, strict=True):
+            old = getattr(self, name)
+            setattr(self, name, bool(value) if isinstance(old, bool) else _optional(value))
+        device = next(self.model.parameters()).device
+        waiting = state.get("waiting")
+        self._waiting = None if waiting is None else owned(waiting.to(device))
+        layers = {
+            name[len(_LAYER) :]: owned(value.to(device))
+            for name, value in state.items()
+            if name.startswith(_LAYER)
+        }
+        self._state = layers or None
+
+    def _check_open(self, call: str) -> None:
+        if self.flushed:
+            raise ValueError(f"{self._op}.{call}: stream must be open, got a call after flush()")
+
+    def _join(self, frames: Tensor) -> Tensor:
+        """Returns the waiting frames followed by `frames`."""
+        if self._waiting is None:
+            return frames
+        return torch.cat([self._waiting, frames], dim=2)
+
+    def _wait(self, frames: Tensor) -> None:
+        self._waiting = owned(frames) if frames.shape[2] else None
+
+
+def _optional(value: int) -> int | None:
+    return None if value < 0 else value
+
+
+class StreamEncoder(_Stream):
+    """Encodes one video pushed in portions; made by `VideoTokenizer.stream_encoder`.
+
+    Attributes:
+        num_frames: frames pushed so far; what decoding needs to crop to.
+        size: (H, W) of the video; None before the first push.
+    """
+
+    _op = "stream_encoder"
+    _counters = ("num_frames", "batch", "height", "width", "flushed")
+
+    def __init__(self, model: CausalTokenizer, output: str = "latent") -> None:
+        if output not in ("latent", "tokens"):
+            raise ValueError(f"stream_encoder: output must be 'latent' or 'tokens', got {output!r}")
+        super().__init__(model, f"encoder to {output}")
+        self.output = output
+        self.num_frames = 0
+        self.batch: int | None = None
+        self.height: int | None = None
+        self.width: int | None = None
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(H, W) of the video, None before the first push."""
+        return None if self.height is None or self.width is None else (self.height, self.width)
+
+    @torch.no_grad()
+    def push(self, chunk: Tensor) -> list[Tensor]:
+        """Returns what the frames complete: [], [latent [B, C, t, h, w]] or [ids [B, t, h, w]].
+
+        Args:
+            chunk: [B, 3, t, H, W], t >= 1, float in [-1, 1] or uint8; B, H, W as at the first push.
+
+        Raises:
+            TypeError, ValueError: a bad chunk, another shape than before, or a stream that has
+            ended.
+        """
+        self._check_open("push")
+        video_input.check_video("stream_encoder.push", chunk, self.model.video_channels)
+        batch, _, num_frames, height, width = chunk.shape
+        if self.batch is None:
+            self.batch, self.height, self.width = batch, height, width
+        elif (batch, height, width) != (self.batch, self.height, self.width):
+            raise ValueError(
+                f"stream_encoder.push: chunk must be [{self.batch}, {self.model.video_channels}, "
+                f"t, {self.height}, {self.width}] as before, got {list(chunk.shape)}"
+            )
+        self.num_frames += num_frames
+        frames = video_input.to_float(chunk, self.model.dtype)
+        frames = self._join(video_input.pad_size(frames, self.model.spatial_factor))
+        # The first latent covers the first frame alone, every other one f frames.
+        first = 1 if self._state is None else 0
+        complete = first + (frames.shape[2] - first) // self.model.temporal_factor * (
+            self.model.temporal_factor
+        )
+        self._wait(frames[:, :, complete:])
+        return self._encode(frames[:, :, :complete]) if complete else []
+
+    @torch.no_grad()
+    def flush(self) -> list[Tensor]:
+        """Returns the rest and ends the stream; the last frame completes an unfinished group."""
+        self._check_open("flush")
+        self.flushed = True
+        if self._waiting is None:
+            return []
+        missing = self.model.temporal_factor - self._waiting.shape[2]
+        last = self._waiting[:, :, -1:].expand(-1, -1, missing, -1, -1)
+        frames = torch.cat([self._waiting, last], dim=2)
+        self._waiting = None
+        return self._encode(frames)
+
+    def _encode(self, frames: Tensor) -> list[Tensor]:
+        raw, self._state = self.model.encode_chunk(frames, self._state, return_state=True)
+        latent, indices, _ = self.model.regularize(raw)
+        return [latent if indices is None or self.output == "latent" else indices]
+
+
+class StreamDecoder(_Stream):
+    """Decodes latents or ids pushed in portions; made by `VideoTokenizer.stream_decoder`.
+
+    A clip's last latent may stand for fewer than f frames. While `num_frames` is unknown, the f - 1
+    frames that may have to go are therefore held back until the next push or `flush`.
+    """
+
+    _op = "stream_decoder"
+    _counters = ("num_latents", "num_emitted", "num_frames", "height", "width", "flushed")
+
+    def __init__(
+        self,
+        model: CausalTokenizer,
+        *,
+        num_frames: int | None = None,
+        size: tuple[int, int] | None = None,
+        output: str = "float",
+    ) -> None:
+        if output not in ("float", "uint8"):
+            raise ValueError(f"stream_decoder: output must be 'float' or 'uint8', got {output!r}")
+        super().__init__(model, f"decoder to {output}")
+        self.output = output
+        self.num_latents = 0
+        self.num_emitted = 0
+        self.num_frames = num_frames
+        self.height = None if size is None else size[0]
+        self.width = None if size is None else size[1]
+
+    @torch.no_grad()
+    def push(self, latent: Tensor) -> list[Tensor]:
+        """Returns the frames that are certain by now: [] or [video [B, 3, t, H, W]].
+
+        Args:
+            latent: [B, C, t, h, w], or ids [B, t, h, w] of a discrete model, t >= 1.
+
+        Raises:
+            TypeError, ValueError: a bad latent, or a stream that has ended.
+        """
+        self._check_open("push")
+        latent = self.model.to_latent("stream_decoder.push", latent)
+        frames, self._state = self.model.decode_chunk(latent, self._state, return_state=True)
+        self.num_latents += latent.shape[2]
+        frames = self._join(frames)
+        certain = self.num_frames
+        if certain is None:
+            # n latents stand for at least (n - 2) f + 2 frames.
+            certain = max(1, (self.num_latents - 2) * self.model.temporal_factor + 2)
+        count = min(max(0, certain - self.num_emitted), frames.shape[2])
+        # Beyond a known end nothing is needed any more.
+        self._wait(frames[:, :, count:] if self.num_frames is None else frames[:, :, :0])
+        return self._emit(frames[:, :, :count])
+
+    @torch.no_grad()
+    def flush(self, num_frames: int | None = None) -> list[Tensor]:
+        """Returns the frames held back and ends the stream.
+
+        Args:
+            num_frames: frames of the whole clip; default what the stream was made with, else all.
+
+        Raises:
+            ValueError: fewer frames than already returned, or more than the latents hold.
+        """
+        self._check_open("flush")
+        waiting = self._waiting
+        available = self.num_emitted + (0 if waiting is None else waiting.shape[2])
+        total = self.num_frames if num_frames is None else num_frames
+        total = available if total is None else total
+        if not self.num_emitted <= total <= available:
+            raise ValueError(
+                f"stream_decoder.flush: num_frames must be in {self.num_emitted}..{available}, "
+                f"got {total}"
+            )
+        self.flushed, self._waiting = True, None
+        return [] if waiting is None else self._emit(waiting[:, :, : total - self.num_emitted])
+
+    def _emit(self, frames: Tensor) -> list[Tensor]:
+        if not frames.shape[2]:
+            return []
+        self.num_emitted += frames.shape[2]
+        size = None if self.height is None or self.width is None else (self.height, self.width)
+        return [self.model._finish("stream_decoder", frames, None, size, self.output)]

@@ -1,0 +1,1 @@
+"""Training: an overfit loop for one clip, and the Muon optimiser it uses."""
