@@ -44,6 +44,7 @@ namespace vtok {
 // Throws if a CUDA call failed; `what` names the operation.
 inline void check_cuda(cudaError_t error, const std::string& what) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // clears it: otherwise torch would report it for its own next call
   throw std::runtime_error(what + ": " + cudaGetErrorName(error) + ": " +
                            cudaGetErrorString(error));
 }
@@ -100,9 +101,12 @@ void launch_kernel(const char* name, void (*kernel)(Parameters...), dim3 grid, d
                                     static_cast<int>(dynamic_shared_bytes)),
                name);
   }
-  kernel<<<grid, block, dynamic_shared_bytes, static_cast<cudaStream_t>(stream)> > >(
-      std::forward<Arguments>(arguments)...);
-  check_cuda(cudaGetLastError(), name);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = dynamic_shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), name);
 }
 
 #endif

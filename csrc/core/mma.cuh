@@ -10,11 +10,9 @@
 //              b[0]  column group,   rows 2 member, 2 member + 1
 //              b[1]  column group,   rows 2 member + 8, 2 member + 9
 //   m16n8k8    a[0], a[1] and b[0] as above
-//   k8, tf32   a[0]  row group,      column member            a[2]  row group,      column member +
-//   4
-//              a[1]  row group + 8,  column member            a[3]  row group + 8,  column member +
-//              4 b[0]  column group,   row member               b[1]  column group,   row member +
-//              4
+//   k8, tf32   a[0], a[1]  rows group, group + 8,  column member
+//              a[2], a[3]  rows group, group + 8,  column member + 4
+//              b[0], b[1]  column group,           rows member, member + 4
 //   d          d[0], d[1]  row group,      columns 2 member, 2 member + 1
 //              d[2], d[3]  row group + 8,  the same columns
 // Each a or b register of 16-bit elements is one 8 x 8 matrix as ldmatrix loads it: for a from

@@ -117,9 +117,11 @@ struct ViewCaster {
 #ifdef VTOK_EMULATE_CUDA
     VTOK_CHECK_VALUE(value.device == DeviceType::kCPU,
                      "vtok_ext: the CUDA emulation takes cpu tensors");
-    copy = std::make_unique<emulation::DeviceBuffer>(
-        role_of(&value), value.data, size_of(value.dtype), value.num_dims, value.shape,
-        value.strides, name_of(value.dtype));
+    // The parameter's name is not known here: reports say, for example, "argument float32 [3, 6]".
+    const std::string label = std::string(name_of(value.dtype)) + " " + shape_string(value);
+    copy = std::make_unique<emulation::DeviceBuffer>(role_of(&value), value.data,
+                                                     size_of(value.dtype), value.num_dims,
+                                                     value.shape, value.strides, label.c_str());
     value.data = copy->device();
     value.device = DeviceType::kCUDA;
 #endif

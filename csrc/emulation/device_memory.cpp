@@ -31,9 +31,9 @@ Registry& registry() {
 // bytes have no rare value, so their poison depends on the position and only several of them in a
 // row count as unwritten.
 constexpr uint64_t kPoison16 = 0xffa5, kPoison32 = 0xffa5b35d, kPoison64 = 0xfff5a5b35dffa596;
+// A written byte equals its poison with probability 1 / 256, four in a row with 2^-32.
+constexpr int kBytesInARow = 4;
 constexpr int kMaxDims = 16;
-constexpr int kBytesInARow =
-    4;  // a written byte equals its poison with probability 1 / 256: four with 2^-32
 
 unsigned char poison_byte(int64_t offset) {
   const uint64_t hash = static_cast<uint64_t>(offset) * 0x9e3779b97f4a7c15ull;
@@ -219,8 +219,7 @@ void DeviceBuffer::check_all_written() const {
              std::to_string(num_elements_) + " elements)");
 }
 
-// "[i, j, k]" of the element at `offset` elements from the first, or "[?] at offset" in a gap
-// between elements.
+// "[i, j, k]" of the element at `offset` elements from the first.
 std::string DeviceBuffer::element_text(int64_t offset) const {
   std::vector<size_t> order(shape_.size());
   std::iota(order.begin(), order.end(), size_t{0});

@@ -18,11 +18,11 @@ std::string thread_text(unsigned thread) {
 
 // "16 threads wait at __syncthreads (x.cu:12), first thread (0, 0, 0); 16 threads wait at ..."
 std::string describe_waiting() {
-  std::map<std::tuple<std::string, uint32_t, unsigned>, std::pair<unsigned, unsigned>>
-      places;  // -> (count, first)
+  using Place = std::tuple<std::string, uint32_t, unsigned>;  // operation, mask, warp
+  std::map<Place, std::pair<unsigned, unsigned>> places;      // -> (number, first thread)
   for (unsigned thread = 0; thread < block.num_threads; ++thread) {
-    if (!is_started(thread) || ((block.warps[thread / 32].exited >> (thread % 32)) & 1u) != 0)
-      continue;
+    const bool has_exited = ((block.warps[thread / 32].exited >> (thread % 32)) & 1u) != 0;
+    if (!is_started(thread) || has_exited) continue;
     const uint32_t mask = block.wait_mask[thread];
     const unsigned warp = mask != 0 ? thread / 32 : 0;
     auto& place = places[{describe(*block.wait_site[thread]), mask, warp}];

@@ -75,7 +75,7 @@ vtok_emulation_switch:
   ldp d12, d13, [sp, #128]
   ldp d14, d15, [sp, #144]
   add sp, sp, #160
-  br x30
+  ret
 .size vtok_emulation_switch, .-vtok_emulation_switch
 )");
 #endif

@@ -1,3 +1,4 @@
+// The process-wide options, statistics and reports.
 #include "report.h"
 
 #include <mutex>

@@ -1,3 +1,4 @@
+// Fibers in order, barriers and warp collectives; see Note [Which thread runs next].
 #include "scheduler.h"
 
 #include <cstdio>

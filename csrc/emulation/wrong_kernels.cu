@@ -192,8 +192,8 @@ __global__ void overwritten_stage(const float* x, float* y, int n) {
   cp_async_wait_all();
   __syncthreads();
   const float neighbour = values[(i + 1) % n];
-  cp_async<4>(values + i, x + (n - 1 - i),
-              true);  // no barrier: another thread may still read values[i]
+  // No barrier: another thread may still read values[i].
+  cp_async<4>(values + i, x + (n - 1 - i), true);
   cp_async_wait_all();
   y[i] = neighbour;
 }

@@ -10,6 +10,7 @@ import torch
 from cases import OP_CASES
 from helpers import STRIDES, assert_close
 
+TORCH_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 SAMPLES = [
     pytest.param(case, sample, id=f"{case}-{sample}")
     for case in OP_CASES
@@ -113,6 +114,9 @@ def test_raw_op_refuses_to_lose_gradients(case):
         getattr(torch.ops.vtok_ext, name)(first.requires_grad_(), *rest)
 
 
+@pytest.mark.skipif(
+    TORCH_VERSION < (2, 6), reason="torch.compile traces setup_context from torch 2.6 on"
+)
 @pytest.mark.parametrize("case, sample", FIRST)
 def test_compiles_as_one_graph(case, sample):
     tensors = case.inputs(sample, torch.float32, "cpu") if case.differentiable else None

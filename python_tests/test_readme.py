@@ -1,0 +1,22 @@
+"""The Python snippets of README.md run, in order and in one namespace, as a reader would type
+them."""
+
+import re
+from pathlib import Path
+
+import torch
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_snippets_run_and_do_what_their_comments_say():
+    snippets = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(snippets) >= 3
+    torch.manual_seed(0)
+    scope = {}
+    for snippet in snippets:
+        exec(compile(snippet, str(README), "exec"), scope)
+    assert list(scope["tokens"].ids.shape) == [1, 5, 8, 8]
+    assert scope["restored"].shape == scope["video"].shape
+    assert sum(frames.shape[2] for frames in scope["frames"]) == scope["video"].shape[2]
+    assert list(scope["indices"].shape) == [2, 3, 16, 16]
