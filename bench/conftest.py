@@ -22,6 +22,12 @@ def device():
     return _device()
 
 
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    """torch.compile gives up after a few shapes of one function; every case starts anew."""
+    torch._dynamo.reset()
+
+
 @pytest.fixture
 def record(request, capsys):
     """Call with a measured Case: prints it and keeps it for the JSON of this bench file."""

@@ -16,6 +16,9 @@ namespace vtok {
 constexpr int kFsqMaxChannels = 16;
 constexpr int kFsqMaxTokenDims = 6;
 
+// Up to this many levels a value is compared with the level boundaries; beyond it tanh is computed.
+constexpr int kFsqMaxCompared = 16;
+
 struct FsqChannel {
   float shift;         // atanh(offset / half)
   float half;          // (levels - 1) * (1 + 1e-3) / 2
@@ -23,6 +26,8 @@ struct FsqChannel {
   int32_t half_width;  // levels / 2, integer division
   int32_t levels;
   int64_t basis;  // product of the levels of the channels before: channel 0 is least significant
+  // Values of z at which the level grows by one, ascending; +infinity beyond levels - 1 of them.
+  float boundary[kFsqMaxCompared - 1];
 };
 
 // Sizes and strides (in elements) of the token dimensions, outermost first.

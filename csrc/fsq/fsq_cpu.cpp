@@ -15,8 +15,7 @@
 
 namespace vtok::VTOK_ISA {
 
-// Tokens per pass over the channels: index sums (8 B) and NaN marks (4 B) of 512 tokens stay in a
-// 32 KB L1 cache.
+// Tokens per pass over the channels: their index sums (4 or 8 B) stay in the L1 cache.
 constexpr int kBlock = 512;
 // Tokens per packed group: 16 * D elements are a whole number of vectors of any width up to 512
 // bits.
@@ -90,12 +89,36 @@ static bool is_packed(const FsqLayout& layout) {
          layout.tokens.code_strides[inner] == layout.channels;
 }
 
+// How levels are found and codes made, the same for every channel of a kernel; see fsq_math.h.
+template <int kBoundaryCount, bool kHalfWidthsArePowersOfTwo>
+struct Method {
+  static constexpr int kBoundaries = kBoundaryCount;
+  static constexpr bool kPowerOfTwo = kHalfWidthsArePowersOfTwo;
+};
+
+// Calls function(Method<...>{}) for the cheapest method that serves channels [first, last).
+template <typename Real, typename Function>
+static void dispatch_method(const FsqLayout& layout, int first, int last,
+                            const Function& function) {
+  int levels = 2;
+  bool powers = true;
+  for (int d = first; d < last; ++d) {
+    const FsqChannel& channel = layout.channel[d];
+    levels = channel.levels > levels ? channel.levels : levels;
+    powers = powers && (channel.half_width & (channel.half_width - 1)) == 0;
+  }
+  if (std::is_same_v<Real, double> || levels > kFsqMaxCompared) return function(Method<0, false>{});
+  if (levels > 8) return powers ? function(Method<15, true>{}) : function(Method<15, false>{});
+  return powers ? function(Method<7, true>{}) : function(Method<7, false>{});
+}
+
 // Channel constants of kGroup consecutive packed tokens, one entry per element.
 template <typename Real>
 struct PackedTable {
-  Real shift[kGroup * kFsqMaxChannels], half[kGroup * kFsqMaxChannels];
-  Real offset[kGroup * kFsqMaxChannels], half_width[kGroup * kFsqMaxChannels];
-  int64_t basis[kGroup * kFsqMaxChannels];
+  static constexpr int kSize = kGroup * kFsqMaxChannels;
+  Real shift[kSize], half[kSize], offset[kSize], half_width[kSize], slope[kSize];
+  float boundary[kFsqMaxCompared - 1][kSize];
+  int64_t basis[kSize];
 
   explicit PackedTable(const FsqLayout& layout) {
     for (int element = 0; element < kGroup * layout.channels; ++element) {
@@ -105,89 +128,125 @@ struct PackedTable {
       half[element] = c.half;
       offset[element] = c.offset;
       half_width[element] = c.half_width;
+      slope[element] = c.slope;
       basis[element] = channel.basis;
+      for (int k = 0; k < kFsqMaxCompared - 1; ++k) boundary[k][element] = channel.boundary[k];
     }
   }
 
-  FsqConstants<Real> at(int element) const {
-    return {shift[element], half[element], offset[element], half_width[element]};
+  FsqConstants<Real> at(int e) const {
+    return {shift[e], half[e], offset[e], half_width[e], slope[e]};
   }
 };
 
-// One digit's share of the index. A NaN digit counts as 0 here and is marked through `digit -
-// digit` instead.
-template <typename Index, typename Real>
-VTOK_FUNCTION Index index_share(Real digit, Real half_width, Index basis) {
-  return static_cast<Index>(static_cast<int32_t>(digit == digit ? digit + half_width : Real(0))) *
-         basis;
+// A NaN counts as level 0 in the sums; tokens that hold one get the index -1 afterwards.
+template <typename T, typename Index>
+static void mark_nan(const FsqLayout& layout, const T* z, Index* indices, int count) {
+  const int inner = layout.tokens.num_dims - 1;
+  for (int i = 0; i < count; ++i) {
+    for (int d = 0; d < layout.channels; ++d) {
+      const real<T> value =
+          load(z + i * layout.tokens.z_strides[inner] + d * layout.z_channel_stride);
+      if (value != value) indices[i * layout.tokens.index_strides[inner]] = Index(-1);
+    }
+  }
 }
 
-// kUnit: z and codes have stride 1 along the run.
+// One channel of a run. Returns whether it holds a NaN. kUnit: z and codes have stride 1 along it.
+template <typename M, bool kUnit, typename T, typename Index>
+static bool forward_channel(const FsqChannel& channel, const T* z, int64_t z_stride, T* codes,
+                            int64_t code_stride, Index* sum, int count) {
+  using Real = real<T>;
+  const FsqConstants<Real> c = fsq_constants<Real>(channel);
+  const Index basis = static_cast<Index>(channel.basis);
+  int has_nan = 0;
+#pragma GCC ivdep
+  for (int i = 0; i < count; ++i) {
+    const Real value = load(z + i * (kUnit ? 1 : z_stride));
+    const int32_t level = fsq_level<M::kBoundaries>(
+        value, c, [&](int k) { return static_cast<Real>(channel.boundary[k]); });
+    store(codes + i * (kUnit ? 1 : code_stride),
+          fsq_code<M::kPowerOfTwo>(value, level, c.half_width));
+    sum[i] += static_cast<Index>(level) * basis;
+    has_nan |= value != value ? 1 : 0;
+  }
+  return has_nan != 0;
+}
+
 template <bool kUnit, typename T, typename Index>
 static void forward_strided(const FsqLayout& layout, const T* z, T* codes, Index* indices,
                             int count) {
-  using Real = real<T>;
   const int inner = layout.tokens.num_dims - 1;
-  const int64_t z_stride = kUnit ? 1 : layout.tokens.z_strides[inner];
-  const int64_t code_stride = kUnit ? 1 : layout.tokens.code_strides[inner];
   const int64_t index_stride = layout.tokens.index_strides[inner];
   alignas(64) Index sum[kBlock];
-  alignas(64) Real nan_mark[kBlock];
   for (int i = 0; i < count; ++i) sum[i] = 0;
-  for (int i = 0; i < count; ++i) nan_mark[i] = 0;
+  bool has_nan = false;
   for (int d = 0; d < layout.channels; ++d) {
-    const FsqConstants<Real> c = fsq_constants<Real>(layout.channel[d]);
-    const Index basis = static_cast<Index>(layout.channel[d].basis);
-    const T* z_channel = z + d * layout.z_channel_stride;
-    T* code_channel = codes + d * layout.code_channel_stride;
-#pragma GCC ivdep
-    for (int i = 0; i < count; ++i) {
-      const Real digit = fsq_digit(load(z_channel + i * z_stride), c);
-      store(code_channel + i * code_stride, digit / c.half_width);
-      sum[i] += index_share<Index>(digit, c.half_width, basis);
-      nan_mark[i] += digit - digit;
-    }
+    dispatch_method<real<T>>(layout, d, d + 1, [&](auto method) {
+      has_nan |= forward_channel<decltype(method), kUnit>(
+          layout.channel[d], z + d * layout.z_channel_stride, layout.tokens.z_strides[inner],
+          codes + d * layout.code_channel_stride, layout.tokens.code_strides[inner], sum, count);
+    });
   }
-  for (int i = 0; i < count; ++i) indices[i * index_stride] = nan_mark[i] == 0 ? sum[i] : Index(-1);
+  for (int i = 0; i < count; ++i) indices[i * index_stride] = sum[i];
+  if (has_nan) mark_nan(layout, z, indices, count);
 }
 
-template <typename T, typename Index>
+// kChannels: the channel count where it is a constant worth unrolling, else 0.
+template <typename M, int kChannels, typename T, typename Index>
 static void forward_packed(const FsqLayout& layout, const PackedTable<real<T>>& table, const T* z,
                            T* codes, Index* indices, int count) {
   using Real = real<T>;
+  const int channels = kChannels > 0 ? kChannels : layout.channels;
   const int64_t index_stride = layout.tokens.index_strides[layout.tokens.num_dims - 1];
   alignas(64) Index share[kGroup * kFsqMaxChannels];
-  alignas(64) Real nan_mark[kGroup * kFsqMaxChannels];
+  int has_nan = 0;
   for (int first = 0; first < count; first += kGroup) {
     const int tokens = count - first < kGroup ? count - first : kGroup;
-    const int elements = tokens * layout.channels;
-    const T* z_group = z + int64_t{first} * layout.channels;
-    T* code_group = codes + int64_t{first} * layout.channels;
+    const int elements = tokens * channels;
+    const T* z_group = z + int64_t{first} * channels;
+    T* code_group = codes + int64_t{first} * channels;
 #pragma GCC ivdep
     for (int e = 0; e < elements; ++e) {
-      const FsqConstants<Real> c = table.at(e);
-      const Real digit = fsq_digit(load(z_group + e), c);
-      store(code_group + e, digit / c.half_width);
-      share[e] = index_share<Index>(digit, c.half_width, static_cast<Index>(table.basis[e]));
-      nan_mark[e] = digit - digit;
+      const Real value = load(z_group + e);
+      const int32_t level = fsq_level<M::kBoundaries>(
+          value, table.at(e), [&](int k) { return static_cast<Real>(table.boundary[k][e]); });
+      store(code_group + e, fsq_code<M::kPowerOfTwo>(value, level, table.half_width[e]));
+      share[e] = static_cast<Index>(level) * static_cast<Index>(table.basis[e]);
+      has_nan |= value != value ? 1 : 0;
     }
     for (int i = 0; i < tokens; ++i) {
       Index sum = 0;
-      Real mark = 0;
-      for (int d = 0; d < layout.channels; ++d) {
-        sum += share[i * layout.channels + d];
-        mark += nan_mark[i * layout.channels + d];
-      }
-      indices[(first + i) * index_stride] = mark == 0 ? sum : Index(-1);
+      for (int d = 0; d < channels; ++d) sum += share[i * channels + d];
+      indices[(first + i) * index_stride] = sum;
     }
+  }
+  if (has_nan != 0) mark_nan(layout, z, indices, count);
+}
+
+template <typename T, typename Index>
+static void forward_run(const FsqLayout& layout, const PackedTable<real<T>>* table, const T* z,
+                        T* codes, Index* indices, int count) {
+  const int inner = layout.tokens.num_dims - 1;
+  if (table != nullptr) {
+    dispatch_method<real<T>>(layout, 0, layout.channels, [&](auto method) {
+      using M = decltype(method);
+      switch (layout.channels) {
+        case 4: return forward_packed<M, 4>(layout, *table, z, codes, indices, count);
+        case 5: return forward_packed<M, 5>(layout, *table, z, codes, indices, count);
+        case 6: return forward_packed<M, 6>(layout, *table, z, codes, indices, count);
+        default: return forward_packed<M, 0>(layout, *table, z, codes, indices, count);
+      }
+    });
+  } else if (layout.tokens.z_strides[inner] == 1 && layout.tokens.code_strides[inner] == 1) {
+    forward_strided<true>(layout, z, codes, indices, count);
+  } else {
+    forward_strided<false>(layout, z, codes, indices, count);
   }
 }
 
 void fsq_forward(const FsqForward& params) {
   const FsqLayout& layout = params.layout;
-  const int inner = layout.tokens.num_dims - 1;
-  const bool packed = is_packed(layout);
-  const bool unit = layout.tokens.z_strides[inner] == 1 && layout.tokens.code_strides[inner] == 1;
   dispatch_floating("fsq", "z", params.z.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     dispatch_index("fsq", "indices", params.indices.dtype, [&](auto index_type) {
@@ -196,17 +255,9 @@ void fsq_forward(const FsqForward& params) {
       T* codes = params.codes.data_as<T>();
       Index* indices = params.indices.data_as<Index>();
       const PackedTable<real<T>> table(layout);
+      const PackedTable<real<T>>* packed = is_packed(layout) ? &table : nullptr;
       const auto run_forward = [&](const Run& run) {
-        if (packed) {
-          forward_packed(layout, table, z + run.z, codes + run.code, indices + run.index,
-                         run.count);
-        } else if (unit) {
-          forward_strided<true>(layout, z + run.z, codes + run.code, indices + run.index,
-                                run.count);
-        } else {
-          forward_strided<false>(layout, z + run.z, codes + run.code, indices + run.index,
-                                 run.count);
-        }
+        forward_run(layout, packed, z + run.z, codes + run.code, indices + run.index, run.count);
       };
       parallel_for(layout.tokens.num_tokens, token_grain(layout), params.num_threads,
                    [&](int64_t begin, int64_t end) {

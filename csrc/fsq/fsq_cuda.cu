@@ -43,16 +43,24 @@ VTOK_FUNCTION Offsets offsets_of(const FsqTokens& tokens, int64_t token) {
 template <typename Index>
 struct IndexSum {
   Index sum = 0;
-  float nan_mark = 0.0f;
+  bool has_nan = false;
 
-  __device__ __forceinline__ void add(float digit, const FsqChannel& channel) {
-    const int32_t level = digit == digit ? static_cast<int32_t>(digit) + channel.half_width : 0;
+  __device__ __forceinline__ void add(float z, int32_t level, const FsqChannel& channel) {
     sum += static_cast<Index>(level) * static_cast<Index>(channel.basis);
-    nan_mark += digit - digit;
+    has_nan |= z != z;
   }
 
-  __device__ __forceinline__ Index value() const { return nan_mark == 0.0f ? sum : Index(-1); }
+  __device__ __forceinline__ Index value() const { return has_nan ? Index(-1) : sum; }
 };
+
+// The branch is uniform: every thread of a launch sees the same channel.
+__device__ __forceinline__ int32_t level_of(float z, const FsqConstants<float>& c,
+                                            const FsqChannel& channel) {
+  const auto boundary = [&](int k) { return channel.boundary[k]; };
+  if (channel.levels <= 8) return fsq_level<7>(z, c, boundary);
+  if (channel.levels <= kFsqMaxCompared) return fsq_level<15>(z, c, boundary);
+  return fsq_level<0>(z, c, boundary);
+}
 
 template <typename T, typename Index, int kWidth>
 __global__ void __launch_bounds__(kThreads)
@@ -69,9 +77,10 @@ __global__ void __launch_bounds__(kThreads)
     auto values = load_vector<Vector<T, kWidth>>(z + at.z + d * layout.z_channel_stride);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      const float digit = fsq_digit(to_float(values.values[i]), c);
-      index[i].add(digit, layout.channel[d]);
-      values.values[i] = from_float<T>(digit / c.half_width);
+      const float value = to_float(values.values[i]);
+      const int32_t level = level_of(value, c, layout.channel[d]);
+      index[i].add(value, level, layout.channel[d]);
+      values.values[i] = from_float<T>(fsq_code(value, level, c.half_width));
     }
     store_vector(codes + at.code + d * layout.code_channel_stride, values);
   }
@@ -109,9 +118,10 @@ __global__ void __launch_bounds__(kThreads)
     IndexSum<Index> index;
     for (int d = 0; d < layout.channels; ++d) {
       const FsqConstants<float> c = fsq_constants<float>(layout.channel[d]);
-      const float digit = fsq_digit(to_float(token[d]), c);
-      index.add(digit, layout.channel[d]);
-      token[d] = from_float<T>(digit / c.half_width);
+      const float value = to_float(token[d]);
+      const int32_t level = level_of(value, c, layout.channel[d]);
+      index.add(value, level, layout.channel[d]);
+      token[d] = from_float<T>(fsq_code(value, level, c.half_width));
     }
     indices[(first_token + threadIdx.x) * layout.tokens.index_strides[0]] = index.value();
   }

@@ -1,11 +1,19 @@
 // FSQ of one value, shared by the CPU and the CUDA kernels.
 //
-//   bounded = tanh(z + shift) * half - offset,   digit = round_half_even(bounded),   code = digit /
-//   half_width half = (levels - 1) * (1 + 1e-3) / 2,  offset = 0.5 for even levels else 0,  shift =
-//   atanh(offset / half) index = sum over channels of (digit + half_width) * basis
+//   bounded = tanh(z + shift) * half - offset
+//   half = (levels - 1) * (1 + 1e-3) / 2,  offset = 0.5 for even levels else 0
+//   shift = atanh(offset / half)
+//   level = round(bounded) + half_width,  code = (level - half_width) / half_width
+//   index = sum over channels of level * basis
 //
 // Source: Mentzer et al. 2023, "Finite Scalar Quantization", as varied by VidTok (bound with 1 +
-// eps and atanh). No fused multiply-add: see Note [The same bits everywhere] in core/vectorized.h.
+// eps and atanh).
+//
+// Note [Levels by comparison]
+// tanh grows monotonically, so the level is the number of boundaries below z, where boundary k is
+// atanh((k + 0.5 - half_width + offset) / half) - shift, rounded once from double. Seven
+// comparisons replace a tanh of about 35 cycles per vector, and equal bits on every device come for
+// free. Beyond 16 levels tanh is cheaper; see Note [The same bits everywhere] in core/vectorized.h.
 #pragma once
 
 #include "../core/vectorized.h"
@@ -17,30 +25,49 @@ namespace vtok {
 template <typename Real>
 struct FsqConstants {
   Real shift, half, offset, half_width;
+  Real slope;  // half / half_width
 };
 
 template <typename Real>
 VTOK_FUNCTION FsqConstants<Real> fsq_constants(const FsqChannel& channel) {
+  const Real half_width = static_cast<Real>(channel.half_width);
   if constexpr (std::is_same_v<Real, double>) {
     const double half = (channel.levels - 1) * (1.0 + 1e-3) / 2.0;
     const double offset = channel.levels % 2 == 0 ? 0.5 : 0.0;
-    return {std::atanh(offset / half), half, offset, static_cast<double>(channel.half_width)};
+    return {std::atanh(offset / half), half, offset, half_width, half / half_width};
   } else {
-    return {channel.shift, channel.half, channel.offset, static_cast<float>(channel.half_width)};
+    return {channel.shift, channel.half, channel.offset, half_width, channel.half / half_width};
   }
 }
 
-// The digit in [-half_width, levels - 1 - half_width], as a real number; NaN for NaN.
-template <typename Real>
-VTOK_FUNCTION Real fsq_digit(Real z, const FsqConstants<Real>& c) {
-  return round_even(tanh_accurate(z + c.shift) * c.half - c.offset);
+// The level in [0, levels - 1]; 0 for NaN. kBoundaries: how many of the channel's boundaries to
+// compare with (7 or 15), or 0 for tanh.
+template <int kBoundaries, typename Real, typename Boundary>
+VTOK_FUNCTION int32_t fsq_level(Real z, const FsqConstants<Real>& c, const Boundary& boundary) {
+  if constexpr (kBoundaries > 0) {
+    int32_t level = 0;
+    for (int k = 0; k < kBoundaries; ++k) level += z > boundary(k) ? 1 : 0;
+    return level;
+  } else {
+    const Real digit = round_even(tanh_accurate(z + c.shift) * c.half - c.offset);
+    return static_cast<int32_t>(digit == digit ? digit + c.half_width : Real(0));
+  }
+}
+
+// The code of a level, or NaN where z was NaN. kPowerOfTwo: half_width is one, so that multiplying
+// by its inverse gives the same bits as dividing.
+template <bool kPowerOfTwo = false, typename Real>
+VTOK_FUNCTION Real fsq_code(Real z, int32_t level, Real half_width) {
+  const Real digit = static_cast<Real>(level) - half_width;
+  const Real code = kPowerOfTwo ? digit * (Real(1) / half_width) : digit / half_width;
+  return z == z ? code : z;
 }
 
 // d code / d z with the rounding passed straight through.
 template <typename Real>
 VTOK_FUNCTION Real fsq_slope(Real z, const FsqConstants<Real>& c) {
   const Real t = tanh_accurate(z + c.shift);
-  return (c.half * (Real(1) - t * t)) / c.half_width;
+  return c.slope * (Real(1) - t * t);
 }
 
 }  // namespace vtok
