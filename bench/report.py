@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
-BASELINES = ("eager", "compiled", "vector-quantize-pytorch")
+BASELINES = ("eager", "eager in place", "compiled", "vector-quantize-pytorch")
 
 
 def load(name: str) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Causal convolutions against nn.functional, chunked against whole, for every padding and stride."""
+"""Causal convolutions against nn.functional, and chunked against whole."""
 
 import pytest
 import torch
@@ -17,12 +17,12 @@ def front(x: torch.Tensor, count: int, temporal: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("temporal", ["zeros", "replicate"])
-@pytest.mark.parametrize("kernel", [1, 3, (3, 1, 1), (1, 3, 3), (2, 5, 3), (4, 3, 3)])
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+    ("kernel", "stride"),
+    [(1, 1), (3, 1), (3, 2), ((3, 1, 1), 2), ((1, 3, 3), 1), ((2, 5, 3), 2), ((4, 3, 3), 3)],
+)
 def test_equals_padded_convolution(kernel, stride, temporal):
     taps = (kernel,) * 3 if isinstance(kernel, int) else kernel
-    if stride > taps[0]:
-        pytest.skip("stride beyond the kernel leaves frames out")
     layer = CausalConv3d(4, 6, kernel, stride, temporal=temporal)
     x = video(2, 4, 5, 7, 6)
     expected = F.conv3d(
@@ -55,6 +55,10 @@ def test_2d_equals_conv2d_of_every_frame(stride, padding):
         [F.conv2d(f, layer.weight, layer.bias, stride, padding) for f in x.unbind(2)], dim=2
     )
     assert torch.allclose(layer(x), expected, atol=1e-5)
+    image = video(1, 4, 1, 9, 8)
+    with torch.no_grad():  # See Note [Small batches on the CPU]
+        y = F.conv2d(image[:, :, 0], layer.weight, layer.bias, stride, padding)
+        assert torch.allclose(layer(image)[:, :, 0], y, atol=1e-5)
     sliced = video(2, 4, 7, 9, 8).contiguous(memory_format=torch.channels_last_3d)[:, :, 1:4]
     assert torch.allclose(layer(sliced), layer(sliced.contiguous()), atol=1e-5)
 

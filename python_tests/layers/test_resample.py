@@ -89,6 +89,7 @@ def test_repeat_nearest(dtype, time, space):
     expected = x.repeat_interleave(time, 2).repeat_interleave(space, 3).repeat_interleave(space, 4)
     assert torch.equal(y, expected) and y.dtype == dtype
     assert y.is_contiguous(memory_format=torch.channels_last_3d)
+    assert repeat_nearest(x[:, :, :1], 2, 1).is_contiguous(memory_format=torch.channels_last_3d)
 
 
 @pytest.mark.parametrize("num_frames", [3, 4, 7])

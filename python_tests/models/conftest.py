@@ -1,4 +1,4 @@
-"""Tiny VidToks whose every parameter is random, so that no branch is hidden by its initialisation."""
+"""Tiny VidToks whose every parameter is random: no branch is hidden by its initialisation."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def build():
 
 @pytest.fixture
 def clip():
-    """Returns a function (batch, frames, height, width, seed=0) -> smooth random video in [-1, 1]."""
+    """Returns a function (batch, frames, height, width, seed=0) -> random video in [-1, 1]."""
 
     def make(batch: int, frames: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)

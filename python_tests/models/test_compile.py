@@ -1,33 +1,45 @@
 """torch.compile with fullgraph, traced by aot_eager: no C++ compilation, the same graph capture."""
 
+import pytest
 import torch
 
+# Operations are regrouped: values of order 3 differ by up to 6e-6.
+TOLERANCE = {"rtol": 1e-5, "atol": 3e-5}
 
-def test_encode_and_decode_compile_without_a_break(model, clip):
+
+@pytest.fixture(params=["vidtok_fsq_causal_488_262144", "vidtok_kl_causal_488_4chn"])
+def shallow(request, build):
+    """One change of resolution: every kind of layer, a third of the time to trace."""
+    return build(request.param, ch_mult=(1, 2))
+
+
+def test_encode_and_decode_compile_without_a_break(shallow, clip):
+    model = shallow
     video = clip(1, 5, 16, 16)
     with torch.no_grad():
         encoding = model.encode(video)
         expected = model.decode(encoding.latent)
         decode = torch.compile(model.decode, fullgraph=True, backend="aot_eager")
-        assert torch.allclose(decode(encoding.latent), expected, atol=1e-5)
+        assert torch.allclose(decode(encoding.latent), expected, **TOLERANCE)
         encode = torch.compile(model.encode_chunk, fullgraph=True, backend="aot_eager")
-        assert torch.allclose(encode(video), model.encode_chunk(video), atol=1e-5)
+        assert torch.allclose(encode(video), model.encode_chunk(video), **TOLERANCE)
 
 
-def test_stateful_chunk_compiles(kl_model):
-    latent = torch.randn(1, 4, 2, 2, 2)
+def test_stateful_chunk_compiles(build):
+    kl_model = build("vidtok_kl_causal_488_4chn", ch_mult=(1, 2))
+    latent = torch.randn(1, 4, 2, 2, 2, generator=torch.Generator().manual_seed(0))
     step = torch.compile(kl_model.decode_chunk, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         _, state = kl_model.decode_chunk(latent, None, True)
         expected, next_state = kl_model.decode_chunk(latent, state, True)
         frames, found = step(latent, state, True)
-    assert torch.allclose(frames, expected, atol=1e-5)
+    assert torch.allclose(frames, expected, **TOLERANCE)
     assert found.keys() == next_state.keys()
-    assert all(torch.allclose(found[k], next_state[k], atol=1e-5) for k in found)
+    assert all(torch.allclose(found[k], next_state[k], **TOLERANCE) for k in found)
 
 
 def test_training_step_compiles(build, clip):
-    model = build("vidtok_kl_causal_488_4chn").train()
+    model = build("vidtok_kl_causal_488_4chn", ch_mult=(1, 2)).train()
     video = clip(1, 5, 16, 16)
     step = torch.compile(
         lambda x: model(x, sample=False).reconstruction.square().mean(),
@@ -36,5 +48,7 @@ def test_training_step_compiles(build, clip):
     )
     loss = step(video)
     loss.backward()
-    assert torch.allclose(loss, model(video, sample=False).reconstruction.square().mean())
+    assert torch.allclose(
+        loss, model(video, sample=False).reconstruction.square().mean(), **TOLERANCE
+    )
     assert all(p.grad is not None for p in model.parameters())

@@ -35,7 +35,7 @@ KL = "vidtok_kl_causal_488_4chn"
         (KL, {"norm_type": "batchnorm"}, "norm_type must be one of 'layernorm', 'groupnorm'"),
         (KL, {"norm_type": "groupnorm", "ch": 16}, "channels must be a multiple of 32 .*, got 16"),
         (KL, {"spatial_ds": (0, 7)}, r"spatial_ds must be .* integers in 0\.\.3, got \(0, 7\)"),
-        (KL, {"spatial_ds": (0,)}, "spatial_us must have as many levels as spatial_ds"),
+        (KL, {"spatial_ds": (0,)}, "spatial_us must be as many levels as spatial_ds .*, got None"),
         (KL, {"tempo_ds": (1, 3)}, r"tempo_ds must be among spatial_ds \(0, 1, 2\), got \(1, 3\)"),
         (KL, {"tempo_us": (0, 1)}, r"tempo_us must be among spatial_us \(1, 2, 3\), got \(0, 1\)"),
     ],
@@ -56,7 +56,9 @@ def test_config_of_another_class_is_refused():
 
 
 def test_unknown_model_names_what_exists():
-    with pytest.raises(ValueError, match=r"vidtok_kl_causal_488_4chn.*got 'vidtok_kl_noncausal_488"):
+    with pytest.raises(
+        ValueError, match=r"vidtok_kl_causal_488_4chn.*got 'vidtok_kl_noncausal_488"
+    ):
         vt.create_model("vidtok_kl_noncausal_488_4chn")
     with pytest.raises(ValueError, match=r"did you mean 'vidtok_kl_causal_488_4chn'\?"):
         vt.create_model("vidtok_kl_causal_488_4ch")

@@ -61,6 +61,9 @@ def test_saving_again_replaces_and_failure_leaves_the_old(fsq_model, kl_model, s
     monkeypatch.setattr("safetensors.torch.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         fsq_model.save_pretrained(saved)
+    with pytest.raises(OSError, match="No space left"):
+        fsq_model.save_pretrained(saved.parent / "new")
+    assert os.listdir(saved.parent) == ["model"]
     monkeypatch.undo()
     assert sorted(os.listdir(saved)) == ["config.json", "model.safetensors"]
     assert not vt.load_model(saved).is_discrete
@@ -89,7 +92,10 @@ def test_damaged_folders(saved, tmp_path):
         ({"format_version": 2}, "format_version must be 1, got 2"),
         ({"reference_version": "1.1"}, "reference_version must be '1.0', got '1.1'"),
         ({"config": {"levels": [1, 8]}}, "levels must be a non-empty sequence"),
-        ({"config": {"ch": 16}}, r"weights must be .* of another shape .*\[8, 3, 3, 3, 3\] instead"),
+        (
+            {"config": {"ch": 16}},
+            r"weights must be .* of another shape .*\[8, 3, 3, 3, 3\] instead",
+        ),
         ({"config": {"num_res_blocks": 2}}, r"got \d+ missing \(encoder"),
     ],
 )

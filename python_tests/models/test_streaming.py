@@ -14,7 +14,6 @@ plans = st.lists(st.integers(1, 7), min_size=1, max_size=5)
 TOLERANCE = 1e-5
 
 
-
 def run_encoder(model, video, plan, output="latent"):
     stream = model.stream_encoder(output)
     chunks = [out for chunk in video.split(plan, dim=2) for out in stream.push(chunk)]
@@ -184,7 +183,9 @@ def test_empty_stream_and_calls_after_the_end(fsq_model, clip):
 def test_bad_pushes_are_refused(fsq_model, kl_model, clip):
     stream = fsq_model.stream_encoder()
     stream.push(clip(1, 2, 16, 16))
-    with pytest.raises(ValueError, match=r"chunk must be \[1, 3, t, 16, 16\] as before, got \[1, 3, 2"):
+    with pytest.raises(
+        ValueError, match=r"chunk must be \[1, 3, t, 16, 16\] as before, got \[1, 3, 2"
+    ):
         stream.push(clip(1, 2, 16, 24))
     with pytest.raises(ValueError, match=r"stream_encoder.push: video must be \[B, 3, T, H, W\]"):
         stream.push(torch.zeros(3, 2, 16, 16))

@@ -1,6 +1,6 @@
 """The recorded outputs of the VidTok reference, compared by the script that comes with them.
 
-Skipped where the recordings are not: `VTOK_PARITY_DIR`, by default ../shared/parity beside the repository.
+Skipped where the recordings are not: `VTOK_PARITY_DIR`, by default ../shared/parity.
 """
 
 import os

@@ -1,7 +1,6 @@
 """Convolutions of video tensors [B, C, T, H, W]: causal in time, zero padded in space.
 
-    y[t] = sum_k w[k] * x[st * t + k - p],  p = (kt - 1) + (1 - st) frames in front, none at the
-    back
+    y[t] = sum_k w[k] * x[st * t + k - p],  p = kt - st frames in front, none at the back
 
 Three parameter shapes of one operation, so that a network stays in channels_last_3d memory
 throughout: `CausalConv3d` [O, I, kt, kh, kw], `CausalConv1d` [O, I, kt] run as (kt, 1, 1), and
@@ -75,7 +74,7 @@ class _CausalConv(nn.Module):
     state_dict is that of the released weights.
     """
 
-    conv: nn.Module
+    conv: VolumeConv3d | PixelConv1d
     kernel_frames: int
     stride: int
     temporal: str
@@ -111,12 +110,9 @@ class _CausalConv(nn.Module):
     def convolve(self, padded: Tensor) -> Tensor:
         """Returns `conv(padded)`; no frames when there are fewer than one window."""
         if self.num_outputs(padded.shape[2]) == 0:
-            return padded.new_empty(self._empty_shape(padded))
+            batch, _, _, height, width = padded.shape
+            return padded.new_empty((batch, self.conv.out_channels, 0, height, width))
         return self.conv(padded)
-
-    def _empty_shape(self, padded: Tensor) -> tuple[int, ...]:
-        batch, _, _, height, width = padded.shape
-        return (batch, self.conv.out_channels, 0, height, width)  # type: ignore[return-value]
 
     def forward(self, x: Tensor, state: Tensor | None = None, return_state: bool = False):
         """Returns y, or `(y, state)` with `return_state=True`."""

@@ -24,7 +24,8 @@ def repeat_nearest(x: Tensor, time: int, space: int) -> Tensor:
     y = x.permute(0, 2, 3, 4, 1)[:, :, None, :, None, :, None]
     y = y.expand(batch, frames, time, height, space, width, space, channels)
     y = y.reshape(batch, frames * time, height * space, width * space, channels)
-    return y.permute(0, 4, 1, 2, 3)
+    # Repeating a single frame is a view with stride 0 until here.
+    return y.contiguous().permute(0, 4, 1, 2, 3)
 
 
 class SpatialDownsample(nn.Module):

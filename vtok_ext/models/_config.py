@@ -60,22 +60,22 @@ class ModelConfig:
                 )
         return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
+    def _error(self, name: str, requirement: str) -> ValueError:
+        value = getattr(self, name)
+        return ValueError(f"{type(self).__name__}: {name} must be {requirement}, got {value!r}")
+
     def _require_int(self, name: str, minimum: int) -> None:
         value = getattr(self, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise ValueError(
-                f"{type(self).__name__}: {name} must be an integer >= {minimum}, got {value!r}"
-            )
+            raise self._error(name, f"an integer >= {minimum}")
 
     def _require_ints(self, name: str, minimum: int, maximum: int, *, empty: bool) -> None:
         value = getattr(self, name)
         ok = isinstance(value, tuple) and (value or empty)
         ok = ok and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
         if not ok or not all(minimum <= v <= maximum for v in value):
-            raise ValueError(
-                f"{type(self).__name__}: {name} must be {'a' if empty else 'a non-empty'} sequence "
-                f"of integers in {minimum}..{maximum}, got {value!r}"
-            )
+            sequence = "a sequence" if empty else "a non-empty sequence"
+            raise self._error(name, f"{sequence} of integers in {minimum}..{maximum}")
 
     def _require_choice(self, name: str, choices) -> None:
         value = getattr(self, name)
@@ -89,6 +89,4 @@ class ModelConfig:
         value = getattr(self, name)
         ok = isinstance(value, int | float) and not isinstance(value, bool)
         if not ok or not minimum <= value < float("inf"):
-            raise ValueError(
-                f"{type(self).__name__}: {name} must be a number >= {minimum}, got {value!r}"
-            )
+            raise self._error(name, f"a number >= {minimum}")

@@ -36,6 +36,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[str]:
     target = os.path.abspath(os.fspath(path))
     if os.path.isdir(target):
         raise IsADirectoryError(f"save: {target!r} must be a file name, got a directory")
+    if not os.path.isdir(os.path.dirname(target)):
+        raise FileNotFoundError(f"save: the folder of {target!r} must exist, got none")
     handle, temporary = tempfile.mkstemp(
         prefix=f".{os.path.basename(target)}.", suffix=".tmp", dir=os.path.dirname(target)
     )
@@ -65,7 +67,6 @@ def save_model(model: VideoTokenizer, folder: str | os.PathLike) -> None:
     """Writes config.json and model.safetensors into `folder`, creating it; both appear complete."""
     from safetensors.torch import save_file
 
-    os.makedirs(folder, exist_ok=True)
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     description = {
         "format_version": FORMAT_VERSION,
@@ -75,11 +76,23 @@ def save_model(model: VideoTokenizer, folder: str | os.PathLike) -> None:
         "vtok_ext_version": package_version(),
         "config": model.config.to_dict(),
     }
-    with atomic_path(os.path.join(folder, WEIGHTS_NAME)) as temporary:
-        save_file(weights, temporary)
-    # Last, so that a folder with a config.json is a complete one.
-    with atomic_path(os.path.join(folder, CONFIG_NAME)) as temporary:
-        Path(temporary).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    is_new = not os.path.isdir(folder)
+    os.makedirs(folder, exist_ok=True)
+    try:
+        # Both are written before either is renamed, config.json last: a full disk leaves the old
+        # model, and a folder with a config.json is a complete one.
+        with (
+            atomic_path(os.path.join(folder, CONFIG_NAME)) as config_file,
+            atomic_path(os.path.join(folder, WEIGHTS_NAME)) as weights_file,
+        ):
+            text = json.dumps(description, indent=2) + "\n"
+            Path(config_file).write_text(text, encoding="utf-8")
+            save_file(weights, weights_file)
+    except BaseException:
+        if is_new:
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+        raise
 
 
 def resolve_folder(source: str | os.PathLike) -> str:

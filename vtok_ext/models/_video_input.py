@@ -15,8 +15,8 @@ FRAME_RULES = ("preserve", "reference")
 def check_video(op: str, video: Tensor, channels: int = 3) -> None:
     """Raises unless `video` is a non-empty [B, channels, T, H, W], float and finite, or uint8.
 
-    The values of CPU tensors are read once to find NaN and infinity (about 1 ms per 10 MB, under 1
-    % of encoding); on other devices that would wait for the device, so there they are not.
+    The values of CPU tensors are read once to find NaN and infinity (about 1 ms per 10 MB, under
+    1 % of encoding); on other devices that would wait for the device, so there they are not.
     """
     if not isinstance(video, Tensor):
         raise TypeError(f"{op}: video must be a torch.Tensor, got {type(video).__name__}")
@@ -40,15 +40,16 @@ def check_video(op: str, video: Tensor, channels: int = 3) -> None:
 
 
 def check_frame_rule(op: str, frames: str) -> None:
+    """Raises ValueError unless `frames` names a frame rule."""
     if frames not in FRAME_RULES:
         raise ValueError(f"{op}: frames must be one of {FRAME_RULES}, got {frames!r}")
 
 
 def to_float(video: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns the video in [-1, 1] and `dtype`, in channels_last_3d memory."""
+    """Returns the video in [-1, 1] and `dtype`."""
     if video.dtype == torch.uint8:
         video = video.float().div_(127.5).sub_(1)  # in float32: half would round twice
-    return video.to(dtype).contiguous(memory_format=torch.channels_last_3d)
+    return video.to(dtype)
 
 
 def to_uint8(video: Tensor) -> Tensor:

@@ -55,9 +55,9 @@ class VideoTokenizer(nn.Module):
         """Whether a latent depends on its own and earlier frames only."""
 
     @property
-    @abstractmethod
     def is_discrete(self) -> bool:
         """Whether the model has a codebook, hence `tokenize`."""
+        return self.config.is_discrete
 
     @property
     @abstractmethod

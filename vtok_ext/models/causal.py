@@ -21,8 +21,8 @@ from vtok_ext.models.streaming import StreamDecoder, StreamEncoder
 class CausalTokenizer(VideoTokenizer):
     """Base of causal models whose latent is a grid [B, C, 1 + ceil((T - 1) / f), H / s, W / s].
 
-    A model adds `encode_chunk`, `decode_chunk`, `regularize` and the facts `temporal_factor`,
-    `spatial_factor`, `latent_channels`, `is_discrete`.
+    A model adds `encode_chunk`, `decode_chunk`, `encode_reference`, `regularize` and the facts
+    `temporal_factor`, `spatial_factor`, `latent_channels`.
     """
 
     video_channels: int = 3
@@ -123,8 +123,7 @@ class CausalTokenizer(VideoTokenizer):
                 codes; default in training mode with gradients. The KL loss is always there.
 
         Raises:
-            TypeError, ValueError: the video or an option is not as described; NaN or infinite
-            values.
+            TypeError, ValueError: the video or an option is not as described; NaN or infinity.
         """
         video_input.check_video("encode", video, self.video_channels)
         video_input.check_frame_rule("encode", frames)
@@ -159,16 +158,13 @@ class CausalTokenizer(VideoTokenizer):
 
         Args:
             encoding: an Encoding; or a bare latent [B, C, t, h, w]; or, of a discrete model,
-            integer ids
-                [B, t, h, w].
+                integer ids [B, t, h, w].
             num_frames, size: crop to T and (H, W); default what the Encoding records, and for a
-            bare
-                tensor all f * t - (f - 1) frames of the decoder.
+                bare tensor all f * t - (f - 1) frames of the decoder.
             output: "float", nominally in [-1, 1] and not clamped; or "uint8", clamped and rounded.
 
         Raises:
-            TypeError, ValueError: an argument is not as described, or more is asked for than there
-            is.
+            TypeError, ValueError: an argument is not as described, or asks for more than there is.
         """
         latent = encoding
         if isinstance(encoding, Encoding):
@@ -208,7 +204,7 @@ class CausalTokenizer(VideoTokenizer):
         return StreamDecoder(self, num_frames=num_frames, size=size, output=output)
 
     def to_latent(self, op: str, latent) -> Tensor:
-        """Returns `latent`, or that of integer ids, checked, in the model's dtype and layout."""
+        """Returns `latent`, or that of integer ids, checked, in the model's dtype."""
         if not isinstance(latent, Tensor):
             raise TypeError(f"{op}: latent must be a torch.Tensor, got {type(latent).__name__}")
         if not latent.is_floating_point():
@@ -218,4 +214,4 @@ class CausalTokenizer(VideoTokenizer):
                 f"{op}: latent must be a non-empty [B, {self.latent_channels}, T, H, W], "
                 f"got {list(latent.shape)}"
             )
-        return latent.to(self.dtype).contiguous(memory_format=torch.channels_last_3d)
+        return latent.to(self.dtype)

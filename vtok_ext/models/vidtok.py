@@ -12,6 +12,7 @@ the released weights. Source: Tang et al., VidTok (arXiv 2412.13061); behaviour 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -82,14 +83,11 @@ class VidTokConfig(ModelConfig):
         if self.regularizer == "kl":
             self._require_int("z_channels", 1)
             if self.levels != ():
-                raise ValueError(f"VidTokConfig: levels must be empty for kl, got {self.levels!r}")
+                raise self._error("levels", "empty for kl")
         else:
             self._require_ints("levels", 2, MAX_LEVELS, empty=False)
             if self.z_channels not in (None, len(self.levels)):
-                raise ValueError(
-                    f"VidTokConfig: z_channels must be {len(self.levels)}, the number of levels, "
-                    f"got {self.z_channels!r}"
-                )
+                raise self._error("z_channels", f"{len(self.levels)}, the number of levels")
         for name in ("entropy_weight", "entropy_annealing_factor", "commitment_weight"):
             self._require_number(name, 0.0)
         self._require_int("entropy_annealing_steps", 0)
@@ -101,16 +99,10 @@ class VidTokConfig(ModelConfig):
                 self._require_ints(name, 0, len(self.ch_mult) - 1, empty=True)
         for down, up in (("spatial_ds", "spatial_us"), ("tempo_ds", "tempo_us")):
             if len(self.steps(down)) != len(self.steps(up)):
-                raise ValueError(
-                    f"VidTokConfig: {up} must have as many levels as {down} {self.steps(down)}, "
-                    f"got {self.steps(up)}"
-                )
+                raise self._error(up, f"as many levels as {down} {self.steps(down)}")
         for time, space in (("tempo_ds", "spatial_ds"), ("tempo_us", "spatial_us")):
             if not set(self.steps(time)) <= set(self.steps(space)):
-                raise ValueError(
-                    f"VidTokConfig: {time} must be among {space} {self.steps(space)}, "
-                    f"got {self.steps(time)}"
-                )
+                raise self._error(time, f"among {space} {self.steps(space)}")
 
     def steps(self, name: str) -> tuple[int, ...]:
         """Returns the levels of `spatial_ds`, `tempo_us`, ..., its default when it is None."""
@@ -160,7 +152,7 @@ class Stage(nn.Module):
     downsample: nn.Module | None
     upsample: nn.Module | None
 
-    def __init__(self, blocks: list[nn.Module], **resample: nn.Module | None) -> None:
+    def __init__(self, blocks: Iterable[nn.Module], **resample: nn.Module | None) -> None:
         super().__init__()
         self.block = nn.ModuleList(blocks)
         for name, module in resample.items():
@@ -192,9 +184,9 @@ class Middle(nn.Module):
 class Encoder(nn.Module):
     """Returns the raw latent [B, zc, T / f, H / s, W / s] of frames [B, 3, T, H, W] in [-1, 1].
 
-    zc is 2 z for KL (mean and log variance), z for FSQ. With `return_state=True`, `(latent,
-    state)`: chunks of multiples of f frames, each given the state of the one before, equal one
-    call.
+    zc is 2 z for KL (mean and log variance), z for FSQ. With `return_state=True`, the result is
+    `(latent, state)`: chunks of multiples of f frames, each given the state of the one before,
+    equal one call.
     """
 
     def __init__(self, config: VidTokConfig) -> None:
@@ -204,22 +196,12 @@ class Encoder(nn.Module):
         self.down, self.down_temporal = nn.ModuleList(), nn.ModuleList()
         for level, width in enumerate(widths):
             inputs = [widths[max(0, level - 1)]] + [width] * (config.num_res_blocks - 1)
-            self.down.append(
-                Stage(
-                    [ResidualBlock2d(c, width, norm_type=norm) for c in inputs],
-                    downsample=SpatialDownsample(width)
-                    if level in config.steps("spatial_ds")
-                    else None,
-                )
-            )
-            self.down_temporal.append(
-                Stage(
-                    [ResidualBlock1d(width, norm_type=norm) for _ in inputs],
-                    downsample=TemporalDownsample(width)
-                    if level in config.steps("tempo_ds")
-                    else None,
-                )
-            )
+            space = SpatialDownsample(width) if level in config.steps("spatial_ds") else None
+            time = TemporalDownsample(width) if level in config.steps("tempo_ds") else None
+            blocks_2d = [ResidualBlock2d(c, width, norm_type=norm) for c in inputs]
+            blocks_1d = [ResidualBlock1d(width, norm_type=norm) for _ in inputs]
+            self.down.append(Stage(blocks_2d, downsample=space))
+            self.down_temporal.append(Stage(blocks_1d, downsample=time))
         self.mid = Middle(widths[-1], norm)
         self.norm_out = norm_act(widths[-1], norm)
         out_channels = config.latent_channels * (2 if config.regularizer == "kl" else 1)
@@ -228,6 +210,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor, state: State | None = None, return_state: bool = False):
         """Returns the raw latent of `x`, or `(latent, state)`."""
         flow = StateFlow(state, return_state)
+        x = x.contiguous(memory_format=torch.channels_last_3d)
         x = flow("conv_in", self.conv_in, x)
         for level, (space, time) in enumerate(_paired(self.down, self.down_temporal)):
             name = f"down_temporal.{level}"
@@ -257,26 +240,19 @@ class Decoder(nn.Module):
         self.up, self.up_temporal = nn.ModuleList(), nn.ModuleList()
         for level, width in enumerate(widths):
             inputs = [widths[min(level + 1, len(widths) - 1)]] + [width] * config.num_res_blocks
-            self.up.append(
-                Stage(
-                    [ResidualBlock2d(c, width, norm_type=norm) for c in inputs],
-                    upsample=SpatialUpsample(width)
-                    if level in config.steps("spatial_us")
-                    else None,
-                )
-            )
-            self.up_temporal.append(
-                Stage(
-                    [ResidualBlock1d(width, norm_type=norm) for _ in inputs],
-                    upsample=TemporalUpsample(width) if level in config.steps("tempo_us") else None,
-                )
-            )
+            space = SpatialUpsample(width) if level in config.steps("spatial_us") else None
+            time = TemporalUpsample(width) if level in config.steps("tempo_us") else None
+            blocks_2d = [ResidualBlock2d(c, width, norm_type=norm) for c in inputs]
+            blocks_1d = [ResidualBlock1d(width, norm_type=norm) for _ in inputs]
+            self.up.append(Stage(blocks_2d, upsample=space))
+            self.up_temporal.append(Stage(blocks_1d, upsample=time))
         self.norm_out = norm_act(widths[0], norm)
         self.conv_out = CausalConv3d(widths[0], config.out_ch, 3)
 
     def forward(self, x: Tensor, state: State | None = None, return_state: bool = False):
         """Returns the frames of latent `x`, or `(frames, state)`."""
         flow = StateFlow(state, return_state)
+        x = x.contiguous(memory_format=torch.channels_last_3d)
         x = flow("conv_in", self.conv_in, x)
         x = flow("mid", self.mid, x)
         stages = _paired(self.up, self.up_temporal)
@@ -318,11 +294,6 @@ class VidTok(CausalTokenizer):
                 entropy_annealing_factor=config.entropy_annealing_factor,
                 commitment_weight=config.commitment_weight,
             )
-
-    @property
-    def is_discrete(self) -> bool:
-        """Whether the latent is quantised."""
-        return self.config.is_discrete
 
     @property
     def codebook_size(self) -> int | None:
