@@ -2,7 +2,6 @@ from typing import Any
 
 import torch
 
-
 def build_info() -> dict[str, Any]: ...
 def evaluate(name: str, x: torch.Tensor, y: torch.Tensor) -> None: ...
 def fsq_forward(

@@ -1,7 +1,8 @@
 """Turns an exception into one line and an exit code.
 
-Bad input (ValueError, which includes VideoError; OSError such as a full disk; a TypeError in the
-house form `op: argument must be ...`) exits with 2. Anything else is a defect of ours and exits with 1.
+Bad input (ValueError, which includes VideoError; OSError such as a full disk; SafetensorError,
+which is how the weights' library reports both; a TypeError in the house form `op: argument must be
+...`) exits with 2. Anything else is a defect of ours and exits with 1.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ def describe_failure(error: BaseException) -> tuple[int, str]:
         return EXIT_BAD_INPUT, text
     if isinstance(error, OSError):
         return EXIT_BAD_INPUT, _describe_os_error(error, text)
+    if type(error).__name__ == "SafetensorError":  # compared by name: not loaded for every command
+        return EXIT_BAD_INPUT, f"model or token file: {text}"
     if isinstance(error, TypeError) and _HOUSE_FORM.match(text):
         return EXIT_BAD_INPUT, text
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("vtok_ext"):

@@ -1,7 +1,7 @@
 """PNG files without an imaging library, with small labels: what the demo's comparison needs.
 
-PNG (W3C PNG specification): signature, then chunks [length, type, data, CRC-32]; the image data is the
-zlib stream of rows that each begin with a filter byte, 0 for none.
+PNG (W3C PNG specification): signature, then chunks [length, type, data, CRC-32]; the image data is
+the zlib stream of rows that each begin with a filter byte, 0 for none.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from .atomic_output import output_file
 
 GLYPH_HEIGHT = 7
 _GLYPH_WIDTH = 5
-# 5x7 dot matrix letters, one string of hexadecimal digits each: seven rows of two digits, bit 4 left.
+# 5x7 dot matrix letters, one string of hexadecimal digits each: seven rows of two digits, bit 4
+# left.
 _GLYPHS = {
     " ": "00000000000000",
     "0": "0e11131519110e",

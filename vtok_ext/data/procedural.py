@@ -1,4 +1,4 @@
-"""A seeded clip of moving textured shapes on a textured background, made from numpy and torch alone.
+"""A seeded clip of moving textured shapes on a textured background, made with torch alone.
 
 Textures are sums of a few random plane waves (smooth, band limited), shapes are signed distance
 fields drawn with anti-aliased edges, and motion is translation on an ellipse plus rotation: enough
@@ -116,9 +116,7 @@ class _Texture:
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         field = self.mean.view(3, 1, 1).expand(3, *x.shape).clone()
-        for kx, ky, phase, colour in zip(
-            self.kx, self.ky, self.phase, self.colours, strict=True
-        ):
+        for kx, ky, phase, colour in zip(self.kx, self.ky, self.phase, self.colours, strict=True):
             field += colour.view(3, 1, 1) * torch.sin(kx * x + ky * y + phase)
         return field.clamp(0, 1)
 

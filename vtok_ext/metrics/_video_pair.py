@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-# The reference evaluation works in groups of 16 frames. Values are means over frames, so a group only
-# bounds memory; the size is kept.
+# The reference evaluation works in groups of 16 frames. Values are means over frames, so a group
+# only bounds memory; the size is kept.
 _FRAMES_PER_GROUP = 16
 
 
@@ -48,7 +48,9 @@ def check_pair(
         )
     low, high = (-1.0, 1.0) if value_range is None else value_range
     if not low < high:
-        raise ValueError(f"{op}: value_range must be (low, high) with low < high, got {low}, {high}")
+        raise ValueError(
+            f"{op}: value_range must be (low, high) with low < high, got {low}, {high}"
+        )
     return low, high
 
 

@@ -1,6 +1,8 @@
 """Visibility of chunk borders: how much more the error changes there than elsewhere.
 
-boundary_jump = mean |e_t - e_(t-1)| at borders / the same elsewhere, e = reconstruction - source; 1 = no seam.
+    boundary_jump = mean |e_t - e_(t-1)| at borders / the same elsewhere
+
+with e = reconstruction - source; 1 means no seam.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How much of a codebook is in use: the fraction of codes seen and the perplexity of their frequencies.
+"""How much of a codebook is in use: the fraction of codes seen, and their perplexity.
 
 perplexity = exp(-sum p ln p): the number of equally frequent codes that would carry as much.
 """
@@ -68,9 +68,7 @@ class CodebookCounter:
                 f"got {int(codes[0])}..{int(codes[-1])}"
             )
         all_counts = torch.cat([self._counts, counts])
-        self._codes, position = torch.unique(
-            torch.cat([self._codes, codes]), return_inverse=True
-        )
+        self._codes, position = torch.unique(torch.cat([self._codes, codes]), return_inverse=True)
         self._counts = torch.zeros_like(self._codes).index_add_(0, position, all_counts)
 
     def result(self) -> CodebookUsage:

@@ -1,6 +1,8 @@
 """Structural similarity with an 11x11 Gaussian window, of frames reduced to about 256 pixels.
 
-ssim = (2 mu_a mu_b + c1)(2 cov + c2) / ((mu_a^2 + mu_b^2 + c1)(var_a + var_b + c2)), c1 = .01^2, c2 = .03^2.
+    ssim = (2 mu_a mu_b + c1) (2 cov + c2) / ((mu_a^2 + mu_b^2 + c1) (var_a + var_b + c2))
+
+with c1 = 0.01^2 and c2 = 0.03^2 for values in [0, 1].
 Source: Wang et al. 2004, and the evaluation script of VidTok (microsoft/VidTok).
 """
 

@@ -36,7 +36,7 @@ def fsq_reference(
     channel_dim: int = -1,
     num_codebooks: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Codes and indices in plain PyTorch: the definition of `fsq`; arguments and errors as there."""
+    """Codes and indices in plain PyTorch, the definition of `fsq`; arguments as there."""
     channel_dim = _check_fsq("fsq", z, levels, channel_dim, num_codebooks)
     real = z.dtype if z.dtype == torch.float64 else torch.float32
     x = z.to(real).movedim(channel_dim, -1).unflatten(-1, (num_codebooks, len(levels)))

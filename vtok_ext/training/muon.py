@@ -1,20 +1,23 @@
 """Muon: momentum whose matrices are orthogonalised before they are applied.
 
-    M = momentum of the gradient;  O = U V^T of M = U S V^T, by Newton-Schulz iteration;  W -= lr * scale * O
+    M = momentum of the gradient = U S V^T;  O = U V^T;  W -= lr * scale * O
 
-All directions of a weight matrix then move at one speed, which makes short trainings of small networks
-several times faster than Adam. Source: K. Jordan et al., "Muon: an optimizer for hidden layers in neural
-networks", 2024, including the iteration's coefficients.
+O comes from a Newton-Schulz iteration. All directions of a weight matrix then move at one speed,
+which makes short trainings of small networks several times faster than Adam. Source: K. Jordan et
+al., "Muon: an optimizer for hidden layers in neural networks", 2024, including the iteration's
+coefficients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
-# One step maps a singular value s to a s + b s^3 + c s^5. These coefficients (Jordan et al.) raise small
-# values fastest; after five steps all of them lie in about 0.7..1.2, which is close enough to 1.
+# One step maps a singular value s to a s + b s^3 + c s^5. These coefficients (Jordan et al.) raise
+# small values fastest; after five steps all of them lie in about 0.7..1.2, which is close enough to
+# 1.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _NEWTON_SCHULZ_STEPS = 5
 
@@ -52,7 +55,7 @@ class Muon(torch.optim.Optimizer):
                     )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Returns the closure's loss, if one is given, after updating every weight."""
         loss = None
         if closure is not None:
@@ -61,16 +64,18 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is not None:
-                    self._update(weight, group["lr"], group["momentum"])
+                    self._update(weight, weight.grad, group["lr"], group["momentum"])
         return loss
 
-    def _update(self, weight: torch.Tensor, lr: float, momentum: float) -> None:
+    def _update(
+        self, weight: torch.Tensor, gradient: torch.Tensor, lr: float, momentum: float
+    ) -> None:
         state = self.state[weight]
         if not state:
             state["momentum"] = torch.zeros_like(weight)
-        mean = state["momentum"].lerp_(weight.grad, 1 - momentum)
+        mean = state["momentum"].lerp_(gradient, 1 - momentum)
         # Nesterov: look one momentum step ahead of the running mean.
-        ahead = weight.grad.lerp(mean, momentum)
+        ahead = gradient.lerp(mean, momentum)
         matrix = orthogonalize(ahead.reshape(weight.shape[0], -1))
         rows, columns = matrix.shape
         # Keeps the size of the output's change independent of the matrix's shape.

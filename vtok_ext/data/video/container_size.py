@@ -1,9 +1,9 @@
 """How many bytes a video file lacks, read from its container structure alone.
 
 Decoders end a truncated file silently: the last frames are just not there. The structure says how
-long the file should be. ISO base media (mp4, mov; ISO/IEC 14496-12, section 4.2) is a chain of boxes
-[size: u32 big endian, type: 4 bytes], size 1 meaning a u64 size follows and 0 "to the end of the file".
-Matroska (RFC 8794, RFC 9559) is an EBML header element followed by one Segment element.
+long the file should be. ISO base media (mp4, mov; ISO/IEC 14496-12, section 4.2) is a chain of
+boxes [size: u32 big endian, type: 4 bytes], size 1 meaning a u64 size follows and 0 "to the end of
+the file". Matroska (RFC 8794, RFC 9559) is an EBML header element followed by one Segment element.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 _ISO_FIRST_BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot"}
+_ISO_ESSENTIAL_BOXES = {b"ftyp", b"moov", b"mdat", b"moof"}
 _EBML_HEADER_ID = b"\x1a\x45\xdf\xa3"
 _SEGMENT_ID = b"\x18\x53\x80\x67"
 
@@ -39,22 +40,22 @@ def missing_bytes(path: Path) -> int:
 
 
 def _iso_end(file: BinaryIO, file_size: int) -> int:
-    """Returns the offset at which the last top-level box ends."""
+    """Returns the offset at which the last top-level box that a player needs ends."""
     position = 0
+    has_index = False
     while position < file_size:
         file.seek(position)
         header = file.read(16)
         if len(header) < 8:
-            return position + 8
-        size = int.from_bytes(header[:4], "big")
-        smallest = 8
-        if size == 0:  # "extends to the end of the file"
-            return file_size
+            return file_size if has_index else position + 8
+        size, kind = int.from_bytes(header[:4], "big"), header[4:8]
         if size == 1:
             size = int.from_bytes(header[8:16], "big")
-            smallest = 16
-        if size < smallest:  # not a box: trailing bytes of some other kind, the decoder judges them
+        if kind not in _ISO_ESSENTIAL_BOXES and position + size > file_size:
+            return file_size  # a trailer of some other kind: players do not mind, nor do we
+        if size < 8:  # 0 means "to the end of the file", anything else is no box
             return file_size
+        has_index = has_index or kind == b"moov"
         position += size
     return position
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .colour import rgb_from_frame
 from .container_size import missing_bytes
 from .errors import TruncatedVideoError, VideoReadError
 
@@ -161,11 +162,7 @@ class VideoReader:
             readable = sum(1 for _ in self._decode())
         except TruncatedVideoError as error:
             readable = error.frames_readable
-        raise TruncatedVideoError(
-            f"{_OP}: the video must be complete, got a file that lacks its last {lacking} bytes, "
-            f"of which {readable} frames are readable: {self.path}",
-            readable,
-        )
+        raise _truncated(self.path, lacking, readable)
 
     def _pictures(self) -> Iterator[tuple[np.ndarray, int]]:
         """Yields ([H, W, 3] uint8, timestamp), timestamps made strictly increasing."""
@@ -243,13 +240,7 @@ def _open(path: Path) -> tuple[Any, Any]:
     try:
         container = av.open(str(path), "r")
     except (av.error.FFmpegError, OSError) as error:
-        lacking = _missing_bytes_or_zero(path)
-        if lacking:  # the index (moov) of an mp4 usually stands at the end: nothing decodes
-            raise TruncatedVideoError(
-                f"{_OP}: the video must be complete, got a file that lacks its last {lacking} "
-                f"bytes or more, of which 0 frames are readable: {path}",
-                0,
-            ) from error
+        _raise_if_cut_off(path, error)
         raise VideoReadError(
             f"{_OP}: input must be a video, got {path} ({_reason(error)})"
         ) from error
@@ -260,16 +251,28 @@ def _open(path: Path) -> tuple[Any, Any]:
     ]
     if not streams:
         container.close()
+        _raise_if_cut_off(path, None)
         raise VideoReadError(f"{_OP}: input must have a video stream, got none in {path}")
     streams[0].thread_type = "AUTO"
     return container, streams[0]
 
 
-def _missing_bytes_or_zero(path: Path) -> int:
+def _raise_if_cut_off(path: Path, cause: Exception | None) -> None:
+    """Returns None unless the end of the file is missing, where the index often stands."""
     try:
-        return missing_bytes(path)
+        lacking = missing_bytes(path)
     except OSError:
-        return 0
+        return
+    if lacking:
+        raise _truncated(path, lacking, 0) from cause
+
+
+def _truncated(path: Path, lacking: int, readable: int) -> TruncatedVideoError:
+    return TruncatedVideoError(
+        f"{_OP}: the video must be complete, got a file that lacks its last {lacking} bytes or "
+        f"more, of which {readable} frames are readable: {path}",
+        readable,
+    )
 
 
 def _is_cover_picture(stream: Any) -> bool:
@@ -286,12 +289,12 @@ def _with_first(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
 
 def _quarter_turns(frame: Any) -> int:
     """Returns the number of counterclockwise quarter turns that display asks for."""
-    return round(getattr(frame, "rotation", 0) / 90) % 4
+    return round(frame.rotation / 90) % 4
 
 
 def _upright(frame: Any) -> np.ndarray:
     """Returns [H, W, 3] uint8 RGB of one frame, turned as display asks."""
-    return np.rot90(frame.to_ndarray(format="rgb24"), _quarter_turns(frame))
+    return np.rot90(rgb_from_frame(frame), _quarter_turns(frame))
 
 
 def _chunk(buffer: np.ndarray, timestamps: list[int]) -> FrameChunk:

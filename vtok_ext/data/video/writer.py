@@ -18,13 +18,11 @@ import numpy as np
 import torch
 
 from ..atomic_output import check_output_file, temporary_sibling
+from .colour import frame_from_rgb, mark_colours
 from .errors import VideoWriteError
 
 _OP = "write_video"
 _CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
-# AVCOL_SPC_BT709, AVCOL_PRI_BT709 and AVCOL_TRC_BT709 are all 1; AVCOL_RANGE_MPEG (16..235) is 1.
-_BT709 = 1
-_LIMITED_RANGE = 1
 # MPEG-4 part 2 stores the time base denominator in 16 bits.
 _MPEG4_LARGEST_DENOMINATOR = 65535
 
@@ -176,8 +174,7 @@ class VideoWriter:
             context = stream.codec_context
             context.time_base = self._stored_time_base
             context.sample_aspect_ratio = pixel_aspect
-            context.color_range = _LIMITED_RANGE
-            context.colorspace = context.color_primaries = context.color_trc = _BT709
+            mark_colours(context)
             context.open()
         except (av.error.FFmpegError, OSError) as error:
             raise VideoWriteError(_write_failure(self.path, error)) from error
@@ -201,8 +198,6 @@ class VideoWriter:
             )
 
     def _write_picture(self, picture: np.ndarray, timestamp: int | None) -> None:
-        import av
-
         if timestamp is None:
             shown_at = self._last_written + 1
         else:
@@ -215,11 +210,7 @@ class VideoWriter:
                     f"{_OP}: timestamps must increase strictly, got {timestamp} for frame "
                     f"{self.num_frames}"
                 )
-        frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
-            format=self._pixel_format,
-            dst_colorspace=_BT709,
-            dst_color_range=_LIMITED_RANGE,
-        )
+        frame = frame_from_rgb(picture, self._pixel_format)
         frame.pts, frame.time_base = shown_at, self._stored_time_base
         self._encode(frame)
         self._last_written = shown_at

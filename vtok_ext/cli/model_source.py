@@ -1,0 +1,65 @@
+"""Finds the model and the device that a command names, or says in one line why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .console import Console
+
+
+def resolve_device(name: str) -> torch.device:
+    """Returns the device called `name`; "auto" is CUDA where torch can use it, else the CPU.
+
+    Raises:
+        ValueError: not a device, or CUDA that cannot be used here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device: must be usable, got {name!r}, which torch cannot use here; "
+            "`vtok doctor` says why"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device: must be one of {torch.cuda.device_count()} CUDA devices, got {name!r}"
+        )
+    return device
+
+
+def load_model_for(
+    source: str, name: str | None, device: torch.device, console: Console
+) -> tuple[Any, bool]:
+    """Returns (model in eval mode on `device`, whether its weights are random).
+
+    Args:
+        source: folder of a saved model, released checkpoint, hub id, or the name of a preset,
+            which gives random weights and a warning.
+        name: preset that a checkpoint belongs to.
+        device: where the model goes.
+        console: gets the warning.
+
+    Raises:
+        ValueError, OSError: there is no such model, or it is damaged.
+    """
+    import vtok_ext as vt
+
+    is_random = name is None and not Path(source).exists() and source in vt.list_models()
+    if is_random:
+        console.warn(
+            f"{source} is the name of a preset: its weights are random, the output will be noise"
+        )
+        torch.manual_seed(0)
+        model = vt.create_model(source)
+    else:
+        model = vt.load_model(source, name=name)
+    return model.eval().to(device), is_random
