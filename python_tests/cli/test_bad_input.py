@@ -121,6 +121,10 @@ def broken_model(folder, target, how):
         config_path.unlink()
     elif how == "truncated weights":
         weights_path.write_bytes(weights_path.read_bytes()[:-100])
+    elif how == "NaN weights":
+        weights = load_file(weights_path)
+        weights["decoder.conv_out.conv.bias"].fill_(float("nan"))
+        save_file(weights, weights_path)
     else:
         weights = load_file(weights_path)
         name = "encoder.conv_in.conv.weight"
@@ -135,6 +139,7 @@ def broken_model(folder, target, how):
         ("typo", "num_res_blocks"),
         ("no config", "config.json"),
         ("truncated weights", "model.safetensors"),
+        ("NaN weights", "must give finite frames"),
         ("rank", "encoder.conv_in.conv.weight"),
         ("shape", "encoder.conv_in.conv.weight"),
     ],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -105,14 +107,14 @@ def run(arguments: list[str]) -> int:
     Args:
         arguments: as on the command line, without the program name.
     """
-    with _termination_as_exception():
+    with _interrupts_as_exception():
         try:
             outcome: Any = app(args=arguments, prog_name="vtok", standalone_mode=True)
             return outcome if isinstance(outcome, int) else 0
         except SystemExit as stop:
             return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        except KeyboardInterrupt:
-            print("vtok: interrupted", file=sys.stderr)
+        except Interrupted:
+            print("vtok: interrupted, nothing was left behind", file=sys.stderr)
             return EXIT_INTERRUPTED
         except Exception as error:
             if wants_traceback():
@@ -122,19 +124,25 @@ def run(arguments: list[str]) -> int:
             return code
 
 
-class _termination_as_exception:
-    """Within it, SIGTERM unwinds the stack as Ctrl-C does, so that partial output is removed."""
-
-    def __enter__(self) -> None:
-        try:
-            self._previous = signal.signal(signal.SIGTERM, _raise_interrupt)
-        except ValueError:  # not the main thread: signals are someone else's business
-            self._previous = None
-
-    def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM; not a KeyboardInterrupt, which the option parser takes for its own."""
 
 
-def _raise_interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
+@contextmanager
+def _interrupts_as_exception() -> Iterator[None]:
+    """Within it, Ctrl-C and SIGTERM unwind the stack, so that partial output is removed."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise Interrupted
+
+    previous = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, interrupt)
+    except ValueError:  # not the main thread: signals are someone else's business
+        pass
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

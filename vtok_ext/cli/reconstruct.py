@@ -162,6 +162,11 @@ class _Reconstruction:
     ) -> None:
         from vtok_ext.metrics import psnr, ssim
 
+        if not decoded.isfinite().all():
+            raise ValueError(
+                f"reconstruct: the model must give finite frames, got NaN or infinity after "
+                f"{self.sums.frames} frames"
+            )
         source, timestamps = self._sources_of(decoded.shape[2])
         target = source[None].float() / 127.5 - 1
         self.sums.psnr += psnr(decoded, target, per_frame=True).sum().item()
