@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import vtok_ext as vt
 from vtok_ext import layers
 from vtok_ext.models import VidTok, VidTokConfig
+from vtok_ext.models.vidtok_published import decode_published, encode_published
 
 NET_FIELDS = ("ch", "in_channels", "out_ch", "num_res_blocks", "norm_type", "z_channels")
 NET_TUPLES = ("ch_mult", "spatial_ds", "spatial_us", "tempo_ds", "tempo_us")
@@ -54,6 +55,14 @@ class Adapter:
 
     def decode_indices(self, indices: Tensor) -> Tensor:
         return self.model.decode(indices, frames="reference")
+
+    def encode_chunked(self, x: Tensor, t_chunk_enc: int) -> dict[str, Tensor]:
+        encoding = encode_published(self.model, x, chunk_frames=t_chunk_enc, compute_loss=True)
+        return {"z": encoding.latent, **encoding.losses}
+
+    def decode_chunked(self, z: Tensor, t_chunk_dec: int, overlap: bool) -> Tensor:
+        chunk_frames = t_chunk_dec * self.model.temporal_factor
+        return decode_published(self.model, z, chunk_frames=chunk_frames, overlap=overlap)
 
     def grad(self, x: Tensor, w: Tensor):
         x = x.clone().requires_grad_(True)

@@ -75,3 +75,8 @@ def pad_tail(video: Tensor, factor: int, alone: int) -> Tensor:
     if not missing:
         return video
     return torch.cat([video, video[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
+
+
+def pad_front(video: Tensor, copies: int) -> Tensor:
+    """Returns the video with copies of its first frame in front."""
+    return torch.cat([video[:, :, :1]] * copies + [video], dim=2) if copies else video

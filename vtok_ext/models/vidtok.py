@@ -33,13 +33,11 @@ from vtok_ext.layers import (
 )
 from vtok_ext.layers._state import State, StateFlow
 from vtok_ext.layers.causal_conv3d import video_conv3d
+from vtok_ext.models._video_input import pad_front
 from vtok_ext.models.grid import GridTokenizer
+from vtok_ext.models.streaming import StreamDecoder
 from vtok_ext.models.vidtok_config import PRESETS, VidTokConfig
-
-
-def _repeat_first(video: Tensor, copies: int) -> Tensor:
-    """Returns `video` [B, C, T, H, W] with copies of its first frame in front."""
-    return torch.cat([video[:, :, :1]] * copies + [video], dim=2) if copies else video
+from vtok_ext.models.vidtok_published import published_chunks
 
 
 class Stage(nn.Module):
@@ -250,7 +248,7 @@ class VidTok(GridTokenizer):
         if state is None and self.is_causal:
             # The convolutions before the first frame see f - 1 copies of it; before these 1.0 sees
             # zeros, 1.1 more copies.
-            video = _repeat_first(video, self.temporal_factor - 1)
+            video = pad_front(video, self.temporal_factor - 1)
         return self.encoder(video, state, return_state)
 
     def encode_reference(self, video: Tensor) -> tuple[Tensor, int]:
@@ -265,8 +263,8 @@ class VidTok(GridTokenizer):
             return self.encoder(video), num_frames // f * f
         copies = -num_frames % f
         if self.config.version == "1.1":
-            return self.encoder(_repeat_first(video, copies)), num_frames
-        raw = self.encoder(_repeat_first(video, f - 1 if copies else 0))
+            return self.encoder(pad_front(video, copies)), num_frames
+        raw = self.encoder(pad_front(video, f - 1 if copies else 0))
         return raw, f * (raw.shape[2] - 1) + 1
 
     def decode_chunk(self, latent: Tensor, state: State | None = None, return_state: bool = False):
@@ -291,6 +289,24 @@ class VidTok(GridTokenizer):
             return self.decode_chunk(latent)
         frames = self.decoder(latent)
         return frames if num_frames is None else frames[:, :, -num_frames:]
+
+    def stream_decoder(self, *, streaming: str = "exact", **options) -> StreamDecoder:
+        """Returns a StreamDecoder: push latents or ids in any portions, collect frames.
+
+        Args:
+            streaming: "exact" equals the whole clip; "reference" equals the published decoding of
+                1.1 in overlapping chunks, see `vidtok_published`.
+            **options: `num_frames`, `size`, `output` of `GridTokenizer.stream_decoder`.
+
+        Raises:
+            ValueError: another value of an option, or a non-causal model.
+        """
+        if streaming not in ("exact", "reference"):
+            raise ValueError(
+                f"stream_decoder: streaming must be 'exact' or 'reference', got {streaming!r}"
+            )
+        model = self if streaming == "exact" else published_chunks(self)
+        return super(VidTok, model).stream_decoder(**options)
 
     def regularize(
         self,
