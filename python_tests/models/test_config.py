@@ -37,6 +37,10 @@ KL = "vidtok_kl_causal_488_4chn"
         (KL, {"spatial_ds": (0, 7)}, r"spatial_ds must be .* integers in 0\.\.3, got \(0, 7\)"),
         (KL, {"spatial_ds": (0,)}, "spatial_us must be as many levels as spatial_ds .*, got None"),
         (KL, {"tempo_ds": (1, 3)}, r"tempo_ds must be among spatial_ds \(0, 1, 2\), got \(1, 3\)"),
+        (KL, {"causal": "no"}, "causal must be one of True, False, got 'no'"),
+        (KL, {"version": "1.2"}, "version must be one of '1.0', '1.1', got '1.2'"),
+        (KL, {"version": "1.1", "causal": False}, "version must be one of '1.0', got '1.1'"),
+        (KL, {"interpolation": "linear"}, "interpolation must be one of 'nearest', got 'linear'"),
         (KL, {"tempo_us": (0, 1)}, r"tempo_us must be among spatial_us \(1, 2, 3\), got \(0, 1\)"),
     ],
 )
@@ -57,9 +61,9 @@ def test_config_of_another_class_is_refused():
 
 def test_unknown_model_names_what_exists():
     with pytest.raises(
-        ValueError, match=r"vidtok_kl_causal_488_4chn.*got 'vidtok_kl_noncausal_488"
+        ValueError, match=r"vidtok_kl_noncausal_488_4chn.*got 'vidtok_kl_noncausal_288"
     ):
-        vt.create_model("vidtok_kl_noncausal_488_4chn")
+        vt.create_model("vidtok_kl_noncausal_288_8chn")
     with pytest.raises(ValueError, match=r"did you mean 'vidtok_kl_causal_488_4chn'\?"):
         vt.create_model("vidtok_kl_causal_488_4ch")
 

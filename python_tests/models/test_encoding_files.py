@@ -14,7 +14,8 @@ import vtok_ext as vt
 @pytest.fixture
 def tokens():
     ids = torch.randint(0, 8**6, (2, 3, 2, 4), dtype=torch.int32)
-    return vt.Tokens(ids, (3, 2, 4), num_frames=7, size=(15, 30), fps=23.976, model_id="m@1")
+    facts = {"fps": 23.976, "model_id": "m@1", "frame_rule": "reference"}
+    return vt.Tokens(ids, (3, 2, 4), num_frames=7, size=(15, 30), **facts)
 
 
 def test_tokens_round_trip(tokens, tmp_path):
@@ -22,7 +23,7 @@ def test_tokens_round_trip(tokens, tmp_path):
     tokens.save(path)
     loaded = vt.Tokens.load(path)
     assert torch.equal(loaded.ids, tokens.ids) and loaded.ids.dtype == torch.int32
-    for name in ("grid", "num_frames", "size", "fps", "model_id"):
+    for name in ("grid", "num_frames", "size", "fps", "model_id", "frame_rule"):
         assert getattr(loaded, name) == getattr(tokens, name)
     assert os.listdir(tmp_path) == ["clip.tokens"]
     assert os.stat(path).st_mode & 0o777 == 0o666 & ~current_umask()
@@ -41,6 +42,7 @@ def test_encoding_round_trips(model, clip, tmp_path):
         loaded = vt.Encoding.load(tmp_path / "clip.latent")
         assert torch.equal(model.decode(loaded), model.decode(encoding))
     assert (loaded.num_frames, loaded.size, loaded.fps) == (6, (12, 20), 30.0)
+    assert loaded.frame_rule == "preserve"
     for name in ("indices", "moments"):
         a, b = getattr(loaded, name), getattr(encoding, name)
         assert (a is None and b is None) or torch.equal(a, b)
@@ -78,6 +80,7 @@ HEADER = {
         ({"num_frames": 0}, "num_frames must be an integer >= 1, got 0"),
         ({"num_frames": None}, "num_frames must be an integer >= 1, got None"),
         ({"size": [16]}, r"size must be 2 integers >= 1, got \[16\]"),
+        ({"frame_rule": "x"}, r"frame_rule must be one of \('preserve', 'reference'\), got 'x'"),
         ({"fps": -1}, "fps must be a number > 0 or null, got -1"),
     ],
 )

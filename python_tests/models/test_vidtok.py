@@ -14,12 +14,25 @@ PARAMETERS_M = {
     "vidtok_kl_causal_288_8chn": 148.8,
     "vidtok_kl_causal_444_4chn": 154.9,
     "vidtok_kl_causal_41616_4chn": 199.0,
+    "vidtok_kl_noncausal_488_4chn": 157.5,
+    "vidtok_kl_noncausal_488_16chn": 157.9,
+    "vidtok_kl_noncausal_41616_4chn": 199.0,
+    "vidtok_kl_noncausal_41616_16chn": 199.5,
     "vidtok_fsq_causal_488_262144": 157.5,
     "vidtok_fsq_causal_488_32768": 157.4,
     "vidtok_fsq_causal_488_4096": 157.4,
     "vidtok_fsq_causal_41616_262144": 199.0,
+    "vidtok_fsq_noncausal_488_262144": 157.5,
+    "vidtok_fsq_noncausal_41616_262144": 199.0,
+    "vidtok_kl_causal_488_4chn_v1_1": 157.5,
+    "vidtok_kl_causal_488_16chn_v1_1": 157.9,
+    "vidtok_kl_causal_41616_16chn_v1_1": 199.5,
+    "vidtok_kl_causal_288_8chn_v1_1": 148.8,
+    "vidtok_fsq_causal_488_32768_v1_1": 157.4,
+    "vidtok_fsq_causal_888_32768_v1_1": 164.9,
+    "vidtok_fsq_causal_41616_262144_v1_1": 199.0,
 }
-FACTORS = {"288": (2, 8), "444": (4, 4), "488": (4, 8), "41616": (4, 16)}
+FACTORS = {"288": (2, 8), "444": (4, 4), "488": (4, 8), "888": (8, 8), "41616": (4, 16)}
 
 
 def test_every_preset_is_listed_with_its_published_size():
@@ -34,9 +47,10 @@ def test_parameter_count_and_factors_of_preset(name):
     count = sum(parameter.numel() for parameter in model.parameters())
     assert abs(count / 1e6 - PARAMETERS_M[name]) < 0.06
     assert (model.temporal_factor, model.spatial_factor) == FACTORS[name.split("_")[3]]
-    codes = int(name.rsplit("_", 1)[1]) if "fsq" in name else None
+    codes = int(name.split("_")[4]) if "fsq" in name else None
     assert (model.is_discrete, model.codebook_size) == ("fsq" in name, codes)
-    assert model.is_causal
+    assert model.is_causal == ("noncausal" not in name)
+    assert model.reference_version == ("1.1" if name.endswith("v1_1") else "1.0")
 
 
 def test_encoder_and_decoder_of_the_smallest_latent_have_the_published_sizes():

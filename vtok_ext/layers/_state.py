@@ -29,6 +29,8 @@ class StateFlow:
 
     def __call__(self, name: str, layer: nn.Module, x: Tensor) -> Tensor:
         """Returns `layer(x)` continued from the child's previous state."""
+        if self.previous is None and self.following is None:
+            return layer(x)  # a whole clip: the layer need not know of streams
         state = None if self.previous is None else _child_state(self.previous, name)
         if self.following is None:
             return layer(x, state)

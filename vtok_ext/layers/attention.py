@@ -2,7 +2,7 @@
 
     out = x + proj(softmax(q k^T / sqrt(C)) v),  q, k, v = 1x1x1 convolutions of norm(x)
 
-Frames do not see each other, so the block is causal and needs no streaming state.
+Frames do not see each other, so the block needs no streaming state.
 Source: VidTok (arXiv 2412.13061), middle block of encoder and decoder.
 """
 
@@ -11,20 +11,23 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtok_ext.layers.causal_conv3d import CausalConv3d
+from vtok_ext.layers.causal_conv3d import video_conv3d
 from vtok_ext.layers.norm_act import norm_act
 
 
 class FrameAttention(nn.Module):
-    """Returns x + attention(norm(x)) for x [B, C, T, H, W], computed frame by frame."""
+    """Returns x + attention(norm(x)) for x [B, C, T, H, W], computed frame by frame.
 
-    def __init__(self, channels: int, *, norm_type: str = "layernorm") -> None:
+    `causal` decides the names of the parameters, and whether a group norm spans the clip.
+    """
+
+    def __init__(self, channels: int, *, norm_type: str = "layernorm", causal: bool = True) -> None:
         super().__init__()
-        self.norm = norm_act(channels, norm_type, act=False)
-        self.q = CausalConv3d(channels, channels, 1)
-        self.k = CausalConv3d(channels, channels, 1)
-        self.v = CausalConv3d(channels, channels, 1)
-        self.proj_out = CausalConv3d(channels, channels, 1)
+        self.norm = norm_act(channels, norm_type, act=False, across_time=not causal)
+        self.q = video_conv3d(channels, channels, 1, causal=causal)
+        self.k = video_conv3d(channels, channels, 1, causal=causal)
+        self.v = video_conv3d(channels, channels, 1, causal=causal)
+        self.proj_out = video_conv3d(channels, channels, 1, causal=causal)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns a tensor as x [B, C, T, H, W]."""

@@ -2,6 +2,8 @@
 
     y[t] = sum_k w[k] * x[st * t + k - p],  p = kt - st frames in front, none at the back
 
+`video_conv3d` and `pixel_conv1d` give the causal layer or its centred, zero padded counterpart.
+
 Three parameter shapes of one operation, so that a network stays in channels_last_3d memory
 throughout: `CausalConv3d` [O, I, kt, kh, kw], `CausalConv1d` [O, I, kt] run as (kt, 1, 1), and
 `FrameConv2d` [O, I, kh, kw] run as (1, kh, kw). Source: VidTok (arXiv 2412.13061), section 3.2.
@@ -52,11 +54,12 @@ class FrameConv2d(nn.Conv2d):
 
 
 class PixelConv1d(nn.Conv1d):
-    """1-D convolution over time of every pixel of [B, C, T, H, W], without padding."""
+    """1-D convolution over time of every pixel, with the zero padding it was made with."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns [B, O, T - kt + 1, H, W] of [B, I, T, H, W]."""
-        return conv3d(x, self.weight[..., None, None], self.bias)
+        """Returns [B, O, T', H, W] of [B, I, T, H, W]."""
+        padding = (self.padding[0], 0, 0)
+        return conv3d(x, self.weight[..., None, None], self.bias, padding=padding)  # type: ignore[arg-type]
 
 
 class VolumeConv3d(nn.Conv3d):
@@ -185,3 +188,26 @@ class CausalConv1d(_CausalConv):
         check_temporal("causal_conv1d", temporal)
         self.kernel_frames, self.stride, self.temporal = kernel_size, 1, temporal
         self.conv = PixelConv1d(in_channels, out_channels, kernel_size)
+
+
+def video_conv3d(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int = 3,
+    *,
+    temporal: str = "zeros",
+    causal: bool = True,
+) -> CausalConv3d | VolumeConv3d:
+    """Returns a CausalConv3d, or with `causal=False` one centred and zero padded in time too."""
+    if causal:
+        return CausalConv3d(in_channels, out_channels, kernel_size, temporal=temporal)
+    return VolumeConv3d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+
+
+def pixel_conv1d(
+    channels: int, kernel_size: int = 3, *, temporal: str = "zeros", causal: bool = True
+) -> CausalConv1d | PixelConv1d:
+    """Returns a CausalConv1d, or with `causal=False` one centred and zero padded."""
+    if causal:
+        return CausalConv1d(channels, channels, kernel_size, temporal=temporal)
+    return PixelConv1d(channels, channels, kernel_size, padding=kernel_size // 2)

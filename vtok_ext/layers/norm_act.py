@@ -3,7 +3,7 @@
     NormAct       LayerNorm over the C values of one position, eps 1e-6
     GroupNormAct  32 groups of channels, statistics over one frame, or over one pixel of one frame
 
-Neither looks across time, so both are causal and need no streaming state.
+Neither looks across time unless asked to: both are causal and need no streaming state.
 Source: VidTok (arXiv 2412.13061), section 3.2 (why LayerNorm) and its group-norm option.
 """
 
@@ -52,43 +52,54 @@ class NormAct(nn.Module):
 
 
 class GroupNormAct(nn.GroupNorm):
-    """Returns silu(GroupNorm) of [B, C, T, H, W] with statistics per frame or per pixel.
+    """Returns silu(GroupNorm) of [B, C, T, H, W] with statistics per frame, pixel or clip.
 
     Args:
         channels: C, a multiple of 32.
         act: whether x * sigmoid(x) follows.
         per_pixel: statistics over the C / 32 values of one group at one pixel of one frame. This is
             what the published temporal block computes; with few channels it is ill conditioned.
+        across_time: statistics over all frames, of the whole picture or of one pixel: not causal.
     """
 
-    def __init__(self, channels: int, *, act: bool = True, per_pixel: bool = False) -> None:
+    def __init__(
+        self,
+        channels: int,
+        *,
+        act: bool = True,
+        per_pixel: bool = False,
+        across_time: bool = False,
+    ) -> None:
         if channels % NUM_GROUPS:
             raise ValueError(
                 f"norm_act: channels must be a multiple of {NUM_GROUPS} for groupnorm, "
                 f"got {channels}"
             )
         super().__init__(NUM_GROUPS, channels, eps=EPS)
-        self.act, self.per_pixel = act, per_pixel
+        self.act = act
+        self.apart = ([] if across_time else [2]) + ([3, 4] if per_pixel else [])
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns a tensor as x [B, C, T, H, W]."""
-        batch, channels, frames, height, width = x.shape
-        if self.per_pixel:
-            flat = x.permute(0, 2, 3, 4, 1).reshape(-1, channels)
-            y = super().forward(flat).view(batch, frames, height, width, channels)
-            y = y.permute(0, 4, 1, 2, 3)
-        else:
-            flat = x.transpose(1, 2).reshape(batch * frames, channels, height, width)
-            y = super().forward(flat).view(batch, frames, channels, height, width).transpose(1, 2)
+        # Positions along `apart` have statistics of their own: they become batch items.
+        leading = list(range(1, 1 + len(self.apart)))
+        items = x.movedim(self.apart, leading)
+        y = super().forward(items.flatten(0, len(leading))).reshape(items.shape)
+        y = y.movedim(leading, self.apart)
         return F.silu(y) if self.act else y
 
 
 def norm_act(
-    channels: int, norm_type: str, *, act: bool = True, per_pixel: bool = False
+    channels: int,
+    norm_type: str,
+    *,
+    act: bool = True,
+    per_pixel: bool = False,
+    across_time: bool = False,
 ) -> nn.Module:
     """Returns the normalisation layer called `norm_type`, "layernorm" or "groupnorm"."""
     if norm_type == "layernorm":
         return NormAct(channels, act=act)
     if norm_type == "groupnorm":
-        return GroupNormAct(channels, act=act, per_pixel=per_pixel)
+        return GroupNormAct(channels, act=act, per_pixel=per_pixel, across_time=across_time)
     raise ValueError(f"norm_act: norm_type must be one of {NORM_TYPES}, got {norm_type!r}")

@@ -2,8 +2,9 @@
 
     ResidualBlock2d  3x3 in space, frame by frame; a 1x1 shortcut where the width changes
     ResidualBlock1d  3 in time, pixel by pixel; starts as the identity
-    ResidualBlock3d  3x3x3, causal in time
+    ResidualBlock3d  3x3x3
 
+The convolutions in time are causal, or with `causal=False` centred, for whole clips only.
 Source: VidTok (arXiv 2412.13061), section 3.2.
 """
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from vtok_ext.layers._ownership import may_overwrite
 from vtok_ext.layers._state import State, StateFlow
-from vtok_ext.layers.causal_conv3d import CausalConv1d, CausalConv3d, FrameConv2d
+from vtok_ext.layers.causal_conv3d import FrameConv2d, pixel_conv1d, video_conv3d
 from vtok_ext.layers.norm_act import norm_act
 
 
@@ -64,28 +65,38 @@ class _TemporalResidualBlock(nn.Module):
 
 
 class ResidualBlock1d(_TemporalResidualBlock):
-    """Returns [B, C, T, H, W], mixed over past time at every pixel; conv2 starts at zero."""
+    """Returns [B, C, T, H, W], mixed over time at every pixel; conv2 starts at zero."""
 
     def __init__(
-        self, channels: int, *, norm_type: str = "layernorm", temporal: str = "zeros"
+        self,
+        channels: int,
+        *,
+        norm_type: str = "layernorm",
+        temporal: str = "zeros",
+        causal: bool = True,
     ) -> None:
         super().__init__()
-        self.norm1 = norm_act(channels, norm_type, per_pixel=True)
-        self.conv1 = CausalConv1d(channels, channels, 3, temporal=temporal)
-        self.norm2 = norm_act(channels, norm_type, per_pixel=True)
-        self.conv2 = CausalConv1d(channels, channels, 3, temporal=temporal)
+        self.norm1 = norm_act(channels, norm_type, per_pixel=True, across_time=not causal)
+        self.conv1 = pixel_conv1d(channels, temporal=temporal, causal=causal)
+        self.norm2 = norm_act(channels, norm_type, per_pixel=True, across_time=not causal)
+        self.conv2 = pixel_conv1d(channels, temporal=temporal, causal=causal)
         for parameter in self.conv2.parameters():
             nn.init.zeros_(parameter)
 
 
 class ResidualBlock3d(_TemporalResidualBlock):
-    """Returns [B, C, T, H, W], mixed over space and past time."""
+    """Returns [B, C, T, H, W], mixed over space and time."""
 
     def __init__(
-        self, channels: int, *, norm_type: str = "layernorm", temporal: str = "zeros"
+        self,
+        channels: int,
+        *,
+        norm_type: str = "layernorm",
+        temporal: str = "zeros",
+        causal: bool = True,
     ) -> None:
         super().__init__()
-        self.norm1 = norm_act(channels, norm_type)
-        self.conv1 = CausalConv3d(channels, channels, 3, temporal=temporal)
-        self.norm2 = norm_act(channels, norm_type)
-        self.conv2 = CausalConv3d(channels, channels, 3, temporal=temporal)
+        self.norm1 = norm_act(channels, norm_type, across_time=not causal)
+        self.conv1 = video_conv3d(channels, channels, temporal=temporal, causal=causal)
+        self.norm2 = norm_act(channels, norm_type, across_time=not causal)
+        self.conv2 = video_conv3d(channels, channels, temporal=temporal, causal=causal)

@@ -90,6 +90,7 @@ def load_model(
             )
         weights = _checkpoint.read_checkpoint(path, trust_checkpoint)
         model = create_model(name, **overrides)
+        _check_version(path, model)
         _persistence.load_weights(model, weights, "load_model")
         return model.eval()
     if name is not None or overrides:
@@ -104,3 +105,17 @@ def load_model(
             f"load_model: model must be one of {', '.join(MODEL_CLASSES)}, got {model_name!r}"
         )
     return MODEL_CLASSES[model_name].from_pretrained(folder)
+
+
+def _check_version(path: str, model: VideoTokenizer) -> None:
+    """Raises when the file's name says that its weights belong to another version than `model`.
+
+    Released files carry the name of their configuration, to which 1.1 adds "v1_1".
+    """
+    stem = os.path.splitext(os.path.basename(path))[0].lower()
+    said = "1.1" if "v1_1" in stem else "1.0" if stem in _presets() else model.reference_version
+    if said != model.reference_version:
+        raise ValueError(
+            f"load_model: name must be that of a version {said} model for the checkpoint {path!r}, "
+            f"got {model.name}, version {model.reference_version}"
+        )

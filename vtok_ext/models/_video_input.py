@@ -66,9 +66,17 @@ def pad_size(video: Tensor, multiple: int) -> Tensor:
     return F.pad(video, (0, right, 0, bottom, 0, 0), mode="replicate")
 
 
-def pad_tail(video: Tensor, factor: int) -> Tensor:
-    """Returns the video with its last frame repeated until (T - 1) is a multiple of `factor`."""
-    missing = -(video.shape[2] - 1) % factor
+def pad_tail(video: Tensor, factor: int, alone: int) -> Tensor:
+    """Returns the video with its last frame repeated until T - alone is a multiple of `factor`.
+
+    `alone` is the number of frames in front that form a group by themselves.
+    """
+    missing = (alone - video.shape[2]) % factor
     if not missing:
         return video
     return torch.cat([video, video[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
+
+
+def pad_front(video: Tensor, copies: int) -> Tensor:
+    """Returns the video with copies of its first frame in front."""
+    return torch.cat([video[:, :, :1]] * copies + [video], dim=2) if copies else video

@@ -146,6 +146,7 @@ class VideoTokenizer(nn.Module):
             size=encoding.size,
             fps=encoding.fps,
             model_id=self.model_id,
+            frame_rule=encoding.frame_rule,
         )
 
     def detokenize(self, tokens: Tokens, *, output: str = "float") -> Tensor:
@@ -163,14 +164,15 @@ class VideoTokenizer(nn.Module):
             )
         device = next(self.parameters()).device
         latent = self.indices_to_latent(tokens.ids.to(device))
-        return self.decode(latent, num_frames=tokens.num_frames, size=tokens.size, output=output)
+        encoding = Encoding(latent, tokens.num_frames, tokens.size, frame_rule=tokens.frame_rule)
+        return self.decode(encoding, output=output)
 
     def stream_encoder(self, output: str = "latent"):
-        """Returns a StreamEncoder, see `CausalTokenizer`. Raises ValueError without causality."""
+        """Returns a StreamEncoder, see `GridTokenizer`. Raises ValueError without causality."""
         raise self._not_causal("stream_encoder")
 
     def stream_decoder(self, **options: Any):
-        """Returns a StreamDecoder, see `CausalTokenizer`. Raises ValueError without causality."""
+        """Returns a StreamDecoder, see `GridTokenizer`. Raises ValueError without causality."""
         raise self._not_causal("stream_decoder")
 
     # A model on disk.

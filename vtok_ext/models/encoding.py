@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from vtok_ext.models._persistence import atomic_path
+from vtok_ext.models._video_input import FRAME_RULES
 
 FORMAT_VERSION = 1
 ID_DTYPES = (torch.int32, torch.int64)
@@ -37,6 +38,7 @@ class Encoding:
         moments: [B, 2 C, t, h, w] posterior mean and log variance; None for a discrete model.
         losses: scalar training losses by name (`kl_loss`, `aux_loss`), for the whole batch.
         fps: frames per second of the clip, None when unknown.
+        frame_rule: "preserve" or "reference", how frames and latents correspond; see `encode`.
     """
 
     latent: Tensor | dict[str, Tensor]
@@ -46,6 +48,7 @@ class Encoding:
     moments: Tensor | None = None
     losses: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     fps: float | None = None
+    frame_rule: str = "preserve"
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes everything but `losses` to `path`. Raises OSError when that is impossible."""
@@ -54,7 +57,12 @@ class Encoding:
         for name in ("indices", "moments"):
             if getattr(self, name) is not None:
                 tensors[name] = getattr(self, name)
-        facts = {"num_frames": self.num_frames, "size": list(self.size), "fps": self.fps}
+        facts = {
+            "num_frames": self.num_frames,
+            "size": list(self.size),
+            "fps": self.fps,
+            "frame_rule": self.frame_rule,
+        }
         _save(path, "encoding", tensors, facts)
 
     @classmethod
@@ -73,6 +81,7 @@ class Encoding:
                 indices=tensors.get("indices"),
                 moments=tensors.get("moments"),
                 fps=reader.fps(),
+                frame_rule=reader.frame_rule(),
             )
 
 
@@ -83,7 +92,7 @@ class Tokens:
     Attributes:
         ids: int32 [B, t, h, w] codebook indices (int64 above 2^31 codes).
         grid: (t, h, w).
-        num_frames, size, fps: as in Encoding.
+        num_frames, size, fps, frame_rule: as in Encoding.
         model_id: `VideoTokenizer.model_id` of the model that made them; "" when unknown.
     """
 
@@ -93,6 +102,7 @@ class Tokens:
     size: tuple[int, int]
     fps: float | None = None
     model_id: str = ""
+    frame_rule: str = "preserve"
 
     def __post_init__(self) -> None:
         """Checks that ids and grid agree."""
@@ -113,6 +123,7 @@ class Tokens:
             "size": list(self.size),
             "fps": self.fps,
             "model_id": self.model_id,
+            "frame_rule": self.frame_rule,
         }
         _save(path, "tokens", {"ids": self.ids}, facts)
 
@@ -133,6 +144,7 @@ class Tokens:
                 size=reader.size(),
                 fps=reader.fps(),
                 model_id=model_id if isinstance(model_id, str) else "",
+                frame_rule=reader.frame_rule(),
             )
 
 
@@ -218,6 +230,12 @@ class _Reader:
         if not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
             self.fail(f"fps must be a number > 0 or null, got {value!r}")
         return float(value)
+
+    def frame_rule(self) -> str:
+        value = self.facts.get("frame_rule", "preserve")
+        if value not in FRAME_RULES:
+            self.fail(f"frame_rule must be one of {FRAME_RULES}, got {value!r}")
+        return value
 
     def _header(self) -> dict[str, Any]:
         try:

@@ -18,7 +18,7 @@ from vtok_ext.layers._state import owned
 from vtok_ext.models import _video_input as video_input
 
 if TYPE_CHECKING:
-    from vtok_ext.models.causal import CausalTokenizer
+    from vtok_ext.models.grid import GridTokenizer
 
 _LAYER = "layer."
 
@@ -32,7 +32,7 @@ class _Stream:
     _op: str
     _counters: tuple[str, ...]
 
-    def __init__(self, model: CausalTokenizer, role: str) -> None:
+    def __init__(self, model: GridTokenizer, role: str) -> None:
         self.model = model
         self.flushed = False
         self._role = f"{role} of {model.model_id}"
@@ -110,7 +110,7 @@ class StreamEncoder(_Stream):
     _op = "stream_encoder"
     _counters = ("num_frames", "batch", "height", "width", "flushed")
 
-    def __init__(self, model: CausalTokenizer, output: str = "latent") -> None:
+    def __init__(self, model: GridTokenizer, output: str = "latent") -> None:
         if output not in ("latent", "tokens"):
             raise ValueError(f"stream_encoder: output must be 'latent' or 'tokens', got {output!r}")
         super().__init__(model, f"encoder to {output}")
@@ -180,7 +180,8 @@ class StreamDecoder(_Stream):
     """Decodes latents or ids pushed in portions; made by `VideoTokenizer.stream_decoder`.
 
     A clip's last latent may stand for fewer than f frames. While `num_frames` is unknown, the f - 1
-    frames that may have to go are therefore held back until the next push or `flush`.
+    frames that may have to go are therefore held back until the next push or `flush`. These are the
+    very frames that linear interpolation (VidTok 1.1) leaves open until the next latent.
     """
 
     _op = "stream_decoder"
@@ -188,7 +189,7 @@ class StreamDecoder(_Stream):
 
     def __init__(
         self,
-        model: CausalTokenizer,
+        model: GridTokenizer,
         *,
         num_frames: int | None = None,
         size: tuple[int, int] | None = None,
@@ -239,8 +240,10 @@ class StreamDecoder(_Stream):
             ValueError: fewer frames than already returned, or more than the latents hold.
         """
         self._check_open("flush")
-        waiting = self._waiting
-        available = self.num_emitted + (0 if waiting is None else waiting.shape[2])
+        f, n = self.model.temporal_factor, self.num_latents
+        available = 1 + (n - 1) * f if n else 0
+        if self.num_frames is not None:
+            available = min(available, self.num_frames)
         total = self.num_frames if num_frames is None else num_frames
         total = available if total is None else total
         if not self.num_emitted <= total <= available:
@@ -248,8 +251,12 @@ class StreamDecoder(_Stream):
                 f"stream_decoder.flush: num_frames must be in {self.num_emitted}..{available}, "
                 f"got {total}"
             )
+        waiting, missing = self._waiting, total - self.num_emitted
+        if self._state is not None and missing > (0 if waiting is None else waiting.shape[2]):
+            rest = self.model.decode_rest(self._state)
+            waiting = waiting if rest is None else self._join(rest)
         self.flushed, self._waiting = True, None
-        return [] if waiting is None else self._emit(waiting[:, :, : total - self.num_emitted])
+        return [] if waiting is None else self._emit(waiting[:, :, :missing])
 
     def _emit(self, frames: Tensor) -> list[Tensor]:
         if not frames.shape[2]:

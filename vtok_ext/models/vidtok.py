@@ -1,26 +1,25 @@
-"""VidTok: a causal 3-D convolutional video autoencoder with a KL or an FSQ latent.
+"""VidTok: a 3-D convolutional video autoencoder with a KL or an FSQ latent.
 
     encoder  conv_in, per level [2-D block, 1-D temporal block] x R and halvings, middle, conv_out
     decoder  the mirror image with R + 1 block pairs per level and doublings
 
-Space and time are factorised: 3x3 convolutions frame by frame, then length-3 causal convolutions
-pixel by pixel; frame rate changes blend a parameter-free branch with a 3x3x3 convolution. Tensors
-stay [B, C, T, H, W] in channels_last_3d memory throughout. Parameter names and shapes are those of
-the released weights. Source: Tang et al., VidTok (arXiv 2412.13061); behaviour of release 1.0.
+Space and time are factorised: 3x3 convolutions frame by frame, then length-3 convolutions pixel by
+pixel, causal or centred; frame rate changes blend a parameter-free branch with a 3x3x3 convolution.
+Tensors stay [B, C, T, H, W] in channels_last_3d memory throughout. Parameter names and shapes are
+those of the released weights. Source: Tang et al., VidTok (arXiv 2412.13061), releases 1.0 and 1.1.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vtok_ext.layers import (
     FSQ,
-    CausalConv3d,
     FrameAttention,
     ResidualBlock1d,
     ResidualBlock2d,
@@ -33,117 +32,12 @@ from vtok_ext.layers import (
     norm_act,
 )
 from vtok_ext.layers._state import State, StateFlow
-from vtok_ext.layers.norm_act import NORM_TYPES
-from vtok_ext.models._config import ModelConfig
-from vtok_ext.models.causal import CausalTokenizer
-from vtok_ext.ops.fsq import MAX_LEVELS
-
-
-@dataclass(frozen=True)
-class VidTokConfig(ModelConfig):
-    """Configuration of VidTok; ch * ch_mult[l] channels at level l, level 0 at full resolution.
-
-    Attributes:
-        regularizer: "kl" or "fsq".
-        z_channels: latent channels (KL).
-        levels: values per latent channel (FSQ); prod(levels) codes.
-        ch, ch_mult, num_res_blocks: width, width multiplier per level, block pairs per level.
-        spatial_ds, spatial_us: levels whose down or up step halves or doubles H and W; default all.
-        tempo_ds, tempo_us: those that change the frame rate as well; default two in the middle.
-        norm_type: "layernorm" or "groupnorm".
-        entropy_weight, entropy_annealing_steps, entropy_annealing_factor, commitment_weight: FSQ's
-            auxiliary loss.
-    """
-
-    regularizer: str
-    z_channels: int | None = None
-    levels: tuple[int, ...] = ()
-    ch: int = 128
-    ch_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
-    spatial_ds: tuple[int, ...] | None = None
-    spatial_us: tuple[int, ...] | None = None
-    tempo_ds: tuple[int, ...] | None = None
-    tempo_us: tuple[int, ...] | None = None
-    in_channels: int = 3
-    out_ch: int = 3
-    norm_type: str = "layernorm"
-    entropy_weight: float = 0.1
-    entropy_annealing_steps: int = 2000
-    entropy_annealing_factor: float = 3.0
-    commitment_weight: float = 0.25
-
-    def __post_init__(self) -> None:
-        """Checks every field."""
-        self._require_choice("regularizer", ("kl", "fsq"))
-        self._require_choice("norm_type", NORM_TYPES)
-        for name in ("ch", "num_res_blocks", "in_channels", "out_ch"):
-            self._require_int(name, 1)
-        self._require_ints("ch_mult", 1, 1024, empty=False)
-        if self.regularizer == "kl":
-            self._require_int("z_channels", 1)
-            if self.levels != ():
-                raise self._error("levels", "empty for kl")
-        else:
-            self._require_ints("levels", 2, MAX_LEVELS, empty=False)
-            if self.z_channels not in (None, len(self.levels)):
-                raise self._error("z_channels", f"{len(self.levels)}, the number of levels")
-        for name in ("entropy_weight", "entropy_annealing_factor", "commitment_weight"):
-            self._require_number(name, 0.0)
-        self._require_int("entropy_annealing_steps", 0)
-        self._check_resampling()
-
-    def _check_resampling(self) -> None:
-        for name in ("spatial_ds", "spatial_us", "tempo_ds", "tempo_us"):
-            if getattr(self, name) is not None:
-                self._require_ints(name, 0, len(self.ch_mult) - 1, empty=True)
-        for down, up in (("spatial_ds", "spatial_us"), ("tempo_ds", "tempo_us")):
-            if len(self.steps(down)) != len(self.steps(up)):
-                raise self._error(up, f"as many levels as {down} {self.steps(down)}")
-        for time, space in (("tempo_ds", "spatial_ds"), ("tempo_us", "spatial_us")):
-            if not set(self.steps(time)) <= set(self.steps(space)):
-                raise self._error(time, f"among {space} {self.steps(space)}")
-
-    def steps(self, name: str) -> tuple[int, ...]:
-        """Returns the levels of `spatial_ds`, `tempo_us`, ..., its default when it is None."""
-        if getattr(self, name) is not None:
-            return tuple(sorted(set(getattr(self, name))))
-        top = len(self.ch_mult) - 1
-        if name.startswith("spatial"):
-            return tuple(range(top)) if name == "spatial_ds" else tuple(range(1, top + 1))
-        middle = (top - 2, top - 1) if name == "tempo_ds" else (1, 2)
-        space = self.steps(name.replace("tempo", "spatial"))
-        return tuple(level for level in middle if level in space)
-
-    @property
-    def is_discrete(self) -> bool:
-        """Whether the latent is quantised."""
-        return self.regularizer == "fsq"
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels per level."""
-        return tuple(self.ch * mult for mult in self.ch_mult)
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels of the latent."""
-        return self.z_channels or len(self.levels)
-
-
-_DEEP = (1, 2, 4, 4, 4)  # one level more: 16x16 pixels per latent position
-PRESETS = {
-    "vidtok_kl_causal_488_4chn": VidTokConfig("kl", 4),
-    "vidtok_kl_causal_488_8chn": VidTokConfig("kl", 8),
-    "vidtok_kl_causal_488_16chn": VidTokConfig("kl", 16),
-    "vidtok_kl_causal_288_8chn": VidTokConfig("kl", 8, tempo_ds=(1,), tempo_us=(2,)),
-    "vidtok_kl_causal_444_4chn": VidTokConfig("kl", 4, spatial_ds=(1, 2), spatial_us=(1, 2)),
-    "vidtok_kl_causal_41616_4chn": VidTokConfig("kl", 4, ch_mult=_DEEP),
-    "vidtok_fsq_causal_488_262144": VidTokConfig("fsq", levels=(8,) * 6),
-    "vidtok_fsq_causal_488_32768": VidTokConfig("fsq", levels=(8,) * 5),
-    "vidtok_fsq_causal_488_4096": VidTokConfig("fsq", levels=(8,) * 4),
-    "vidtok_fsq_causal_41616_262144": VidTokConfig("fsq", levels=(8,) * 6, ch_mult=_DEEP),
-}
+from vtok_ext.layers.causal_conv3d import video_conv3d
+from vtok_ext.models._video_input import pad_front
+from vtok_ext.models.grid import GridTokenizer
+from vtok_ext.models.streaming import StreamDecoder
+from vtok_ext.models.vidtok_config import PRESETS, VidTokConfig
+from vtok_ext.models.vidtok_published import published_chunks
 
 
 class Stage(nn.Module):
@@ -167,11 +61,11 @@ def _paired(space: nn.ModuleList, time: nn.ModuleList) -> list[tuple[Stage, Stag
 class Middle(nn.Module):
     """Residual block, attention within each frame, residual block, at the lowest resolution."""
 
-    def __init__(self, channels: int, norm_type: str) -> None:
+    def __init__(self, channels: int, norm_type: str, time: dict[str, Any]) -> None:
         super().__init__()
-        self.block_1 = ResidualBlock3d(channels, norm_type=norm_type)
-        self.attn_1 = FrameAttention(channels, norm_type=norm_type)
-        self.block_2 = ResidualBlock3d(channels, norm_type=norm_type)
+        self.block_1 = ResidualBlock3d(channels, norm_type=norm_type, **time)
+        self.attn_1 = FrameAttention(channels, norm_type=norm_type, causal=time["causal"])
+        self.block_2 = ResidualBlock3d(channels, norm_type=norm_type, **time)
 
     def forward(self, x: Tensor, state: State | None = None, return_state: bool = False):
         """Returns x [B, C, T, H, W] mixed, or `(x, state)`."""
@@ -191,21 +85,22 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VidTokConfig) -> None:
         super().__init__()
-        widths, norm = config.widths, config.norm_type
-        self.conv_in = CausalConv3d(config.in_channels, widths[0], 3)
+        widths, norm, options = config.widths, config.norm_type, config.time_options
+        self.conv_in = video_conv3d(config.in_channels, widths[0], **options)
         self.down, self.down_temporal = nn.ModuleList(), nn.ModuleList()
         for level, width in enumerate(widths):
             inputs = [widths[max(0, level - 1)]] + [width] * (config.num_res_blocks - 1)
             space = SpatialDownsample(width) if level in config.steps("spatial_ds") else None
-            time = TemporalDownsample(width) if level in config.steps("tempo_ds") else None
+            halve = level in config.steps("tempo_ds")
+            time = TemporalDownsample(width, **options) if halve else None
             blocks_2d = [ResidualBlock2d(c, width, norm_type=norm) for c in inputs]
-            blocks_1d = [ResidualBlock1d(width, norm_type=norm) for _ in inputs]
+            blocks_1d = [ResidualBlock1d(width, norm_type=norm, **options) for _ in inputs]
             self.down.append(Stage(blocks_2d, downsample=space))
             self.down_temporal.append(Stage(blocks_1d, downsample=time))
-        self.mid = Middle(widths[-1], norm)
-        self.norm_out = norm_act(widths[-1], norm)
+        self.mid = Middle(widths[-1], norm, options)
+        self.norm_out = norm_act(widths[-1], norm, across_time=not config.causal)
         out_channels = config.latent_channels * (2 if config.regularizer == "kl" else 1)
-        self.conv_out = CausalConv3d(widths[-1], out_channels, 3)
+        self.conv_out = video_conv3d(widths[-1], out_channels, **options)
 
     def forward(self, x: Tensor, state: State | None = None, return_state: bool = False):
         """Returns the raw latent of `x`, or `(latent, state)`."""
@@ -228,26 +123,38 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Returns f * T frames [B, 3, f * T, s * H, s * W] of a latent [B, z, T, H, W].
 
-    The first f - 1 frames belong to the padding that precedes a clip. With `return_state=True`,
-    `(frames, state)`: chunks of any length, each given the state of the one before, equal one call.
+    The first f - 1 frames belong to the padding that precedes a causal clip. With
+    `return_state=True`, `(frames, state)`: chunks of any length, each given the state of the one
+    before, equal one call. With linear interpolation frames then wait in the state, as in
+    `TemporalUpsample`; a chunk without latents and without `return_state` ends the stream.
     """
 
     def __init__(self, config: VidTokConfig) -> None:
         super().__init__()
-        widths, norm = config.widths, config.norm_type
-        self.conv_in = CausalConv3d(config.latent_channels, widths[-1], 3)
-        self.mid = Middle(widths[-1], norm)
+        widths, norm, options = config.widths, config.norm_type, config.time_options
+        self.conv_in = video_conv3d(config.latent_channels, widths[-1], **options)
+        self.mid = Middle(widths[-1], norm, options)
         self.up, self.up_temporal = nn.ModuleList(), nn.ModuleList()
         for level, width in enumerate(widths):
             inputs = [widths[min(level + 1, len(widths) - 1)]] + [width] * config.num_res_blocks
             space = SpatialUpsample(width) if level in config.steps("spatial_us") else None
-            time = TemporalUpsample(width) if level in config.steps("tempo_us") else None
+            time = self._doubling(config, level) if level in config.steps("tempo_us") else None
             blocks_2d = [ResidualBlock2d(c, width, norm_type=norm) for c in inputs]
-            blocks_1d = [ResidualBlock1d(width, norm_type=norm) for _ in inputs]
+            blocks_1d = [ResidualBlock1d(width, norm_type=norm, **options) for _ in inputs]
             self.up.append(Stage(blocks_2d, upsample=space))
             self.up_temporal.append(Stage(blocks_1d, upsample=time))
-        self.norm_out = norm_act(widths[0], norm)
-        self.conv_out = CausalConv3d(widths[0], config.out_ch, 3)
+        self.norm_out = norm_act(widths[0], norm, across_time=not config.causal)
+        self.conv_out = video_conv3d(widths[0], config.out_ch, **options)
+
+    @staticmethod
+    def _doubling(config: VidTokConfig, level: int) -> TemporalUpsample:
+        """Returns the step of `level`, where the steps before it made `segment` frames of one."""
+        return TemporalUpsample(
+            config.widths[level],
+            interpolation=config.interpolation,
+            segment=2 ** sum(earlier > level for earlier in config.steps("tempo_us")),
+            **config.time_options,
+        )
 
     def forward(self, x: Tensor, state: State | None = None, return_state: bool = False):
         """Returns the frames of latent `x`, or `(frames, state)`."""
@@ -268,12 +175,18 @@ class Decoder(nn.Module):
         return flow.result(flow("conv_out", self.conv_out, self.norm_out(x)))
 
 
-class VidTok(CausalTokenizer):
-    """Returns a VidTok; see `VideoTokenizer` and `CausalTokenizer` for what it does.
+class VidTok(GridTokenizer):
+    """Returns a VidTok; see `VideoTokenizer` and `GridTokenizer` for what it does.
 
-    `frames="reference"` follows the published frame rule: no extension, f - 1 copies of the first
-    frame in front unless T % f == 0, and f n - (f - 1) frames out of n latents. It agrees with the
-    default where (T - 1) % f == 0 and H, W are multiples of s.
+    `frames="reference"` follows the published frame rule, without extension at the tail:
+
+        1.0         f - 1 copies of the first frame in front unless T % f == 0; n latents give
+                    f n - (f - 1) frames
+        1.1         copies of the first frame in front up to a multiple of f; the last T frames
+        non-causal  T >= f; what exceeds a multiple of f is lost
+
+    It agrees with the default where (T - 1) % f == 0 (non-causal: T % f == 0) and H, W are
+    multiples of s.
     """
 
     config: VidTokConfig
@@ -315,26 +228,85 @@ class VidTok(CausalTokenizer):
         """s: pixels per latent position along H and W."""
         return 2 ** len(self.config.steps("spatial_ds"))
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether a latent depends on its own and earlier frames only."""
+        return self.config.causal
+
+    @property
+    def reference_version(self) -> str:
+        """Version of the published behaviour that the weights belong to."""
+        return self.config.version
+
+    def _check_state(self, op: str, state: State | None, return_state: bool) -> None:
+        if not self.is_causal and (state is not None or return_state):
+            raise self._not_causal(op)
+
     def encode_chunk(self, video: Tensor, state: State | None = None, return_state: bool = False):
         """Returns the raw latent of the next frames of a stream, or `(latent, state)`."""
-        # The convolutions before the first frame see f - 1 copies of it, and zeros before these.
-        if state is None:
-            front = [video[:, :, :1]] * (self.temporal_factor - 1)
-            video = torch.cat([*front, video], dim=2)
+        self._check_state("encode_chunk", state, return_state)
+        if state is None and self.is_causal:
+            # The convolutions before the first frame see f - 1 copies of it; before these 1.0 sees
+            # zeros, 1.1 more copies.
+            video = pad_front(video, self.temporal_factor - 1)
         return self.encoder(video, state, return_state)
 
-    def encode_reference(self, video: Tensor) -> Tensor:
-        """Returns the raw latent of a clip under the published frame rule."""
-        whole = video.shape[2] % self.temporal_factor == 0
-        return self.encoder(video) if whole else self.encode_chunk(video)
+    def encode_reference(self, video: Tensor) -> tuple[Tensor, int]:
+        """Returns the raw latent of a clip under the published frame rule, and its frame count."""
+        f, num_frames = self.temporal_factor, video.shape[2]
+        if not self.is_causal:
+            if num_frames < f:
+                raise ValueError(
+                    f"encode: video must have at least {f} frames with frames='reference', "
+                    f"got {list(video.shape)}"
+                )
+            return self.encoder(video), num_frames // f * f
+        copies = -num_frames % f
+        if self.config.version == "1.1":
+            return self.encoder(pad_front(video, copies)), num_frames
+        raw = self.encoder(pad_front(video, f - 1 if copies else 0))
+        return raw, f * (raw.shape[2] - 1) + 1
 
     def decode_chunk(self, latent: Tensor, state: State | None = None, return_state: bool = False):
         """Returns the frames of the next latents of a stream, or `(frames, state)`."""
-        drop = self.temporal_factor - 1 if state is None else 0
+        self._check_state("decode_chunk", state, return_state)
+        drop = self.temporal_factor - 1 if state is None and self.is_causal else 0
         if not return_state:
             return self.decoder(latent, state)[:, :, drop:]
         frames, state = self.decoder(latent, state, True)
         return frames[:, :, drop:], state
+
+    def decode_rest(self, state: State) -> Tensor | None:
+        """Returns the frames that wait in the state of a stream at its end, None if none can."""
+        if self.config.interpolation == "nearest":
+            return None
+        # The state of the first convolution consists of latents.
+        return self.decoder(state["conv_in"][:, :, :0], state)
+
+    def decode_reference(self, latent: Tensor, num_frames: int | None = None) -> Tensor:
+        """Returns the frames of a latent under the published frame rule, the `num_frames` of it."""
+        if self.config.version != "1.1":
+            return self.decode_chunk(latent)
+        frames = self.decoder(latent)
+        return frames if num_frames is None else frames[:, :, -num_frames:]
+
+    def stream_decoder(self, *, streaming: str = "exact", **options) -> StreamDecoder:
+        """Returns a StreamDecoder: push latents or ids in any portions, collect frames.
+
+        Args:
+            streaming: "exact" equals the whole clip; "reference" equals the published decoding of
+                1.1 in overlapping chunks, see `vidtok_published`.
+            **options: `num_frames`, `size`, `output` of `GridTokenizer.stream_decoder`.
+
+        Raises:
+            ValueError: another value of an option, or a non-causal model.
+        """
+        if streaming not in ("exact", "reference"):
+            raise ValueError(
+                f"stream_decoder: streaming must be 'exact' or 'reference', got {streaming!r}"
+            )
+        model = self if streaming == "exact" else published_chunks(self)
+        return super(VidTok, model).stream_decoder(**options)
 
     def regularize(
         self,

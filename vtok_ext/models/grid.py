@@ -1,9 +1,10 @@
-"""CausalTokenizer: one latent frame for the first frame of a video, one for every f further ones.
+"""GridTokenizer: models whose latent is a grid of one frame per f frames and s x s pixels.
 
-The clip is extended at its tail (last frame repeated until (T - 1) % f == 0; last row and column up
-to multiples of s) and decoding crops to what the Encoding records. Since nothing is added that
-depends on the length before the end is reached, a stream never needs to know it, and equals the
-whole-clip result.
+The first latent frame of a causal model stands for the first frame of a video alone, every other
+one for f further ones. The clip is extended at its tail (last frame repeated until (T - 1) % f ==
+0, non-causal T % f == 0; last row and column up to multiples of s) and decoding crops to what the
+Encoding records. Since nothing is added that depends on the length before the end is reached, a
+stream never needs to know it, and equals the whole-clip result.
 """
 
 from abc import abstractmethod
@@ -18,19 +19,15 @@ from vtok_ext.models.encoding import Encoding, Output
 from vtok_ext.models.streaming import StreamDecoder, StreamEncoder
 
 
-class CausalTokenizer(VideoTokenizer):
-    """Base of causal models whose latent is a grid [B, C, 1 + ceil((T - 1) / f), H / s, W / s].
+class GridTokenizer(VideoTokenizer):
+    """Base of models with a latent [B, C, t, ceil(H / s), ceil(W / s)].
 
-    A model adds `encode_chunk`, `decode_chunk`, `encode_reference`, `regularize` and the facts
-    `temporal_factor`, `spatial_factor`, `latent_channels`.
+    t is 1 + ceil((T - 1) / f) for causal models, ceil(T / f) otherwise. A model adds
+    `encode_chunk`, `decode_chunk`, `encode_reference`, `decode_reference`, `regularize` and the
+    facts `is_causal`, `temporal_factor`, `spatial_factor`, `latent_channels`.
     """
 
     video_channels: int = 3
-
-    @property
-    def is_causal(self) -> bool:
-        """True: a latent depends on its own and earlier frames only."""
-        return True
 
     @property
     @abstractmethod
@@ -54,26 +51,37 @@ class CausalTokenizer(VideoTokenizer):
 
     def token_grid(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Returns (t, h, w) of the latent of a clip of that many frames and that size."""
-        f, s = self.temporal_factor, self.spatial_factor
-        return 1 - (1 - num_frames) // f, -(-height // s), -(-width // s)
+        f, s, alone = self.temporal_factor, self.spatial_factor, int(self.is_causal)
+        return alone - (alone - num_frames) // f, -(-height // s), -(-width // s)
 
     @abstractmethod
     def encode_chunk(self, video: Tensor, state: State | None = None, return_state: bool = False):
         """Returns the raw latent of the next frames of a stream, or `(latent, state)`.
 
-        At the start (state None) 1 + k f frames, afterwards k f; sizes are multiples of s.
+        At the start (state None) 1 + k f frames, afterwards k f; sizes are multiples of s. A model
+        that is not causal takes whole clips of k f frames and no state.
         """
 
     @abstractmethod
     def decode_chunk(self, latent: Tensor, state: State | None = None, return_state: bool = False):
         """Returns the frames of the next latents of a stream, or `(frames, state)`.
 
-        At the start (state None) 1 + (k - 1) f frames for k latents, afterwards k f.
+        At the start (state None) 1 + (k - 1) f frames for k latents, afterwards k f; k f without
+        causality. With `return_state=True`, frames that depend on the next latent wait in the state
+        until that latent or `decode_rest`.
         """
 
+    def decode_rest(self, state: State) -> Tensor | None:
+        """Returns the frames that wait in the state of a stream at its end, None if none can."""
+        return None
+
     @abstractmethod
-    def encode_reference(self, video: Tensor) -> Tensor:
-        """Returns the raw latent of a clip under the published frame rule."""
+    def encode_reference(self, video: Tensor) -> tuple[Tensor, int]:
+        """Returns the raw latent of a clip under the published frame rule, and its frame count."""
+
+    @abstractmethod
+    def decode_reference(self, latent: Tensor, num_frames: int | None = None) -> Tensor:
+        """Returns the frames of a latent under the published frame rule, the `num_frames` of it."""
 
     @abstractmethod
     def regularize(
@@ -131,12 +139,12 @@ class CausalTokenizer(VideoTokenizer):
         num_frames, height, width = video.shape[2:]
         x = video_input.to_float(video, self.dtype)
         if frames == "preserve":
-            raw = self.encode_chunk(video_input.pad_tail(video_input.pad_size(x, s), f))
+            x = video_input.pad_tail(video_input.pad_size(x, s), f, alone=int(self.is_causal))
+            raw = self.encode_chunk(x)
         elif min(height, width) < s:
             raise ValueError(f"encode: height and width must be >= {s}, got {[height, width]}")
         else:
-            raw = self.encode_reference(x)
-            num_frames = f * (raw.shape[2] - 1) + 1
+            raw, num_frames = self.encode_reference(x)
             height, width = s * raw.shape[3], s * raw.shape[4]
         if compute_loss is None:
             compute_loss = self.training and torch.is_grad_enabled()
@@ -144,7 +152,7 @@ class CausalTokenizer(VideoTokenizer):
             raw, sample=sample, generator=generator, step=step, compute_loss=compute_loss
         )
         moments = None if self.is_discrete else raw
-        return Encoding(latent, num_frames, (height, width), indices, moments, losses, fps)
+        return Encoding(latent, num_frames, (height, width), indices, moments, losses, fps, frames)
 
     def decode(
         self,
@@ -153,6 +161,7 @@ class CausalTokenizer(VideoTokenizer):
         num_frames: int | None = None,
         size: tuple[int, int] | None = None,
         output: str = "float",
+        frames: str | None = None,
     ) -> Tensor:
         """Returns the video [B, 3, T, H, W] of an encoding.
 
@@ -160,8 +169,9 @@ class CausalTokenizer(VideoTokenizer):
             encoding: an Encoding; or a bare latent [B, C, t, h, w]; or, of a discrete model,
                 integer ids [B, t, h, w].
             num_frames, size: crop to T and (H, W); default what the Encoding records, and for a
-                bare tensor all f * t - (f - 1) frames of the decoder.
+                bare tensor all frames: f * t, without the first f - 1 of a causal model.
             output: "float", nominally in [-1, 1] and not clamped; or "uint8", clamped and rounded.
+            frames: the frame rule of `encode`; default what the Encoding records, and "preserve".
 
         Raises:
             TypeError, ValueError: an argument is not as described, or asks for more than there is.
@@ -171,8 +181,15 @@ class CausalTokenizer(VideoTokenizer):
             latent = encoding.latent  # type: ignore[assignment]
             num_frames = encoding.num_frames if num_frames is None else num_frames
             size = encoding.size if size is None else size
-        frames = self.decode_chunk(self.to_latent("decode", latent))
-        return self._finish("decode", frames, num_frames, size, output)
+            frames = encoding.frame_rule if frames is None else frames
+        frames = "preserve" if frames is None else frames
+        video_input.check_frame_rule("decode", frames)
+        latent = self.to_latent("decode", latent)
+        if frames == "preserve":
+            video = self.decode_chunk(latent)
+        else:
+            video = self.decode_reference(latent, num_frames)
+        return self._finish("decode", video, num_frames, size, output)
 
     def stream_encoder(self, output: str = "latent") -> StreamEncoder:
         """Returns a StreamEncoder: push frames in any portions, collect latents or ids.
@@ -181,8 +198,10 @@ class CausalTokenizer(VideoTokenizer):
             output: "latent", or "tokens" for the ids of a discrete model.
 
         Raises:
-            ValueError: another output, or "tokens" of a continuous model.
+            ValueError: another output, "tokens" of a continuous model, or a non-causal model.
         """
+        if not self.is_causal:
+            raise self._not_causal("stream_encoder")
         if output == "tokens" and not self.is_discrete:
             raise self._continuous("stream_encoder")
         return StreamEncoder(self, output)
@@ -200,7 +219,12 @@ class CausalTokenizer(VideoTokenizer):
             num_frames: frames of the whole clip if known already; else pass it to `flush`.
             size: (H, W) to crop to; default the decoder's own size.
             output: "float" or "uint8".
+
+        Raises:
+            ValueError: another output, or a non-causal model.
         """
+        if not self.is_causal:
+            raise self._not_causal("stream_decoder")
         return StreamDecoder(self, num_frames=num_frames, size=size, output=output)
 
     def to_latent(self, op: str, latent) -> Tensor:
