@@ -108,6 +108,17 @@ struct OutputView : TensorView {
 
 struct WorkspaceView : OutputView {};
 
+// Throws unless every tensor that is present lies on the device of the first.
+template <typename... Views>
+void check_same_device(const char* op, const TensorView& first, const Views&... others) {
+  const auto check = [&](const TensorView& other) {
+    VTOK_CHECK_VALUE(other.data == nullptr ||
+                         (other.device == first.device && other.device_index == first.device_index),
+                     op, ": tensors must be on one device, got several");
+  };
+  (check(others), ...);
+}
+
 inline std::string shape_string(const TensorView& view) {
   std::string text = "[";
   for (int dim = 0; dim < view.num_dims; ++dim) {

@@ -117,6 +117,7 @@ void forward(const TensorView& z, const OutputView& codes, const OutputView& ind
   const FsqChannel& last = params.layout.channel[params.layout.channels - 1];
   VTOK_CHECK_VALUE(indices.dtype == DType::kInt64 || last.basis * last.levels <= int64_t{1} << 31,
                    "fsq: indices must be int64 for a codebook above 2^31");
+  check_same_device("fsq", z, codes, indices);
   if (params.layout.tokens.num_tokens == 0) return;
   VTOK_CALL_DEVICE(z, context, fsq_forward, params);
 }
@@ -134,6 +135,7 @@ void backward(const TensorView& z, const TensorView& grad_codes, const OutputVie
   }
   FsqBackward params{make_layout(z, grad_z, nullptr, channel_dim, num_codebooks, levels), z,
                      grad_codes, grad_z, context.num_threads};
+  check_same_device("fsq backward", z, grad_codes, grad_z);
   if (params.layout.tokens.num_tokens == 0) return;
   VTOK_CALL_DEVICE(z, context, fsq_backward, params);
 }
@@ -142,6 +144,7 @@ void decode(const TensorView& indices, const OutputView& codes, const std::vecto
             int channel_dim, int64_t num_codebooks, const CallContext& context) {
   FsqDecode params{make_layout(codes, codes, &indices, channel_dim, num_codebooks, levels), indices,
                    codes, context.num_threads};
+  check_same_device("fsq_indices_to_codes", codes, indices);
   if (params.layout.tokens.num_tokens == 0) return;
   VTOK_CALL_DEVICE(codes, context, fsq_decode, params);
 }
