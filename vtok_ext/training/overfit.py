@@ -116,15 +116,15 @@ def center_latent(model: VidTok, video: torch.Tensor) -> None:
         video: [B, 3, T, H, W] in [-1, 1].
     """
     latents: list[torch.Tensor] = []
-    conv = model.encoder.conv_out.conv
-    hook = conv.register_forward_hook(lambda module, inputs, output: latents.append(output))
+    last = model.encoder.conv_out
+    hook = last.register_forward_hook(lambda module, inputs, output: latents.append(output))
     try:
         model.encode(video, compute_loss=False)
     finally:
         hook.remove()
     channels = latents[0].transpose(0, 1).flatten(1)  # [C, B T H W]
     mean, deviation = channels.mean(1), channels.std(1).clamp(min=1e-6)
-    weight, bias = conv.get_parameter("weight"), conv.get_parameter("bias")
+    weight, bias = last.parameters()
     weight.div_(deviation.view(-1, 1, 1, 1, 1))
     bias.sub_(mean).div_(deviation)
 
@@ -146,7 +146,7 @@ def _optimizers(model: VidTok) -> list[torch.optim.Optimizer]:
     The layers that produce the latent and the picture have few rows, whose scale matters by itself:
     orthogonalising them would fix it.
     """
-    ends = {model.encoder.conv_out.conv.weight, model.decoder.conv_out.conv.weight}
+    ends = {p for part in (model.encoder, model.decoder) for p in part.conv_out.parameters()}
     matrices = [p for p in model.parameters() if p.dim() >= 2 and p not in ends]
     others = [p for p in model.parameters() if p.dim() < 2 or p in ends]
     return [
