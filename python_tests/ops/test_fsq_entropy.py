@@ -1,4 +1,4 @@
-"""What is special about the FSQ entropy loss: memory, processes, chunks, terms, counts, the layer."""
+"""What is special about the FSQ entropy loss: memory, processes, chunks, terms, counts, layer."""
 
 import json
 import math
@@ -11,7 +11,8 @@ import torch
 from helpers import assert_close
 
 import vtok_ext as vt
-from vtok_ext.ops import fsq_entropy
+from vtok_ext import _native
+from vtok_ext.ops import _fsq_entropy_kernels
 from vtok_ext.ops.fsq_entropy import fsq_entropy_loss_reference
 
 CLAMPS = pytest.mark.parametrize("clamp", [False, True], ids=["exact", "clamped"])
@@ -84,7 +85,7 @@ def test_chunks_of_tokens_add_up(clamp, backend, monkeypatch):
     arguments = {"num_codebooks": 2, "clamp_per_sample": clamp, "inverse_temperature": 3.0}
     results = []
     for chunk_bytes in (1 << 20, 3 * 2 * (64 + 40) * 4):
-        monkeypatch.setitem(fsq_entropy._CHUNK_BYTES, backend.device, chunk_bytes)
+        monkeypatch.setitem(_fsq_entropy_kernels.CHUNK_BYTES, backend.device, chunk_bytes)
         z = random_z(20, 8).float().to(backend.device).requires_grad_()
         result = vt.fsq_entropy_loss(z, [8, 8, 8, 5], **arguments)
         (grad,) = torch.autograd.grad(result.loss, z)
@@ -161,7 +162,7 @@ def test_errors_name_requirement_and_actual(message, call):
 
 
 def test_the_binding_checks_shapes_that_protect_memory():
-    module = fsq_entropy._native.module()
+    module = _native.module()
     z, low, high = torch.zeros(1, 5, 2), torch.zeros(1, 5, 8), torch.zeros(1, 5, 3)
     tail = (None, None, None, [8, 3], 1, 1.0, (1, 0))
     module.fsq_entropy_factors(z, low, high, *tail)

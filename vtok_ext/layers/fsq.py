@@ -5,6 +5,8 @@
 Source: VidTok's FSQ regulariser (specification section 6.1).
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 
@@ -12,7 +14,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from vtok_ext.ops.fsq import _check_levels, fsq, fsq_codes_to_indices, fsq_indices_to_codes
-from vtok_ext.ops.fsq_entropy import fsq_codebook_statistics, fsq_entropy_loss
+from vtok_ext.ops.fsq_codebook_statistics import fsq_codebook_statistics
+from vtok_ext.ops.fsq_entropy import fsq_entropy_loss
 
 
 class FSQ(nn.Module):

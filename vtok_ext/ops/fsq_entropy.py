@@ -12,26 +12,32 @@ of the codebook: one GEMM, and two in the backward pass. Tokens are worked on in
 memory. Nothing of size tokens x codebook is ever made.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 
 from vtok_ext import _native
-from vtok_ext.ops._library import OpFunction, register
+from vtok_ext.ops._fsq_entropy_kernels import (
+    fsq_entropy_assign,
+    fsq_entropy_assign_backward,
+    fsq_entropy_average,
+    fsq_entropy_average_backward,
+)
+from vtok_ext.ops._library import OpFunction
+from vtok_ext.ops._mean_over_ranks import MeanOverRanks
 from vtok_ext.ops.fsq import _check_fsq, fsq_indices_to_codes_reference, fsq_reference
+from vtok_ext.ops.fsq_codebook_statistics import count_codes
 
 # The published log argument is clamped here, which caps the entropy of a code at -ln(1e-5) = 11.5
 # nats.
 LOG_CLAMP = 1e-5
 # The average distribution takes 4 bytes per code; reciprocals in the kernels are exact below this.
 MAX_CODEBOOK = 2**30
-# Factors of one chunk of tokens: within a second-level CPU cache, and within a GPU's.
-_CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 32 << 20}
-_PARTIAL = 1024  # codes per partial sum of the average's entropy, as in fsq_entropy.h
 
 
 class FsqEntropy(NamedTuple):
@@ -51,20 +57,6 @@ class FsqEntropy(NamedTuple):
     codebook: Tensor
     commitment: Tensor
     counts: Tensor
-
-
-class FsqCodebookStatistics(NamedTuple):
-    """What a batch uses of a codebook: float32 scalars, means over codebooks.
-
-    Attributes:
-        use: fraction of the codes that occur; at most tokens / codebook size.
-        perplexity: exp of the entropy of the code frequencies, 1 to the number of codes in use.
-        dead_levels: number of levels, over all channels, that no token has.
-    """
-
-    use: Tensor
-    perplexity: Tensor
-    dead_levels: Tensor
 
 
 def _entropy(probabilities: Tensor) -> Tensor:
@@ -103,7 +95,7 @@ def fsq_entropy_loss_reference(
             average = MeanOverRanks.apply(average, process_group)
         codes, indices = fsq_reference(tokens, levels)
         commitment = (tokens - codes.detach()).square().mean()
-        counts = _count(indices, math.prod(levels))
+        counts = count_codes(indices, math.prod(levels))
     diversity = _entropy(average).mean()
     loss = per_sample - diversity_gamma * diversity + commitment_weight * commitment
     return FsqEntropy(loss, per_sample, diversity, commitment, counts)
@@ -126,200 +118,6 @@ def _tokens(z: Tensor, channel_dim: int, num_codebooks: int) -> Tensor:
     return rows.flatten(0, -3).movedim(-2, 0) if z.dim() > 1 else rows.unsqueeze(1)
 
 
-def _count(
-    indices: Tensor,  # [codebooks, tokens], -1 is not counted
-    codebook_size: int,
-) -> Tensor:  # [codebooks, codebook size] int32
-    books = indices.shape[0]
-    start = torch.arange(0, books * codebook_size, codebook_size, device=indices.device)
-    flat = (indices.clamp(min=0) + start[:, None]).flatten()
-    counts = torch.zeros(books * codebook_size, dtype=torch.int32, device=indices.device)
-    return counts.index_add_(0, flat, (indices >= 0).int().flatten()).view(books, codebook_size)
-
-
-class _Geometry:
-    """Sizes of the two halves of a codebook, and of the chunks of tokens."""
-
-    def __init__(self, tokens: Tensor, levels: Sequence[int]):
-        splits = range(1, len(levels) + 1)
-        halves = [(math.prod(levels[:split]), math.prod(levels[split:])) for split in splits]
-        self.low, self.high = min(halves, key=sum)
-        self.num_low = halves.index((self.low, self.high)) + 1
-        self.books, self.num_tokens, _ = tokens.shape
-        self.real = tokens.dtype if tokens.dtype == torch.float64 else torch.float32
-        row_bytes = self.books * (self.low + self.high) * self.real.itemsize
-        chunk = max(1, _CHUNK_BYTES[tokens.device.type] // row_bytes)
-        self.chunk = min(self.num_tokens, chunk)
-
-    def chunks(self) -> Iterator[slice]:
-        """Slices of the tokens."""
-        for first in range(0, self.num_tokens, self.chunk or 1):
-            yield slice(first, min(first + self.chunk, self.num_tokens))
-
-    def halves(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Uninitialised [codebooks, chunk, K1] and [codebooks, chunk, K2]."""
-        return tuple(
-            tokens.new_empty((self.books, self.chunk, size), dtype=self.real)
-            for size in (self.low, self.high)
-        )  # type: ignore[return-value]
-
-
-def _without_autocast(tensor: Tensor) -> AbstractContextManager:
-    """The GEMMs stay in float32 under autocast."""
-    kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-
-def _assign(
-    tokens: Tensor,  # [codebooks, N, D]
-    levels: list[int],
-    inverse_temperature: float,
-    clamp_per_sample: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    g = _Geometry(tokens, levels)
-    native, context = _native.module(), _native.call_context(tokens)
-    entropy, commitment = (
-        tokens.new_empty((g.books, g.num_tokens), dtype=g.real) for _ in range(2)
-    )
-    indices = tokens.new_empty((g.books, g.num_tokens), dtype=torch.int32)
-    average = tokens.new_full((g.books, g.high, g.low), math.nan, dtype=g.real)
-    low_buffer, high_buffer = g.halves(tokens)
-    with _without_autocast(tokens):
-        for part in g.chunks():
-            count = part.stop - part.start
-            low, high = low_buffer[:, :count], high_buffer[:, :count]
-            native.fsq_entropy_factors(
-                tokens[:, part],
-                low,
-                high,
-                None if clamp_per_sample else entropy[:, part],
-                commitment[:, part],
-                indices[:, part],
-                levels,
-                g.num_low,
-                inverse_temperature,
-                context,
-            )
-            if clamp_per_sample:
-                native.fsq_entropy_clamped_forward(low, high, entropy[:, part], context)
-            beta = 0 if part.start == 0 else 1
-            average.baddbmm_(high.mT, low, beta=beta, alpha=1 / g.num_tokens)
-    return (
-        entropy.mean(),
-        average.flatten(1),
-        commitment.mean() / len(levels),
-        _count(indices, math.prod(levels)),
-    )
-
-
-def _assign_fake(
-    tokens: Tensor, levels: list[int], inverse_temperature: float, clamp_per_sample: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    real = tokens.dtype if tokens.dtype == torch.float64 else torch.float32
-    shape = (tokens.shape[0], math.prod(levels))
-    return (
-        tokens.new_empty((), dtype=real),
-        tokens.new_empty(shape, dtype=real),
-        tokens.new_empty((), dtype=real),
-        tokens.new_empty(shape, dtype=torch.int32),
-    )
-
-
-def _assign_backward(
-    tokens: Tensor,  # [codebooks, N, D]
-    grad_per_sample: Tensor | None,  # []
-    grad_average: Tensor | None,  # [codebooks, K]
-    grad_commitment: Tensor | None,  # []
-    levels: list[int],
-    inverse_temperature: float,
-    clamp_per_sample: bool,
-) -> Tensor:
-    g = _Geometry(tokens, levels)
-    native, context = _native.module(), _native.call_context(tokens)
-    grad_tokens = torch.empty_like(tokens)
-    rows = max(g.books * g.num_tokens, 1)
-    grad_entropy = None if grad_per_sample is None else grad_per_sample / rows
-    grad_error = None if grad_commitment is None else grad_commitment / (rows * len(levels))
-    clamped = clamp_per_sample and grad_entropy is not None
-    needs_halves = clamped or grad_average is not None
-    low_buffer, high_buffer, grad_low_buffer, grad_high_buffer = (
-        g.halves(tokens) + g.halves(tokens) if needs_halves else (None,) * 4
-    )
-    geometry = (levels, g.num_low, inverse_temperature, context)
-    with _without_autocast(tokens):
-        for part in g.chunks():
-            grad_low = grad_high = None
-            if needs_halves:
-                low, high, grad_low, grad_high = (
-                    buffer[:, : part.stop - part.start]
-                    for buffer in (low_buffer, high_buffer, grad_low_buffer, grad_high_buffer)
-                )
-                native.fsq_entropy_factors(tokens[:, part], low, high, None, None, None, *geometry)
-                if clamped:
-                    native.fsq_entropy_clamped_backward(
-                        low, high, grad_entropy, grad_low, grad_high, context
-                    )
-                if grad_average is not None:
-                    matrix = grad_average.view(g.books, g.high, g.low)
-                    scale = {"beta": int(clamped), "alpha": 1 / g.num_tokens}
-                    grad_low.baddbmm_(high, matrix, **scale)
-                    grad_high.baddbmm_(low, matrix.mT, **scale)
-            native.fsq_entropy_backward(
-                tokens[:, part],
-                grad_low,
-                grad_high,
-                None if clamped else grad_entropy,
-                grad_error,
-                grad_tokens[:, part],
-                *geometry,
-            )
-    return grad_tokens
-
-
-def _average_entropy(average: Tensor) -> Tensor:  # [codebooks, K] -> []
-    num_partials = -(-average.numel() // _PARTIAL)
-    partial = average.new_empty(num_partials)
-    context = _native.call_context(average)
-    _native.module().fsq_entropy_average_forward(average.view(-1), partial, context)
-    return partial.sum() / average.shape[0]
-
-
-def _average_entropy_backward(average: Tensor, grad: Tensor) -> Tensor:
-    grad_average = torch.empty_like(average)
-    _native.module().fsq_entropy_average_backward(
-        average.view(-1),
-        grad / average.shape[0],
-        grad_average.view(-1),
-        _native.call_context(average),
-    )
-    return grad_average
-
-
-_fsq_entropy_assign = register(
-    "fsq_entropy_assign(Tensor tokens, int[] levels, float inverse_temperature, "
-    "bool clamp_per_sample) -> (Tensor, Tensor, Tensor, Tensor)",
-    _assign,
-    _assign_fake,
-)
-_fsq_entropy_assign_backward = register(
-    "fsq_entropy_assign_backward(Tensor tokens, Tensor? grad_per_sample, Tensor? grad_average, "
-    "Tensor? grad_commitment, int[] levels, float inverse_temperature, bool clamp_per_sample) "
-    "-> Tensor",
-    _assign_backward,
-    lambda tokens, *rest: torch.empty_like(tokens),
-)
-_fsq_entropy_average = register(
-    "fsq_entropy_average(Tensor average) -> Tensor",
-    _average_entropy,
-    lambda average: average.new_empty(()),
-)
-_fsq_entropy_average_backward = register(
-    "fsq_entropy_average_backward(Tensor average, Tensor grad) -> Tensor",
-    _average_entropy_backward,
-    lambda average, grad: torch.empty_like(average),
-)
-
-
 class FsqAssignmentFunction(OpFunction):
     """Per-token entropy, average distribution, commitment and counts of [codebooks, N, D]."""
 
@@ -327,8 +125,8 @@ class FsqAssignmentFunction(OpFunction):
     def forward(
         tokens: Tensor, levels: list[int], inverse_temperature: float, clamp_per_sample: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """See `_assign`."""
-        return _fsq_entropy_assign(tokens, levels, inverse_temperature, clamp_per_sample)
+        """The raw op."""
+        return fsq_entropy_assign(tokens, levels, inverse_temperature, clamp_per_sample)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -353,7 +151,7 @@ class FsqAssignmentFunction(OpFunction):
             return None, None, None, None
         (tokens,) = ctx.saved_tensors
         grad_average = None if grad_average is None else grad_average.contiguous()
-        grad_tokens = _fsq_entropy_assign_backward(
+        grad_tokens = fsq_entropy_assign_backward(
             tokens,
             grad_per_sample,
             grad_average,
@@ -371,7 +169,7 @@ class FsqAverageEntropyFunction(OpFunction):
     @staticmethod
     def forward(average: Tensor) -> Tensor:
         """-sum p ln max(p, 1e-5)."""
-        return _fsq_entropy_average(average)
+        return fsq_entropy_average(average)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -383,33 +181,7 @@ class FsqAverageEntropyFunction(OpFunction):
     def backward(ctx: Any, grad: Tensor) -> Tensor | None:
         """-(ln max(p, 1e-5) + [p >= 1e-5])."""
         (average,) = ctx.saved_tensors
-        return _fsq_entropy_average_backward(average, grad) if ctx.needs_input_grad[0] else None
-
-
-class MeanOverRanks(torch.autograd.Function):
-    """The mean of a tensor over the processes of a group, forward and backward.
-
-    Every rank's loss depends on every rank's distribution, so gradients are averaged as well: the
-    mean over ranks of parameter gradients, which DDP takes, is then the gradient of the mean loss.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: distributed.ProcessGroup) -> Tensor:
-        """Mean over ranks."""
-        ctx.group = group
-        return _mean_over_ranks(x, group)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """Mean over ranks."""
-        return _mean_over_ranks(grad, ctx.group), None
-
-
-def _mean_over_ranks(x: Tensor, group: distributed.ProcessGroup) -> Tensor:
-    total = x.clone(memory_format=torch.contiguous_format)
-    distributed.all_reduce(total, group=group)
-    return total / distributed.get_world_size(group)
+        return fsq_entropy_average_backward(average, grad) if ctx.needs_input_grad[0] else None
 
 
 def fsq_entropy_loss(
@@ -482,38 +254,3 @@ def fsq_entropy_loss(
     codebook = FsqAverageEntropyFunction.apply(average)
     loss = per_sample - diversity_gamma * codebook + commitment_weight * commitment
     return FsqEntropy(loss, per_sample, codebook, commitment, counts)
-
-
-def fsq_codebook_statistics(
-    counts: Tensor,  # [num_codebooks, product of levels]
-    levels: Sequence[int],
-) -> FsqCodebookStatistics:
-    """Use, perplexity and dead levels of a codebook from how often each code occurred.
-
-    perplexity = exp(-sum_j f_j ln f_j), f_j = counts_j / sum of counts
-
-    Args:
-        counts: integers >= 0, such as `FsqEntropy.counts`, or their sum over batches or ranks.
-        levels: as in `fsq`.
-
-    Returns:
-        float32 scalars on the device of `counts`; NaN perplexity without a token.
-
-    Raises:
-        ValueError: counts of another shape.
-    """
-    size = math.prod(levels)
-    if counts.dim() != 2 or counts.shape[1] != size:
-        raise ValueError(
-            f"fsq_codebook_statistics: counts must be [num_codebooks, {size}], "
-            f"got {list(counts.shape)}"
-        )
-    frequency = counts / counts.sum(1, keepdim=True)
-    perplexity = torch.special.entr(frequency).sum(1).exp().mean()
-    dead = torch.zeros(counts.shape[0], device=counts.device)
-    rest = counts  # [codebooks, combinations of the channels that are left]
-    for count in reversed(levels):  # the last channel is the most significant
-        by_level = rest.unflatten(1, (count, -1))
-        dead += (by_level.sum(2) == 0).sum(1)
-        rest = by_level.sum(1)
-    return FsqCodebookStatistics((counts > 0).float().mean(), perplexity, dead.mean())
