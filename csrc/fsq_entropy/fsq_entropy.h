@@ -28,7 +28,8 @@ struct FsqEntropyLayout {
   int low_size;   // K1
   int high_size;  // K2
   int level_sum;
-  double scale;  // 2 * inverse_temperature: the logit of level l is scale * z * code(l)
+  // Logit difference of neighbouring levels per z: 2 * inverse_temperature / half_width.
+  double slope_per_z[kFsqMaxChannels];
   int level_offset[kFsqMaxChannels];     // of a channel in tables of all levels
   uint32_t reciprocal[kFsqMaxChannels];  // ceil(2^32 / levels)
   FsqChannel channel[kFsqMaxChannels];

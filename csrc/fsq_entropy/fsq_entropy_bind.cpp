@@ -62,13 +62,13 @@ FsqEntropyLayout make_layout(const TensorView& z, const std::vector<int64_t>& le
   layout.channels = static_cast<int>(channels);
   layout.num_low = num_low;
   layout.low_size = layout.high_size = 1;
-  layout.scale = 2 * inverse_temperature;
   int64_t basis = 1;
   for (int d = 0; d < layout.channels; ++d) {
     VTOK_CHECK_VALUE(levels[d] >= 2 && levels[d] <= 256,
                      "fsq_entropy: levels must be in [2, 256], got ", levels[d]);
     layout.channel[d] = fsq_channel(levels[d], basis);
     layout.reciprocal[d] = static_cast<uint32_t>(((uint64_t{1} << 32) + levels[d] - 1) / levels[d]);
+    layout.slope_per_z[d] = 2 * inverse_temperature / layout.channel[d].half_width;
     layout.level_offset[d] = layout.level_sum;
     layout.level_sum += static_cast<int>(levels[d]);
     basis *= levels[d];

@@ -51,7 +51,7 @@ static void assign(const FsqEntropyLayout& layout, const T* z, int64_t channel_s
   for (int d = 0; d < layout.channels; ++d) {
     const Real value = load(z + d * channel_stride);
     a.peak[d] = fsq_entropy_peak(value, layout.channel[d]);
-    a.slope[d] = fsq_entropy_slope_per_z<Real>(layout, d) * value;
+    a.slope[d] = static_cast<Real>(layout.slope_per_z[d]) * value;
     Real* weight = a.weight + layout.level_offset[d];
     for (int level = 0; level < layout.channel[d].levels; ++level) {
       weight[level] = a.slope[d] * static_cast<Real>(level - a.peak[d]);
@@ -219,7 +219,7 @@ void fsq_entropy_backward(const FsqEntropyBackward& params) {
           Real grad = sums[d];
           if (params.grad_entropy.data)
             grad -= grad_entropy * (a.slope[d] * variance(layout, a, d));
-          grad *= fsq_entropy_slope_per_z<Real>(layout, d);
+          grad *= static_cast<Real>(layout.slope_per_z[d]);
           if (params.grad_commitment.data) {
             const Real value = load(z + d * z_strides.channel);
             grad += grad_commitment * (2 * fsq_entropy_nearest(value, layout.channel[d]).error);

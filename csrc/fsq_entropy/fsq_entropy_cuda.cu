@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads)
            float grad = 0.0f;
            if (grad_entropy != nullptr) {
              grad -=
-                 *grad_entropy * (m.slope * m.variance) * fsq_entropy_slope_per_z<float>(layout, d);
+                 *grad_entropy * (m.slope * m.variance) * static_cast<float>(layout.slope_per_z[d]);
            }
            if (grad_commitment != nullptr) {
              grad += *grad_commitment * (2 * fsq_entropy_nearest(m.value, layout.channel[d]).error);
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (lane >= layout.channels) return;
   const float grad =
-      own[warp * kFsqMaxChannels + lane] + fsq_entropy_slope_per_z<float>(layout, lane) * share;
+      own[warp * kFsqMaxChannels + lane] + static_cast<float>(layout.slope_per_z[lane]) * share;
   grad_z[codebook * out_strides.codebook + token * out_strides.token + lane * out_strides.channel] =
       from_float<T>(grad);
 }

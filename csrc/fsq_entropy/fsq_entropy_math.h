@@ -1,10 +1,8 @@
 // Arithmetic of the FSQ entropy, shared by the CPU and the CUDA kernels.
 //
 // Levels are counted from the most probable one, `peak`: logits grow linearly with the level, so it
-// is the last for z >= 0 and the first for z < 0. With x = level - peak and slope = scale * z /
-// half_width:
-//   p = exp(slope * x) / sum,  H = ln sum - slope * E[x],  dH/dz = -scale / half_width * slope *
-//   Var[x]
+// is the last for z >= 0 and the first for z < 0. With x = level - peak, slope = slope_per_z * z:
+//   p = exp(slope * x) / sum,  H = ln sum - slope * E[x],  dH/dz = -slope_per_z * slope * Var[x]
 // Nothing is subtracted that is nearly equal: a saturated channel (x = 0, p = 1) gives exact zeros.
 //
 // Source: VidTok's FSQ regulariser, -sum p ln max(p, 1e-5), without and with the clamp.
@@ -26,12 +24,6 @@ constexpr double kFsqEntropyTiny = 1e-30;
 template <typename Real>
 VTOK_FUNCTION int fsq_entropy_peak(Real z, const FsqChannel& channel) {
   return z < Real(0) ? 0 : channel.levels - 1;
-}
-
-// d (logit difference of neighbouring levels) / dz.
-template <typename Real>
-VTOK_FUNCTION Real fsq_entropy_slope_per_z(const FsqEntropyLayout& layout, int d) {
-  return static_cast<Real>(layout.scale / layout.channel[d].half_width);
 }
 
 // ln of a factor, for products that are compared with the clamp.

@@ -84,7 +84,7 @@ __device__ __forceinline__ void assign(const FsqEntropyLayout& layout, int width
     if (exists) {
       m.value = to_float(z[d * channel_stride]);
       m.peak = fsq_entropy_peak(m.value, layout.channel[d]);
-      m.slope = fsq_entropy_slope_per_z<float>(layout, d) * m.value;
+      m.slope = static_cast<float>(layout.slope_per_z[d]) * m.value;
     }
     float sum = 0.0f, moment = 0.0f;
     for (int level = lane % width; level < levels; level += width) {
