@@ -36,7 +36,7 @@ def row(case: dict) -> str:
             other = by_name.get((baseline, allocation))
             if native and other:
                 cells.append(f"{other['median_ms'] / native['median_ms']:.1f}x {baseline}")
-        if native:
+        if native and cells:
             cells[-1] += f" ({allocation})"
     native = by_name.get(("native", "preallocated")) or by_name["native", "default"]
     return (

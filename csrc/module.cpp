@@ -15,6 +15,7 @@ namespace vtok {
 
 void bind_vectorized(py::module_& m);
 void bind_fsq(py::module_& m);
+void bind_fsq_entropy(py::module_& m);
 
 static py::dict build_info() {
   py::dict info;
@@ -58,6 +59,7 @@ PYBIND11_MODULE(_C, m) {
         "Version, compiler, CUDA version and architectures, CPU instruction set.");
   vtok::bind_vectorized(m);
   vtok::bind_fsq(m);
+  vtok::bind_fsq_entropy(m);
 #ifdef VTOK_EMULATE_CUDA
   vtok::emulation::bind_emulation(m);
 #endif

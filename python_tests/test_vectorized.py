@@ -22,6 +22,8 @@ def error_in_ulp(actual, exact):
     "name, exact, low, high, ulp",
     [
         ("exp", torch.exp, -87.0, 88.0, 2.0),
+        ("log", torch.log, 1e-5, 0.5, 2.0),
+        ("log", torch.log, 2.0, 1e30, 2.0),
         ("tanh", torch.tanh, -12.0, 12.0, 3.0),
         ("tanh", torch.tanh, -0.5, 0.5, 3.0),
         ("tanh", torch.tanh, -1e-3, 1e-3, 3.0),
@@ -31,6 +33,14 @@ def error_in_ulp(actual, exact):
 def test_error_is_as_stated(name, exact, low, high, ulp):
     x = torch.linspace(low, high, 2_000_001, dtype=torch.float64).float()
     assert error_in_ulp(evaluate(name, x), exact(x.double())) < ulp
+
+
+def test_log_near_one_and_of_small_values():
+    x = torch.linspace(0.5, 2.0, 2_000_001, dtype=torch.float64).float()
+    assert (evaluate("log", x).double() - x.double().log()).abs().max() < 1e-7
+    tiny = torch.logspace(-37, -5, 100_001, dtype=torch.float64).float()
+    assert error_in_ulp(evaluate("log", tiny), tiny.double().log()) < 2.0
+    assert evaluate("log", torch.ones(1)).item() == 0.0
 
 
 def test_special_values():

@@ -30,3 +30,47 @@ def fsq_decode(
     num_codebooks: int,
     context: tuple[int, int],
 ) -> None: ...
+def fsq_entropy_factors(
+    z: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    entropy: torch.Tensor | None,
+    commitment: torch.Tensor | None,
+    indices: torch.Tensor | None,
+    levels: list[int],
+    num_low: int,
+    inverse_temperature: float,
+    context: tuple[int, int],
+) -> None: ...
+def fsq_entropy_backward(
+    z: torch.Tensor,
+    grad_low: torch.Tensor | None,
+    grad_high: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    grad_commitment: torch.Tensor | None,
+    grad_z: torch.Tensor,
+    levels: list[int],
+    num_low: int,
+    inverse_temperature: float,
+    context: tuple[int, int],
+) -> None: ...
+def fsq_entropy_clamped_forward(
+    low: torch.Tensor, high: torch.Tensor, entropy: torch.Tensor, context: tuple[int, int]
+) -> None: ...
+def fsq_entropy_clamped_backward(
+    low: torch.Tensor,
+    high: torch.Tensor,
+    grad_entropy: torch.Tensor,
+    grad_low: torch.Tensor,
+    grad_high: torch.Tensor,
+    context: tuple[int, int],
+) -> None: ...
+def fsq_entropy_average_forward(
+    average: torch.Tensor, partial_entropy: torch.Tensor, context: tuple[int, int]
+) -> None: ...
+def fsq_entropy_average_backward(
+    average: torch.Tensor,
+    grad_entropy: torch.Tensor,
+    grad_average: torch.Tensor,
+    context: tuple[int, int],
+) -> None: ...

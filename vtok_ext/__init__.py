@@ -39,6 +39,8 @@ from vtok_ext.ops.fsq import (
     fsq_codes_to_indices,
     fsq_indices_to_codes,
 )
+from vtok_ext.ops.fsq_codebook_statistics import fsq_codebook_statistics
+from vtok_ext.ops.fsq_entropy import fsq_entropy_loss
 
 __all__ = [
     "FSQ",
@@ -55,7 +57,9 @@ __all__ = [
     "build_info",
     "create_model",
     "fsq",
+    "fsq_codebook_statistics",
     "fsq_codes_to_indices",
+    "fsq_entropy_loss",
     "fsq_indices_to_codes",
     "list_models",
     "load_model",

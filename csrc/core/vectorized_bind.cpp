@@ -18,13 +18,16 @@ void evaluate(const std::string& name, const TensorView& x, const OutputView& y)
                    "evaluate: x and y must be contiguous [N], got ", shape_string(x), " and ",
                    shape_string(y));
   if (name == "exp") return map_float(x, y, [](float v) { return exp_accurate(v); });
+  if (name == "log") return map_float(x, y, [](float v) { return log_accurate(v); });
   if (name == "tanh") return map_float(x, y, [](float v) { return tanh_accurate(v); });
   if (name == "sigmoid") return map_float(x, y, [](float v) { return sigmoid_accurate(v); });
   if (name == "float16")
     return map_float(x, y, [](float v) { return to_float(from_float<float16>(v)); });
   if (name == "bfloat16")
     return map_float(x, y, [](float v) { return to_float(from_float<bfloat16>(v)); });
-  VTOK_CHECK_VALUE(false, "evaluate: name must be exp, tanh, sigmoid, float16 or bfloat16, got ",
+  VTOK_CHECK_VALUE(false,
+                   "evaluate: name must be exp, log, tanh, sigmoid, float16 or bfloat16, "
+                   "got ",
                    name);
 }
 

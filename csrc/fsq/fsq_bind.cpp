@@ -1,33 +1,11 @@
 // Python bindings of FSQ: turns tensor views into an FsqLayout and picks the device.
 #include "../core/bind.h"
-#include "fsq.h"
+#include "fsq_channel.h"
 
-#include <cmath>
-#include <limits>
 #include <vector>
 
 namespace vtok {
 namespace {
-
-FsqChannel make_channel(int64_t levels, int64_t basis) {
-  const double half = (levels - 1) * (1.0 + 1e-3) / 2.0;
-  const double offset = levels % 2 == 0 ? 0.5 : 0.0;
-  const double shift = std::atanh(offset / half);
-  const int64_t half_width = levels / 2;
-  FsqChannel channel{static_cast<float>(shift),
-                     static_cast<float>(half),
-                     static_cast<float>(offset),
-                     static_cast<int32_t>(half_width),
-                     static_cast<int32_t>(levels),
-                     basis,
-                     {}};
-  for (int k = 0; k < kFsqMaxCompared - 1; ++k) {
-    const double bounded = k + 0.5 - half_width + offset;
-    channel.boundary[k] = k < levels - 1 ? static_cast<float>(std::atanh(bounded / half) - shift)
-                                         : std::numeric_limits<float>::infinity();
-  }
-  return channel;
-}
 
 void set_channels(FsqLayout& layout, const std::vector<int64_t>& levels) {
   VTOK_CHECK_VALUE(!levels.empty() && levels.size() <= size_t{kFsqMaxChannels},
@@ -37,7 +15,7 @@ void set_channels(FsqLayout& layout, const std::vector<int64_t>& levels) {
   for (int d = 0; d < layout.channels; ++d) {
     VTOK_CHECK_VALUE(levels[d] >= 2 && levels[d] <= 256, "fsq: levels must be in [2, 256], got ",
                      levels[d]);
-    layout.channel[d] = make_channel(levels[d], basis);
+    layout.channel[d] = fsq_channel(levels[d], basis);
     VTOK_CHECK_VALUE(basis <= INT64_MAX / levels[d], "fsq: levels must have a product below 2^63");
     basis *= levels[d];
   }

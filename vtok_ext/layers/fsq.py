@@ -5,14 +5,17 @@
 Source: VidTok's FSQ regulariser (specification section 6.1).
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from vtok_ext.ops.fsq import _check_levels, fsq, fsq_codes_to_indices, fsq_indices_to_codes
-from vtok_ext.ops.fsq_entropy import fsq_entropy_loss_reference
+from vtok_ext.ops.fsq_codebook_statistics import fsq_codebook_statistics
+from vtok_ext.ops.fsq_entropy import fsq_entropy_loss
 
 
 class FSQ(nn.Module):
@@ -26,7 +29,11 @@ class FSQ(nn.Module):
         entropy_annealing_steps: steps over which the weight falls linearly to `entropy_weight`.
         entropy_annealing_factor: the weight at step 0 is this times `entropy_weight`.
         commitment_weight: weight of mean((z - codes)^2), 0 switches it off.
-        inverse_temperature, diversity_gamma: as in `fsq_entropy_loss_reference`.
+        inverse_temperature, diversity_gamma: as in `fsq_entropy_loss`.
+        clamp_per_sample: as in `fsq_entropy_loss`; True, the published loss, by default. False is
+            the exact entropy, which is faster while tokens are undecided.
+        synchronize: in training with torch.distributed, whether the codebook entropy is that of all
+            ranks' tokens. Every rank must then call the layer equally often.
 
     Raises:
         ValueError, TypeError: levels or num_codebooks out of range.
@@ -44,6 +51,8 @@ class FSQ(nn.Module):
         commitment_weight: float = 0.25,
         inverse_temperature: float = 100.0,
         diversity_gamma: float = 1.0,
+        clamp_per_sample: bool = True,
+        synchronize: bool = True,
     ) -> None:
         super().__init__()
         _check_levels("FSQ", levels, num_codebooks)
@@ -56,6 +65,8 @@ class FSQ(nn.Module):
         self.commitment_weight = commitment_weight
         self.inverse_temperature = inverse_temperature
         self.diversity_gamma = diversity_gamma
+        self.clamp_per_sample = clamp_per_sample
+        self.synchronize = synchronize
 
     @property
     def codebook_size(self) -> int:
@@ -77,12 +88,14 @@ class FSQ(nn.Module):
         Args:
             z: [B, num_codebooks * D, ...] floating (channels at `channel_dim`).
             step: optimiser steps done so far, for the annealed entropy weight.
-            compute_loss: whether to compute the auxiliary loss; by default in training mode only,
-                since the entropy looks at every code for every token.
+            compute_loss: whether to compute the auxiliary loss; by default in training mode only.
 
         Returns:
-            codes as z, indices (see `fsq`), and {"aux_loss", "entropy", "commitment"} as float32
-            scalars, empty when not computed.
+            codes as z, indices (see `fsq`), and float32 scalars, none when not computed:
+                aux_loss: what to minimise.
+                entropy, commitment: its terms before they are weighted.
+                codebook_use, codebook_perplexity, dead_levels: of this process's tokens, not
+                    differentiable, with the entropy only; see `FsqCodebookStatistics`.
         """
         codes, indices = fsq(
             z, self.levels, channel_dim=self.channel_dim, num_codebooks=self.num_codebooks
@@ -92,22 +105,38 @@ class FSQ(nn.Module):
         return codes, indices, self._losses(z, codes, step) if compute_loss else {}
 
     def _losses(self, z: Tensor, codes: Tensor, step: int) -> dict[str, Tensor]:
-        zero = torch.zeros((), device=z.device)
-        entropy = commitment = zero
         weight = self.annealed_entropy_weight(step)
-        if weight > 0:
-            entropy = fsq_entropy_loss_reference(
-                z,
-                self.levels,
-                channel_dim=self.channel_dim,
-                num_codebooks=self.num_codebooks,
-                inverse_temperature=self.inverse_temperature,
-                diversity_gamma=self.diversity_gamma,
-            ).loss
-        if self.commitment_weight > 0:
-            commitment = (z.float() - codes.detach().float()).square().mean()
-        aux_loss = weight * entropy + self.commitment_weight * commitment
-        return {"aux_loss": aux_loss, "entropy": entropy, "commitment": commitment}
+        if weight <= 0:
+            commitment = torch.zeros((), device=z.device)
+            if self.commitment_weight > 0:
+                commitment = (z.float() - codes.detach().float()).square().mean()
+            losses = {"entropy": torch.zeros((), device=z.device), "commitment": commitment}
+            return {"aux_loss": self.commitment_weight * commitment, **losses}
+        terms = fsq_entropy_loss(
+            z,
+            self.levels,
+            channel_dim=self.channel_dim,
+            num_codebooks=self.num_codebooks,
+            inverse_temperature=self.inverse_temperature,
+            diversity_gamma=self.diversity_gamma,
+            clamp_per_sample=self.clamp_per_sample,
+            process_group=self._process_group(),
+        )
+        statistics = fsq_codebook_statistics(terms.counts, self.levels)
+        return {
+            "aux_loss": weight * terms.loss + self.commitment_weight * terms.commitment,
+            "entropy": terms.loss,
+            "commitment": terms.commitment,
+            "codebook_use": statistics.use,
+            "codebook_perplexity": statistics.perplexity,
+            "dead_levels": statistics.dead_levels,
+        }
+
+    def _process_group(self) -> distributed.ProcessGroup | None:
+        """All ranks in distributed training, else None."""
+        if not (self.synchronize and self.training and distributed.is_available()):
+            return None
+        return distributed.group.WORLD if distributed.is_initialized() else None
 
     def indices_to_codes(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Codes [B, num_codebooks * D, ...] of indices; see `fsq_indices_to_codes`."""

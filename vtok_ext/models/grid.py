@@ -127,8 +127,8 @@ class GridTokenizer(VideoTokenizer):
             generator: source of that noise; default the global CPU one.
             frames: "preserve" every frame and pixel; or "reference" for the published frame rule.
             step: training step, which anneals the weight of FSQ's entropy loss.
-            compute_loss: whether FSQ's auxiliary loss is computed, which takes memory for tokens x
-                codes; default in training mode with gradients. The KL loss is always there.
+            compute_loss: whether FSQ's auxiliary loss is computed; default in training mode with
+                gradients. The KL loss is always there.
 
         Raises:
             TypeError, ValueError: the video or an option is not as described; NaN or infinity.
