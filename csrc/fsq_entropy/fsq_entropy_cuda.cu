@@ -79,8 +79,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // A half's share in its channels: sum over combinations of probability * gradient * (level -
-// mean). The first channel is folded by single lanes, so that the other levels are found once per
-// kLevels values. The sum of channel d ends up in lane d.
+// mean). A lane folds the first channel alone, so that the levels of the others are found once for
+// all of its levels. The sum of channel d ends up in lane d.
 template <int kWidth>
 __device__ __forceinline__ float fold_half(const FsqEntropyLayout& layout, int first, int last,
                                            int size, const float* weight, const float* from_mean,

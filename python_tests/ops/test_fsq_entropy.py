@@ -248,6 +248,7 @@ if world > 1:
     entropy = vt.fsq_entropy_loss(x @ start.T, [8, 5, 4, 3], process_group=dist.group.WORLD)
     alone = vt.fsq_entropy_loss(x @ start.T, [8, 5, 4, 3])
     result["alone"], result["together"] = alone.codebook.item(), entropy.codebook.item()
+    dist.barrier()
     dist.destroy_process_group()
 json.dump(result, open(out, "w"))
 """
