@@ -16,6 +16,8 @@ namespace vtok {
 void bind_vectorized(py::module_& m);
 void bind_fsq(py::module_& m);
 void bind_fsq_entropy(py::module_& m);
+void bind_alpha_blend(py::module_& m);
+void bind_temporal_resample(py::module_& m);
 
 static py::dict build_info() {
   py::dict info;
@@ -60,6 +62,8 @@ PYBIND11_MODULE(_C, m) {
   vtok::bind_vectorized(m);
   vtok::bind_fsq(m);
   vtok::bind_fsq_entropy(m);
+  vtok::bind_alpha_blend(m);
+  vtok::bind_temporal_resample(m);
 #ifdef VTOK_EMULATE_CUDA
   vtok::emulation::bind_emulation(m);
 #endif

@@ -72,5 +72,48 @@ def fsq_entropy_average_backward(
     average: torch.Tensor,
     grad_entropy: torch.Tensor,
     grad_average: torch.Tensor,
+def alpha_blend_forward(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    mix_factor: torch.Tensor,
+    out: torch.Tensor,
+    is_logit: bool,
+    context: tuple[int, int],
+) -> None: ...
+def alpha_blend_backward(
+    grad_out: torch.Tensor,
+    a: torch.Tensor | None,
+    b: torch.Tensor | None,
+    mix_factor: torch.Tensor,
+    grad_a: torch.Tensor | None,
+    grad_b: torch.Tensor | None,
+    grad_mix_factor: torch.Tensor | None,
+    partials: torch.Tensor | None,
+    is_logit: bool,
+    context: tuple[int, int],
+) -> None: ...
+def temporal_resample_forward(
+    x: torch.Tensor,
+    carried: torch.Tensor | None,
+    front: torch.Tensor | None,
+    y: torch.Tensor | None,
+    mix_factor: torch.Tensor | None,
+    out: torch.Tensor,
+    timing: list[int],
+    context: tuple[int, int],
+) -> None: ...
+def temporal_resample_backward(
+    grad_out: torch.Tensor,
+    x: torch.Tensor | None,
+    carried: torch.Tensor | None,
+    y: torch.Tensor | None,
+    mix_factor: torch.Tensor | None,
+    grad_x: torch.Tensor | None,
+    grad_carried: torch.Tensor | None,
+    grad_front: torch.Tensor | None,
+    grad_y: torch.Tensor | None,
+    grad_mix_factor: torch.Tensor | None,
+    partials: torch.Tensor | None,
+    timing: list[int],
     context: tuple[int, int],
 ) -> None: ...

@@ -34,6 +34,7 @@ from vtok_ext.models import (
     list_models,
     load_model,
 )
+from vtok_ext.ops.alpha_blend import alpha_blend
 from vtok_ext.ops.fsq import (
     fsq,
     fsq_codes_to_indices,
@@ -41,6 +42,11 @@ from vtok_ext.ops.fsq import (
 )
 from vtok_ext.ops.fsq_codebook_statistics import fsq_codebook_statistics
 from vtok_ext.ops.fsq_entropy import fsq_entropy_loss
+from vtok_ext.ops.temporal_resample import (
+    temporal_downsample_blend,
+    temporal_upsample,
+    temporal_upsample_blend,
+)
 
 __all__ = [
     "FSQ",
@@ -54,6 +60,7 @@ __all__ = [
     "Tokens",
     "VideoTokenizer",
     "__version__",
+    "alpha_blend",
     "build_info",
     "create_model",
     "fsq",
@@ -64,4 +71,7 @@ __all__ = [
     "list_models",
     "load_model",
     "metrics",
+    "temporal_downsample_blend",
+    "temporal_upsample",
+    "temporal_upsample_blend",
 ]

@@ -1,6 +1,17 @@
 """The ops under test: from this list test_ops.py makes every test that all ops share."""
 
+from case_alpha_blend import ALPHA_BLEND
 from case_fsq import FSQ, FSQ_DECODE
 from case_fsq_entropy import FSQ_ENTROPY, FSQ_ENTROPY_CLAMPED
+from case_temporal_resample import TEMPORAL_DOWNSAMPLE, TEMPORAL_UPSAMPLE, TEMPORAL_UPSAMPLE_BLEND
 
-OP_CASES = [FSQ, FSQ_DECODE, FSQ_ENTROPY, FSQ_ENTROPY_CLAMPED]
+OP_CASES = [
+    FSQ,
+    FSQ_DECODE,
+    FSQ_ENTROPY,
+    FSQ_ENTROPY_CLAMPED,
+    ALPHA_BLEND,
+    TEMPORAL_DOWNSAMPLE,
+    TEMPORAL_UPSAMPLE,
+    TEMPORAL_UPSAMPLE_BLEND,
+]

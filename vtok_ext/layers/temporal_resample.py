@@ -1,62 +1,42 @@
-"""Halving and doubling the frame rate with blended branches, a = sigmoid(mix_factor):
+"""Halving and doubling the frame rate with blended branches, alpha = sigmoid(mix_factor):
 
-    down: out = a * mean over 3 frames, stride 2  + (1 - a) * causal conv 3x3x3, stride (2, 1, 1)
-    up:   x' = twice as many frames;  out = a * x' + (1 - a) * causal conv 3x3x3 (x')
+    down: out = alpha * mean over 3 frames, stride 2  + (1 - alpha) * conv 3x3x3, stride (2, 1, 1)
+    up:   x' = twice as many frames;  out = alpha * x' + (1 - alpha) * conv 3x3x3 (x')
 
 Each is one fusion unit: it reads its own `mix_factor` and runs its child convolution on frames that
-it pads once for both branches. Source: VidTok (arXiv 2412.13061), section 3.2; release 1.1 for
-linear upsampling.
+are padded once for both branches; the branch without parameters is computed within the blend.
+Source: VidTok (arXiv 2412.13061), section 3.2; release 1.1 for linear upsampling.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtok_ext.layers._state import State, StateFlow, owned
-from vtok_ext.layers.alpha_blend import INITIAL_MIX_FACTOR, alpha_blend
+from vtok_ext.layers.alpha_blend import INITIAL_MIX_FACTOR
 from vtok_ext.layers.causal_conv3d import CausalConv3d, VolumeConv3d, check_temporal
-from vtok_ext.layers.spatial_resample import repeat_nearest
-
-INTERPOLATIONS = ("nearest", "linear")
-
-
-def mean_of_three(
-    padded: Tensor,  # [B, C, T, H, W], T >= 3
-) -> Tensor:
-    """Returns the mean over windows of 3 frames with stride 2, [B, C, (T - 1) // 2, H, W].
-
-    Equivalent to: `F.avg_pool3d(padded, (3, 1, 1), (2, 1, 1))`, as sums of time slices: these keep
-    channels_last_3d memory and exist for half tensors on the CPU, which the pooling does not.
-    """
-    dtype = torch.promote_types(padded.dtype, torch.float32)
-    last = (padded.shape[2] - 3) // 2 * 2
-    first = padded[:, :, 0 : last + 1 : 2].to(dtype)
-    total = first + padded[:, :, 1 : last + 2 : 2] + padded[:, :, 2 : last + 3 : 2]
-    return (total / 3).to(padded.dtype)
-
-
-def interpolate_linear(
-    x: Tensor,  # [B, C, T, H, W]
-) -> Tensor:
-    """Returns twice as many frames, half-pixel centres, neighbours clamped at both ends.
-
-    y[2i] = .25 x[i - 1] + .75 x[i],  y[2i + 1] = .75 x[i] + .25 x[i + 1]
-    """
-    if x.shape[2] == 0:
-        return x
-    exact = x.to(torch.promote_types(x.dtype, torch.float32))
-    before = torch.cat([exact[:, :, :1], exact[:, :, :-1]], dim=2)
-    after = torch.cat([exact[:, :, 1:], exact[:, :, -1:]], dim=2)
-    pairs = torch.stack([before.lerp(exact, 0.75), exact.lerp(after, 0.25)], dim=3)
-    y = pairs.flatten(2, 3).to(x.dtype)
-    return y.contiguous(memory_format=torch.channels_last_3d)
+from vtok_ext.ops.temporal_resample import (
+    temporal_downsample_blend,
+    temporal_upsample,
+    temporal_upsample_blend,
+)
+from vtok_ext.ops.temporal_timing import INTERPOLATIONS, carried_frames
 
 
 def _refuse_streams(op: str, state: object, return_state: bool) -> None:
     if state is not None or return_state:
         raise ValueError(f"{op}: a layer with causal=False must be given whole clips, got a state")
+
+
+def _front_frames(conv: CausalConv3d, x: Tensor, frames: Tensor) -> Tensor:
+    """Returns the state `frames` of `conv`, which precede the upsampled `x` in its input."""
+    expected = (*x.shape[:2], conv.kernel_frames - 1, *x.shape[3:])
+    if frames.shape != expected:
+        raise ValueError(
+            f"temporal_upsample: state must be {list(expected)}, got {list(frames.shape)}"
+        )
+    return frames
 
 
 class TemporalDownsample(nn.Module):
@@ -93,8 +73,7 @@ class TemporalDownsample(nn.Module):
         conv: CausalConv3d = self.conv  # type: ignore[assignment]
         padded = conv.pad(x, state)
         y = conv.convolve(padded)
-        if y.shape[2] > 0:
-            y = alpha_blend(mean_of_three(padded), y, self.mix_factor)
+        y = temporal_downsample_blend(padded, y, self.mix_factor, padding="none")
         return (y, conv.carry(padded)) if return_state else y
 
     def _whole_clip(self, x: Tensor) -> Tensor:
@@ -103,8 +82,8 @@ class TemporalDownsample(nn.Module):
                 f"temporal_downsample: x must have at least 2 frames with causal=False, "
                 f"got {list(x.shape)}"
             )
-        padded = F.pad(x, (0, 0, 0, 0, 0, 1))
-        return alpha_blend(mean_of_three(padded), self.conv(padded), self.mix_factor)
+        y = self.conv(torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 1)))
+        return temporal_downsample_blend(x, y, self.mix_factor, padding="zeros_behind")
 
 
 class TemporalUpsample(nn.Module):
@@ -156,38 +135,43 @@ class TemporalUpsample(nn.Module):
         """Returns [B, C, 2 T, H, W], or `(y, state)` with `return_state=True`."""
         if not self.causal:
             _refuse_streams("temporal_upsample", state, return_state)
-        waiting: dict[str, Tensor] = {}
         if self.interpolation == "nearest":
-            upsampled = repeat_nearest(x, 2, 1)
-        else:
-            upsampled, waiting = self._interpolate(x, state, return_state)
+            return self._blended(x, state, return_state, {})
+        segment, carried = self._interrupted(state)
+        options = {"interpolation": "linear", "segment": segment, "carried": carried}
+        result = self._blended(x, state, return_state, {**options, "final": not return_state})
+        if return_state:
+            result[1].update(self._waiting(x, segment, carried))
+        return result
+
+    def _blended(self, x: Tensor, state: State | None, return_state: bool, options: dict):
+        """Both branches and their blend, with the state of the convolution."""
+        conv = self.conv
+        if type(conv) is CausalConv3d and not conv._forward_hooks and not conv._forward_pre_hooks:
+            # The convolution's input is written once, behind its front frames.
+            front = conv.temporal if state is None else _front_frames(conv, x, state["conv"])
+            num_front = conv.kernel_frames - 1
+            padded = temporal_upsample(x, num_front=num_front, front=front, **options)
+            y = temporal_upsample_blend(x, conv.convolve(padded), self.mix_factor, **options)
+            return (y, {"conv": conv.carry(padded)}) if return_state else y
         flow = StateFlow(state, return_state)
-        y = alpha_blend(upsampled, flow("conv", self.conv, upsampled), self.mix_factor)
-        if flow.following is not None:
-            flow.following.update(waiting)
-        return flow.result(y)
+        upsampled = temporal_upsample(x, **options)
+        y = flow("conv", conv, upsampled) if self.causal else conv(upsampled)
+        return flow.result(temporal_upsample_blend(x, y, self.mix_factor, **options))
 
-    def _interpolate(self, x: Tensor, state: State | None, more_follows: bool):
-        """Returns the frames that are certain and new, and the frames that wait for the next call.
+    def _interrupted(self, state: State | None) -> tuple[int, Tensor | None]:
+        """Returns the frames of the first segment, 0 behind it, and the carried frames."""
+        if state is None:
+            return self.segment, None
+        if "first" in state:
+            first = state["first"]
+            return self.segment, first if first.shape[2] > 0 else None
+        return 0, state.get("last")
 
-        They wait under "first" within the first segment and under "last" behind it; at the end of
-        the first segment, which is known in advance, none wait.
-        """
-        segment, carried = self.segment, None
-        if state is not None:
-            segment = self.segment if "first" in state else 0
-            carried = state.get("first", state.get("last"))
-        num_carried = 0 if carried is None else carried.shape[2]
-        known = x if carried is None else torch.cat([carried.to(x.dtype), x], dim=2)
-        parts = (known[:, :, :segment], known[:, :, segment:])
-        upsampled = torch.cat([interpolate_linear(part) for part in parts], dim=2)
-        upsampled = upsampled[:, :, max(0, 2 * num_carried - 1) :]
-        if not more_follows:
-            return upsampled, {}
-        if known.shape[2] < segment:
-            waiting = {"first": owned(known)}
-        elif known.shape[2] == segment:
-            return upsampled, {}
-        else:
-            waiting = {"last": owned(known[:, :, -1:])}
-        return upsampled[:, :, : max(0, upsampled.shape[2] - 1)], waiting
+    def _waiting(self, x: Tensor, segment: int, carried: Tensor | None) -> dict[str, Tensor]:
+        """Returns the frames that the next chunk needs, under "first" within the first segment and
+        "last" behind it; nothing between the two."""
+        frames = carried_frames(x, segment, carried)
+        if x.shape[2] + (0 if carried is None else carried.shape[2]) < segment:
+            return {"first": owned(x if frames is None else frames)}
+        return {} if frames is None else {"last": owned(frames)}
