@@ -42,3 +42,40 @@ ENTROPY_SHAPES = [
     EntropyShape("5,120 tokens, 8^6", 5120, (8,) * 6, 1.0),
     EntropyShape("5,120 undecided tokens, 8^6", 5120, (8,) * 6, 0.02),
 ]
+
+
+@dataclass(frozen=True)
+class BlendShape:
+    """Two tensors [B, C, T, H, W] in channels_last_3d memory, and the shape of their factor."""
+
+    name: str
+    shape: tuple[int, ...]
+    factor: tuple[int, ...] = (1,)
+
+
+# VidTok 488 on a clip of 17x128x128 (20 frames after padding): what its down and up steps blend.
+BLEND_SHAPES = [
+    BlendShape("VidTok 488 down, level 2", (1, 512, 5, 16, 16)),
+    BlendShape("VidTok 488 down, level 1", (1, 256, 10, 32, 32)),
+    BlendShape("VidTok 488 up, level 1", (1, 256, 20, 64, 64)),
+    BlendShape("a factor per channel", (1, 256, 10, 32, 32), (256, 1, 1, 1)),
+    BlendShape("a factor per item and frame", (4, 256, 5, 32, 32), (4, 1, 5, 1, 1)),
+]
+
+
+@dataclass(frozen=True)
+class ResampleShape:
+    """Frames [B, C, T, H, W] before resampling, and how: "down", "nearest" or "linear"."""
+
+    name: str
+    shape: tuple[int, ...]
+    mode: str
+
+
+RESAMPLE_SHAPES = [
+    ResampleShape("VidTok 488 down, level 1", (1, 256, 20, 32, 32), "down"),
+    ResampleShape("VidTok 488 down, level 2", (1, 512, 10, 16, 16), "down"),
+    ResampleShape("VidTok 488 up, level 2, nearest", (1, 512, 5, 32, 32), "nearest"),
+    ResampleShape("VidTok 488 up, level 1, nearest", (1, 256, 10, 64, 64), "nearest"),
+    ResampleShape("VidTok 488 up, level 1, linear", (1, 256, 10, 64, 64), "linear"),
+]

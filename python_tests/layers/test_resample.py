@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 from vtok_ext.layers import (
     AlphaBlender,
-    CausalConv3d,
     SpatialDownsample,
     SpatialUpsample,
     TemporalDownsample,

@@ -1,8 +1,8 @@
 """Which frames make an output frame of `temporal_resample`: timing, checks and definition.
 
 Note [Streamed linear upsampling]
-value[2i + 1] needs frame i + 1. In a stream (`final=False`) the last frame known so far is therefore
-kept back and comes first in the next call; the source frames that the next call needs are
+value[2i + 1] needs frame i + 1. In a stream (`final=False`) the last frame known so far is
+therefore kept back and comes first in the next call; the source frames that the next call needs are
 `carried_frames(...)`. The end of the first segment is known in advance: nothing is kept back there.
 Chunks of any lengths then give exactly the frames of one call, nothing is computed twice, and the
 last call (`final=True`, with a chunk that may be empty) returns what was kept back.
