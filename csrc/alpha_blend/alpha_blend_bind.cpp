@@ -103,6 +103,7 @@ void forward(const TensorView& a, const TensorView& b, const TensorView& factor,
   VTOK_CHECK_TYPE(b.dtype == a.dtype && out.dtype == a.dtype, "alpha_blend: b and out must be ",
                   name_of(a.dtype));
   check_dtypes(a, factor);
+  check_same_device("alpha_blend", out, a, b, factor);
   if (out.num_elements() == 0) return;
   const Tensors tensors = {&a, &b, &out, nullptr, nullptr, &factor};
   const BlendForward params{make_layout(out, tensors, kBlendOut, is_logit, kBlendMaxBlocks),
@@ -158,6 +159,8 @@ void backward(const TensorView& grad_out, const TensorView& a, const TensorView&
   BlendBackward params{{},     grad_out, a,           b,        factor,
                        grad_a, grad_b,   grad_factor, partials, context.num_threads};
   check_backward(params);
+  check_same_device("alpha_blend backward", grad_out, a, b, factor, grad_a, grad_b, grad_factor,
+                    partials);
   if (grad_out.num_elements() == 0) return;
   const bool needs_sums = partials.data != nullptr;
   const int64_t max_blocks =

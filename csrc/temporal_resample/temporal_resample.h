@@ -44,7 +44,6 @@ constexpr int kResampleMaxPadding = 4;  // frames in front of a convolution of u
 // Partial sums of the factor's gradient: one per piece of pixels on the CPU, one per block and
 // kResampleFrames output frames on CUDA, so that the workspace is bounded by the shape alone.
 constexpr int64_t kResamplePieces = 1024;
-constexpr int64_t kResamplePiecePixels = 16384;
 constexpr int kResampleThreads = 256;
 constexpr int kResampleFrames = 8;
 

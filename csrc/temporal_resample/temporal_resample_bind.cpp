@@ -32,7 +32,7 @@ int64_t frames_of(const ResampleTiming& timing, int tensor) {
 void check_view(const TensorView& view, const TensorView& out, int64_t frames) {
   VTOK_CHECK_TYPE(view.dtype == out.dtype, "temporal_resample: tensors must be ",
                   name_of(out.dtype), ", got ", name_of(view.dtype));
-  bool fits = view.num_dims == kVideoDims && view.device == out.device;
+  bool fits = view.num_dims == kVideoDims;
   for (int dim = 0; fits && dim < kVideoDims; ++dim) {
     fits = view.shape[dim] == (dim == kTimeDim ? frames : out.shape[dim]);
   }
@@ -137,6 +137,7 @@ void forward(const TensorView& x, const TensorView& carried, const TensorView& f
              const TensorView& y, const TensorView& factor, const OutputView& out,
              const std::vector<int64_t>& numbers, const CallContext& context) {
   const ResampleTiming timing = make_timing(numbers);
+  check_same_device("temporal_resample", out, x, carried, front, y, factor);
   if (out.num_elements() == 0) return;
   const Views views = {&x, &carried, &front, &y, &out, nullptr, nullptr, nullptr, nullptr};
   ResampleForward params{make_layout(timing, views, kResampleOut),
@@ -178,6 +179,8 @@ void backward(const TensorView& grad_out, const TensorView& x, const TensorView&
               const WorkspaceView& partials, const std::vector<int64_t>& numbers,
               const CallContext& context) {
   const ResampleTiming timing = make_timing(numbers);
+  check_same_device("temporal_resample backward", grad_out, x, carried, y, factor, grad_x,
+                    grad_carried, grad_front, grad_y, grad_factor, partials);
   if (grad_out.num_elements() == 0) return;
   const Views views = {&x,      &carried,      nullptr,     &y,     &grad_out,
                        &grad_x, &grad_carried, &grad_front, &grad_y};

@@ -2,8 +2,8 @@
 //
 // The pixels are cut into slices that do not depend on the number of threads; a thread takes a
 // slice through all frames, so that the two or three frames that outputs share are still in its L2
-// cache when they are needed again. A frame of a slice is worked on in chunks, whose value or
-// gradient is added up in a buffer in L1: one loop serves every number of taps.
+// cache when they are needed again. Every frame written, output or gradient, is a weighted sum of a
+// few frames ("taps"), whose number is a template argument of the loop that does it.
 #include "../core/dispatch.h"
 #include "../core/isa.h"
 #include "../core/parallel.h"
@@ -12,11 +12,17 @@
 
 namespace vtok::VTOK_ISA {
 
-// The about eight frames of a slice that a step of the backward pass touches are 256 KB in float32.
-// Shorter slices, down to a chunk, cost up to a third of the speed: each frame begins a new stream.
-constexpr int64_t kSlice = kResamplePiecePixels;
-// A chunk's buffer and running sums are 8 KB in float32.
-constexpr int64_t kChunk = 1024;
+// Pixels of a slice. Each frame of a slice begins a new stream of memory, so long slices are faster
+// (measured: 1,024 pixels take up to twice the time of 65,536) as long as the frames that are
+// shared stay in a cache; but there should be enough slices for many threads. The sizes of a call
+// alone decide, not the number of threads.
+constexpr int64_t kShortestSlice = 4096;
+constexpr int64_t kLongestSlice = 65536;
+constexpr int64_t kWantedSlices = 32;
+// Running sums of the factor's gradient: 4 KB in float32.
+constexpr int64_t kSums = 1024;
+// A first frame that is repeated in front feeds up to 4 + kResampleMaxPadding output frames.
+constexpr int kMaxTaps = 4 + kResampleMaxPadding;
 // Pixels x frames that are worth a second thread: about 5 us of work.
 constexpr int64_t kGrainElements = 16384;
 
@@ -48,74 +54,86 @@ struct Pixels {
   int64_t stride;
 };
 
-// Calls function(stride) with the constant 1 where the stride is 1, so that its loop is vectorised.
-template <typename Function>
-VTOK_FUNCTION void with_stride(int64_t stride, const Function& function) {
-  if (stride == 1) {
-    function(std::integral_constant<int64_t, 1>{});
-  } else {
-    function(stride);
+// A weighted sum of frames.
+template <typename T>
+struct Taps {
+  int count = 0;
+  const T* data[kMaxTaps];
+  int64_t stride[kMaxTaps];
+  real<T> weight[kMaxTaps];
+
+  void add(real<T> tap_weight, Pixels<T> frame) {
+    data[count] = frame.data;
+    stride[count] = frame.stride;
+    weight[count++] = tap_weight;
+  }
+};
+
+// kCount: number of taps, -1 for any. kUnit: every stride is 1. By value: a copy that nothing else
+// points to stays in registers throughout the loop.
+template <int kCount, bool kUnit, typename T>
+VTOK_FUNCTION real<T> value_at(const Taps<T>& taps, int64_t i) {
+  if constexpr (kCount == 0) return 0;
+  const int count = kCount < 0 ? taps.count : kCount;
+  real<T> value = taps.weight[0] * load(taps.data[0] + (kUnit ? i : i * taps.stride[0]));
+  for (int k = 1; k < count; ++k) {
+    value += taps.weight[k] * load(taps.data[k] + (kUnit ? i : i * taps.stride[k]));
+  }
+  return value;
+}
+
+// target = scale * value
+template <int kCount, bool kUnit, typename T>
+static void write_value(Taps<T> taps, real<T> scale, Pixels<T> target, int64_t count) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) {
+    store(target.data + (kUnit ? i : i * target.stride), scale * value_at<kCount, kUnit>(taps, i));
   }
 }
 
-// buffer = weight * source, or buffer += weight * source
-template <typename T>
-static void add_frame(real<T>* buffer, bool is_first, real<T> weight, Pixels<const T> source,
-                      int64_t count) {
-  with_stride(source.stride, [&](auto stride) {
-    if (is_first) {
-#pragma GCC ivdep
-      for (int64_t i = 0; i < count; ++i) buffer[i] = weight * load(source.data + i * stride);
-    } else {
-#pragma GCC ivdep
-      for (int64_t i = 0; i < count; ++i) buffer[i] += weight * load(source.data + i * stride);
-    }
-  });
-}
-
-// target = scale * buffer
-template <typename T>
-static void store_frame(Pixels<T> target, real<T> scale, const real<T>* buffer, int64_t count) {
-  with_stride(target.stride, [&](auto stride) {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < count; ++i) store(target.data + i * stride, scale * buffer[i]);
-  });
-}
-
-// target = alpha * buffer + (1 - alpha) * y
-template <typename T>
-static void blend_frame(Pixels<T> target, real<T> alpha, const real<T>* buffer, Pixels<const T> y,
-                        int64_t count) {
+// target = alpha * value + (1 - alpha) * y
+template <int kCount, bool kUnit, typename T>
+static void write_blend(Taps<T> taps, real<T> alpha, Pixels<T> y, Pixels<T> target, int64_t count) {
   const real<T> beta = real<T>(1) - alpha;
-  with_stride(target.stride, [&](auto target_stride) {
-    with_stride(y.stride, [&](auto y_stride) {
 #pragma GCC ivdep
-      for (int64_t i = 0; i < count; ++i) {
-        store(target.data + i * target_stride,
-              alpha * buffer[i] + beta * load(y.data + i * y_stride));
-      }
-    });
-  });
+  for (int64_t i = 0; i < count; ++i) {
+    store(target.data + (kUnit ? i : i * target.stride),
+          alpha * value_at<kCount, kUnit>(taps, i) +
+              beta * load(y.data + (kUnit ? i : i * y.stride)));
+  }
 }
 
-// sum += grad * (buffer - y)
-template <typename T>
-static void sum_frame(real<T>* sum, Pixels<const T> grad, const real<T>* buffer, Pixels<const T> y,
-                      int64_t count) {
-  with_stride(grad.stride, [&](auto grad_stride) {
-    with_stride(y.stride, [&](auto y_stride) {
+// sum += grad * (value - y)
+template <int kCount, bool kUnit, typename T>
+static void add_sums(Taps<T> taps, Pixels<T> grad, Pixels<T> y, real<T>* sum, int64_t count) {
 #pragma GCC ivdep
-      for (int64_t i = 0; i < count; ++i) {
-        sum[i] += load(grad.data + i * grad_stride) * (buffer[i] - load(y.data + i * y_stride));
-      }
-    });
-  });
+  for (int64_t i = 0; i < count; ++i) {
+    sum[i] += load(grad.data + (kUnit ? i : i * grad.stride)) *
+              (value_at<kCount, kUnit>(taps, i) - load(y.data + (kUnit ? i : i * y.stride)));
+  }
+}
+
+template <int kValue>
+using Constant = std::integral_constant<int, kValue>;
+
+// Calls function(number of taps, whether all strides are 1) with constants.
+template <typename Function>
+static void dispatch_taps(int count, bool is_unit, const Function& function) {
+  if (count == 0) return function(Constant<0>{}, std::false_type{});  // zeros
+  if (!is_unit) return function(Constant<-1>{}, std::false_type{});
+  switch (count) {
+    case 1: return function(Constant<1>{}, std::true_type{});
+    case 2: return function(Constant<2>{}, std::true_type{});
+    case 3: return function(Constant<3>{}, std::true_type{});
+    case 4: return function(Constant<4>{}, std::true_type{});
+    default: return function(Constant<-1>{}, std::true_type{});
+  }
 }
 
 // All sums added pairwise, in an order that every instruction set shares; destroys them.
 template <typename Real>
 static Real add_up(Real* sum) {
-  for (int64_t width = kChunk / 2; width > 0; width /= 2) {
+  for (int64_t width = kSums / 2; width > 0; width /= 2) {
     for (int64_t i = 0; i < width; ++i) sum[i] += sum[i + width];
   }
   return sum[0];
@@ -132,91 +150,97 @@ struct Pointers {
   }
 };
 
-// Neighbours of a run: up to kSlice of them, or a chunk of those.
+// Neighbours of a run, through all frames.
 template <typename T>
 struct Slice {
   const ResampleLayout& layout;
   const Pointers<T>& pointers;
+  bool is_unit;
   ResampleOffsets offsets;
   int64_t count;
-
-  // Calls function(chunk) for pieces of at most kChunk.
-  template <typename Function>
-  void for_each_chunk(const Function& function) const {
-    Slice chunk = *this;
-    for (int64_t begin = 0; begin < count; begin += kChunk) {
-      chunk.count = count - begin < kChunk ? count - begin : kChunk;
-      function(static_cast<const Slice&>(chunk));
-      for (int tensor = 0; tensor < kNumResampleTensors; ++tensor) {
-        chunk.offsets.of[tensor] += kChunk * layout.run.strides[tensor];
-      }
-    }
-  }
 
   Pixels<T> pixels(ResampleTensor tensor, int64_t frame_offset) const {
     return {pointers.data[tensor] + offsets.of[tensor] + frame_offset, layout.run.strides[tensor]};
   }
-  Pixels<T> frame(ResampleTensor tensor, int64_t frame) const {
-    return pixels(tensor, frame * layout.frame_strides[tensor]);
+  Pixels<T> frame(ResampleTensor tensor, int64_t number) const {
+    return pixels(tensor, number * layout.frame_strides[tensor]);
   }
-  Pixels<const T> input(ResampleTensor tensor, int64_t frame_number) const {
-    const Pixels<T> found = frame(tensor, frame_number);
-    return {found.data, found.stride};
+  // At most `most` pixels from `begin` on.
+  Slice part(int64_t begin, int64_t most) const {
+    Slice result = *this;
+    result.count = count - begin < most ? count - begin : most;
+    for (int tensor = 0; tensor < kNumResampleTensors; ++tensor) {
+      result.offsets.of[tensor] += begin * layout.run.strides[tensor];
+    }
+    return result;
   }
 };
 
-// value[t] of a slice.
+// The frames whose weighted sum is value[t].
 template <typename T>
-static void resample_frame(const Slice<T>& slice, int t, real<T>* buffer) {
-  const SourceTaps<real<T>> taps = source_taps<real<T>>(slice.layout.timing, t);
-  for (int k = 0; k < taps.count; ++k) {
-    const SourceFrame at = source_frame(slice.layout, taps.frame[k], false);
-    const Pixels<T> source = slice.pixels(at.tensor, at.offset);
-    add_frame<T>(buffer, k == 0, taps.weight[k], {source.data, source.stride}, slice.count);
+static Taps<T> value_taps(const Slice<T>& slice, int t) {
+  const SourceTaps<real<T>> sources = source_taps<real<T>>(slice.layout.timing, t);
+  Taps<T> taps;
+  for (int k = 0; k < sources.count; ++k) {
+    const SourceFrame at = source_frame(slice.layout, sources.frame[k], false);
+    taps.add(sources.weight[k], slice.pixels(at.tensor, at.offset));
   }
-  if (taps.count > 0) return;
-  for (int64_t i = 0; i < slice.count; ++i) buffer[i] = 0;
+  return taps;
 }
 
 template <typename T>
 static void forward_slice(const Slice<T>& slice, real<T> alpha) {
-  alignas(64) real<T> buffer[kChunk];
   for (int t = 0; t < slice.layout.timing.num_outputs; ++t) {
-    slice.for_each_chunk([&](const Slice<T>& chunk) {
-      resample_frame(chunk, t, buffer);
-      const Pixels<T> out = chunk.frame(kResampleOut, t);
+    const Taps<T> taps = value_taps(slice, t);
+    const Pixels<T> out = slice.frame(kResampleOut, t);
+    dispatch_taps(taps.count, slice.is_unit, [&](auto count, auto unit) {
+      constexpr int kCount = decltype(count)::value;
+      constexpr bool kUnit = decltype(unit)::value;
       if (slice.layout.is_blend) {
-        blend_frame(out, alpha, buffer, chunk.input(kResampleY, t), chunk.count);
+        write_blend<kCount, kUnit>(taps, alpha, slice.frame(kResampleY, t), out, slice.count);
       } else {
-        store_frame(out, real<T>(1), buffer, chunk.count);
+        write_value<kCount, kUnit>(taps, real<T>(1), out, slice.count);
       }
     });
   }
+}
+
+static int64_t slice_pixels(const ResampleLayout& layout) {
+  const int64_t wanted = layout.num_pixels / kWantedSlices / kSums * kSums;
+  if (wanted < kShortestSlice) return kShortestSlice;
+  return wanted < kLongestSlice ? wanted : kLongestSlice;
 }
 
 // Cuts pixels [begin, end) into slices.
 template <typename T, typename Function>
 static void for_each_slice(const ResampleLayout& layout, const Pointers<T>& pointers, int64_t begin,
                            int64_t end, const Function& function) {
+  const int64_t slice = slice_pixels(layout);
+  bool is_unit = true;
+  for (int tensor = 0; tensor < kNumResampleTensors; ++tensor) {
+    is_unit = is_unit && (pointers.data[tensor] == nullptr || layout.run.strides[tensor] == 1);
+  }
   while (begin < end) {
     const int64_t run_end = (begin / layout.run.size + 1) * layout.run.size;
     int64_t count = (run_end < end ? run_end : end) - begin;
-    count = count < kSlice ? count : kSlice;
-    function(Slice<T>{layout, pointers, pixel_offsets(layout, begin), count});
+    count = count < slice ? count : slice;
+    function(Slice<T>{layout, pointers, is_unit, pixel_offsets(layout, begin), count});
     begin += count;
   }
 }
 
-// First pixel of piece `piece`: a multiple of kSlice, whatever the number of threads.
-static int64_t piece_begin(const ResampleLayout& layout, int64_t num_pieces, int64_t piece) {
-  const int64_t slices = (layout.num_pixels + kSlice - 1) / kSlice;
-  const int64_t begin = (slices + num_pieces - 1) / num_pieces * piece * kSlice;
-  return begin < layout.num_pixels ? begin : layout.num_pixels;
+static int64_t num_pieces(const ResampleLayout& layout) {
+  const int64_t slice = slice_pixels(layout);
+  const int64_t slices = (layout.num_pixels + slice - 1) / slice;
+  return slices < kResamplePieces ? slices : kResamplePieces;
 }
 
-static int64_t num_pieces(const ResampleLayout& layout) {
-  const int64_t slices = (layout.num_pixels + kSlice - 1) / kSlice;
-  return slices < kResamplePieces ? slices : kResamplePieces;
+// First pixel of piece `piece`: a multiple of the slice.
+static int64_t piece_begin(const ResampleLayout& layout, int64_t piece) {
+  const int64_t slice = slice_pixels(layout), pieces = num_pieces(layout);
+  const int64_t slices = (layout.num_pixels + slice - 1) / slice;
+  const int64_t begin = (slices + pieces - 1) / pieces * piece * slice;
+  return begin < layout.num_pixels ? begin : layout.num_pixels;
 }
 
 static int64_t piece_grain(const ResampleLayout& layout) {
@@ -237,69 +261,69 @@ void temporal_resample_forward(const ResampleForward& params) {
     pointers.set(kResampleOut, params.out);
     const real<T> alpha =
         layout.is_blend ? sigmoid_accurate(*params.factor.data_as<real<T>>()) : real<T>(1);
-    const int64_t pieces = num_pieces(layout);
-    parallel_for(pieces, piece_grain(layout), params.num_threads, [&](int64_t begin, int64_t end) {
-      for_each_slice(layout, pointers, piece_begin(layout, pieces, begin),
-                     piece_begin(layout, pieces, end),
-                     [&](const Slice<T>& slice) { forward_slice(slice, alpha); });
-    });
+    parallel_for(num_pieces(layout), piece_grain(layout), params.num_threads,
+                 [&](int64_t begin, int64_t end) {
+                   for_each_slice(layout, pointers, piece_begin(layout, begin),
+                                  piece_begin(layout, end),
+                                  [&](const Slice<T>& slice) { forward_slice(slice, alpha); });
+                 });
   });
 }
 
 // The gradient of source frame `source`: the output frames that it feeds, weighted.
 template <typename T>
-static void source_gradient(const Slice<T>& slice, int source, real<T> alpha, real<T>* buffer) {
+static void source_gradient(const Slice<T>& slice, int source, real<T> alpha) {
   const ResampleTiming& timing = slice.layout.timing;
   const SourceFrame at = source_frame(slice.layout, source, true);
   if (slice.pointers.data[at.tensor] == nullptr) return;
   const OutputRange range = output_range(timing, source);
-  bool is_first = true;
+  Taps<T> taps;
   for (int t = range.first; t <= range.last; ++t) {
     const real<T> weight = source_weight<real<T>>(timing, t, source);
-    if (weight == 0) continue;
-    add_frame<T>(buffer, is_first, weight, slice.input(kResampleOut, t), slice.count);
-    is_first = false;
+    if (weight != 0) taps.add(weight, slice.frame(kResampleOut, t));
   }
-  if (is_first) {
-    for (int64_t i = 0; i < slice.count; ++i) buffer[i] = 0;
-  }
-  store_frame(slice.pixels(at.tensor, at.offset), alpha, buffer, slice.count);
+  dispatch_taps(taps.count, slice.is_unit, [&](auto count, auto unit) {
+    write_value<decltype(count)::value, decltype(unit)::value>(
+        taps, alpha, slice.pixels(at.tensor, at.offset), slice.count);
+  });
 }
 
-// Writes grad_y[t] and adds grad * (value[t] - y[t]) to `sum`.
+// Writes grad_y[t] and adds grad * (value[t] - y[t]) to `sum`, for at most kSums pixels.
 template <typename T>
-static void output_gradient(const Slice<T>& slice, int t, real<T> alpha, real<T>* sum,
-                            real<T>* buffer) {
-  const Pixels<const T> grad = slice.input(kResampleOut, t);
-  if (sum != nullptr) {
-    resample_frame(slice, t, buffer);
-    sum_frame(sum, grad, buffer, slice.input(kResampleY, t), slice.count);
+static void output_gradient(const Slice<T>& slice, int t, real<T> alpha, real<T>* sum) {
+  const Pixels<T> grad = slice.frame(kResampleOut, t);
+  if (slice.pointers.data[kResampleGradY] != nullptr) {
+    Taps<T> scaled;
+    scaled.add(real<T>(1) - alpha, grad);
+    dispatch_taps(1, slice.is_unit, [&](auto count, auto unit) {
+      write_value<decltype(count)::value, decltype(unit)::value>(
+          scaled, real<T>(1), slice.frame(kResampleGradY, t), slice.count);
+    });
   }
-  if (slice.pointers.data[kResampleGradY] == nullptr) return;
-  add_frame<T>(buffer, true, real<T>(1) - alpha, grad, slice.count);
-  store_frame(slice.frame(kResampleGradY, t), real<T>(1), buffer, slice.count);
+  if (sum == nullptr) return;
+  const Taps<T> taps = value_taps(slice, t);
+  dispatch_taps(taps.count, slice.is_unit, [&](auto count, auto unit) {
+    add_sums<decltype(count)::value, decltype(unit)::value>(taps, grad, slice.frame(kResampleY, t),
+                                                            sum, slice.count);
+  });
 }
 
 // Runs over the output frames; each source frame follows as soon as the last output frame that it
 // feeds has been read.
 template <typename T>
 static void backward_slice(const Slice<T>& slice, real<T> alpha, real<T>* sum) {
-  alignas(64) real<T> buffer[kChunk];
   const ResampleTiming& timing = slice.layout.timing;
   int source = timing.has_front ? -timing.num_padding : 0;
-  for (int t = 0; t <= timing.num_outputs; ++t) {
-    if (t < timing.num_outputs) {
-      slice.for_each_chunk(
-          [&](const Slice<T>& chunk) { output_gradient(chunk, t, alpha, sum, buffer); });
+  for (int t = 0; t < timing.num_outputs; ++t) {
+    // In chunks, so that the gradient is read from memory once for its two uses.
+    for (int64_t begin = 0; slice.layout.is_blend && begin < slice.count; begin += kSums) {
+      output_gradient(slice.part(begin, kSums), t, alpha, sum);
     }
-    // Behind the last output frame all source frames that are left.
-    for (; source < timing.num_sources &&
-           (t == timing.num_outputs || output_range(timing, source).last <= t);
-         ++source) {
-      slice.for_each_chunk(
-          [&](const Slice<T>& chunk) { source_gradient(chunk, source, alpha, buffer); });
+    for (; source < timing.num_sources && output_range(timing, source).last <= t; ++source) {
+      source_gradient(slice, source, alpha);
     }
   }
+  for (; source < timing.num_sources; ++source) source_gradient(slice, source, alpha);
 }
 
 template <typename T>
@@ -309,13 +333,12 @@ static void backward_pieces(const ResampleBackward& params, const Pointers<T>& p
   const ResampleLayout& layout = params.layout;
   const Real alpha = layout.is_blend ? sigmoid_accurate(*params.factor.data_as<Real>()) : Real(1);
   const bool needs_sum = params.grad_factor.data != nullptr;
-  alignas(64) Real sum[kChunk];
+  alignas(64) Real sum[kSums];
   for (int64_t piece = begin; piece < end; ++piece) {
-    for (int64_t i = 0; i < kChunk; ++i) sum[i] = 0;
-    for_each_slice(layout, pointers, piece_begin(layout, num_pieces(layout), piece),
-                   piece_begin(layout, num_pieces(layout), piece + 1), [&](const Slice<T>& slice) {
-                     backward_slice(slice, alpha, needs_sum ? sum : nullptr);
-                   });
+    for (int64_t i = 0; i < kSums; ++i) sum[i] = 0;
+    for_each_slice(
+        layout, pointers, piece_begin(layout, piece), piece_begin(layout, piece + 1),
+        [&](const Slice<T>& slice) { backward_slice(slice, alpha, needs_sum ? sum : nullptr); });
     if (needs_sum) params.partials.data_as<Real>()[piece] = add_up(sum);
   }
 }

@@ -1,6 +1,6 @@
 """Drop-in nn.Modules for causal video networks; tensors are [B, C, T, H, W]."""
 
-from vtok_ext.layers.alpha_blend import AlphaBlender
+from vtok_ext.layers.alpha_blend import AlphaBlender, alpha_blend
 from vtok_ext.layers.attention import FrameAttention
 from vtok_ext.layers.causal_conv3d import CausalConv1d, CausalConv3d, FrameConv2d
 from vtok_ext.layers.fsq import FSQ
@@ -26,6 +26,7 @@ __all__ = [
     "SpatialUpsample",
     "TemporalDownsample",
     "TemporalUpsample",
+    "alpha_blend",
     "kl_posterior",
     "norm_act",
 ]

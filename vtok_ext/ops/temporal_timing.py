@@ -204,7 +204,8 @@ def resample_reference(
     `temporal_resample`."""
     dtype = x.dtype
     real = torch.float64 if dtype == torch.float64 else torch.float32
-    x, carried, front, y = (t if t is None else t.to(real) for t in (x, carried, front, y))
+    x = x.to(real)
+    carried, front, y = (t if t is None else t.to(real) for t in (carried, front, y))
     if timing.num_outputs == 0:  # slices of nothing would not have the right shape
         value = x[:, :, :0]
     else:
