@@ -72,6 +72,8 @@ def fsq_entropy_average_backward(
     average: torch.Tensor,
     grad_entropy: torch.Tensor,
     grad_average: torch.Tensor,
+    context: tuple[int, int],
+) -> None: ...
 def alpha_blend_forward(
     a: torch.Tensor,
     b: torch.Tensor,

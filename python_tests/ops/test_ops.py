@@ -119,6 +119,7 @@ def test_raw_op_refuses_to_lose_gradients(case):
 )
 @pytest.mark.parametrize("case, sample", FIRST)
 def test_compiles_as_one_graph(case, sample):
+    torch._dynamo.reset()  # all cases share one code object, whose recompilations are limited
     tensors = case.inputs(sample, torch.float32, "cpu") if case.differentiable else None
     if tensors is None:
         tensors = case.inputs(sample, case.dtypes[0], "cpu")

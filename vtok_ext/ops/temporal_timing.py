@@ -205,7 +205,7 @@ def resample_reference(
     dtype = x.dtype
     real = torch.float64 if dtype == torch.float64 else torch.float32
     x = x.to(real)
-    carried, front, y = (t if t is None else t.to(real) for t in (carried, front, y))
+    carried, front, y = (None if t is None else t.to(real) for t in (carried, front, y))
     if timing.num_outputs == 0:  # slices of nothing would not have the right shape
         value = x[:, :, :0]
     else:
