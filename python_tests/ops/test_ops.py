@@ -12,7 +12,12 @@ from helpers import STRIDES, assert_close
 
 TORCH_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 SAMPLES = [
-    pytest.param(case, sample, id=f"{case}-{sample}")
+    pytest.param(
+        case,
+        sample,
+        id=f"{case}-{sample}",
+        marks=[pytest.mark.first_sample] if sample is case.samples[0] else [],
+    )
     for case in OP_CASES
     for sample in case.samples
 ]
