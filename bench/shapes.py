@@ -79,3 +79,28 @@ RESAMPLE_SHAPES = [
     ResampleShape("VidTok 488 up, level 1, nearest", (1, 256, 10, 64, 64), "nearest"),
     ResampleShape("VidTok 488 up, level 1, linear", (1, 256, 10, 64, 64), "linear"),
 ]
+
+
+@dataclass(frozen=True)
+class TriplaneShape:
+    """Points of a batch and the planes that they look up: [B, 16, 16, C] and two [B, 32, 16, C]."""
+
+    name: str
+    batch: int
+    num_points: int
+    lattice: tuple[int, int, int] | None = None  # all t, x, y of a clip instead of random points
+    rt: int = 32
+    rxy: int = 16
+    channels: int = 8
+
+
+# CoordTok with 1,280 tokens: its two training steps, at one clip and at a batch for one GPU, and
+# whole clips of 128 frames in 16 x 16 patches.
+TRIPLANE_SHAPES = [
+    TriplaneShape("CoordTok step 1, 1 clip, 1,024 points", 1, 1024),
+    TriplaneShape("CoordTok step 1, 16 clips, 1,024 points", 16, 1024),
+    TriplaneShape("CoordTok step 2, 4 clips, 4,096 points", 4, 4096),
+    TriplaneShape("1 clip, 32,768 points", 1, 32_768),
+    TriplaneShape("16 clips, 32,768 points", 16, 32_768),
+    TriplaneShape("whole clip 128x16x16", 1, 32_768, (128, 16, 16)),
+]

@@ -119,3 +119,35 @@ def temporal_resample_backward(
     timing: list[int],
     context: tuple[int, int],
 ) -> None: ...
+def triplane_gather_forward(
+    plane_xy: torch.Tensor,
+    plane_yt: torch.Tensor,
+    plane_xt: torch.Tensor,
+    coords: torch.Tensor,
+    axis_x: torch.Tensor | None,
+    axis_y: torch.Tensor | None,
+    grid: list[int],
+    reduce: str,
+    out: torch.Tensor,
+    context: tuple[int, int],
+) -> None: ...
+def triplane_gather_workspace(
+    plane_xy: torch.Tensor, num_frames: int, num_points: int, reduce: str
+) -> int: ...
+def triplane_gather_backward(
+    grad_out: torch.Tensor,
+    plane_xy: torch.Tensor,
+    plane_yt: torch.Tensor,
+    plane_xt: torch.Tensor,
+    coords: torch.Tensor,
+    axis_x: torch.Tensor | None,
+    axis_y: torch.Tensor | None,
+    grid: list[int],
+    reduce: str,
+    grad_xy: torch.Tensor | None,
+    grad_yt: torch.Tensor | None,
+    grad_xt: torch.Tensor | None,
+    grad_coords: torch.Tensor | None,
+    workspace: torch.Tensor,
+    context: tuple[int, int],
+) -> None: ...

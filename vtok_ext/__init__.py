@@ -24,6 +24,7 @@ from vtok_ext.layers import (
     NormAct,
     TemporalDownsample,
     TemporalUpsample,
+    TriplaneGather,
 )
 from vtok_ext.models import (
     Encoding,
@@ -47,6 +48,7 @@ from vtok_ext.ops.temporal_resample import (
     temporal_upsample,
     temporal_upsample_blend,
 )
+from vtok_ext.ops.triplane_gather import triplane_gather
 
 __all__ = [
     "FSQ",
@@ -58,6 +60,7 @@ __all__ = [
     "TemporalDownsample",
     "TemporalUpsample",
     "Tokens",
+    "TriplaneGather",
     "VideoTokenizer",
     "__version__",
     "alpha_blend",
@@ -74,4 +77,5 @@ __all__ = [
     "temporal_downsample_blend",
     "temporal_upsample",
     "temporal_upsample_blend",
+    "triplane_gather",
 ]

@@ -105,7 +105,8 @@ VTOK_FUNCTION int64_t triplane_gather_chunks(const TriplaneShape& shape, int64_t
                                              int64_t max_tasks) {
   const int64_t cells = triplane_offset(shape, kTriplanePlanes) / shape.channels;
   const int64_t by_points = shape.num_points / (cells > min_points ? cells : min_points);
-  const int64_t by_tasks = (max_tasks + shape.batch - 1) / shape.batch;
+  const int64_t entries = shape.batch < 1 ? 1 : shape.batch;
+  const int64_t by_tasks = (max_tasks + entries - 1) / entries;
   const int64_t chunks = by_points < by_tasks ? by_points : by_tasks;
   return chunks < 1 ? 1 : chunks;
 }

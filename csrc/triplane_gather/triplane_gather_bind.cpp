@@ -151,7 +151,6 @@ int64_t workspace(const TensorView& plane_xy, int64_t num_frames, int64_t num_po
                             num_points,
                             plane_xy.shape[3],
                             {num_frames, plane_xy.shape[1], plane_xy.shape[2]}};
-  if (shape.batch == 0) return 0;
   return workspace_elements(shape, parse_reduce(reduce), plane_xy.dtype, plane_xy.device);
 }
 

@@ -14,7 +14,7 @@
 
 namespace vtok::VTOK_ISA {
 
-// Points per block: their positions (48 B per point) and float32 features of 8 channels (96 B per
+// Points per block: their positions (84 B per point) and float32 features of 8 channels (96 B per
 // point) leave most of a 32 KB L1 cache to the planes.
 constexpr int kBlock = 64;
 // Channels that one pass of the inner loops handles: a vector of 8 floats. CoordTok has 8 in all.

@@ -4,11 +4,14 @@
 // Forward: every point is independent. A lattice that is concatenated computes each feature once,
 // where it first occurs in the output, and copies it from there: the xy features of a frame from
 // the frame before, the yt features of a row of points from the frame's first row, the xt features
-// of a point from its row's first point.
+// of a point from its row's first point. The bits are those of independent points.
 // The backward pass is in triplane_gather_backward_cpu.h.
 #include "triplane_gather_backward_cpu.h"
 
 namespace vtok::VTOK_ISA {
+
+// Frames from which on a lattice is worth its copies: fewer reuse little and occupy few threads.
+constexpr int64_t kMinLatticeFrames = 4;
 
 // Features of one plane; those of neighbouring points are `out_stride` apart.
 template <typename T>
@@ -140,7 +143,8 @@ static void forward_points(const TriplaneForward& params) {
 void triplane_gather_forward(const TriplaneForward& params) {
   dispatch_floating("triplane_gather", "plane_xy", params.out.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    if (params.points.is_lattice && params.reduce == TriplaneReduce::kCat) {
+    if (params.points.is_lattice && params.reduce == TriplaneReduce::kCat &&
+        params.points.lattice_size[0] >= kMinLatticeFrames) {
       return forward_lattice<T>(params);
     }
     dispatch_reduce(params.reduce,
@@ -149,11 +153,13 @@ void triplane_gather_forward(const TriplaneForward& params) {
 }
 
 void triplane_gather_backward(const TriplaneBackward& params) {
+  bool any_plane = false;
+  for (const OutputView& view : params.grad_planes) any_plane = any_plane || view.data != nullptr;
   dispatch_floating("triplane_gather backward", "plane_xy", params.grad_out.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     dispatch_reduce(params.reduce, [&](auto reduce) {
       constexpr TriplaneReduce kReduce = decltype(reduce)::value;
-      backward_planes<kReduce, T>(params);
+      if (any_plane) backward_planes<kReduce, T>(params);
       if (params.grad_coords.data != nullptr) backward_coords<kReduce, T>(params);
     });
   });

@@ -34,7 +34,8 @@ __global__ void __launch_bounds__(kPoints)
     const PlanePosition at =
         position_in_plane(tile[0], i, plane, points.resolution, planes.channels);
     float feature[kWidth];
-    interpolate<kWidth>(planes.data[plane] + batch * planes.elements[plane], at, channel, feature);
+    interpolate<kWidth>(pick(planes.data, plane) + batch * pick(planes.elements, plane), at,
+                        channel, feature);
     Vector<T, kWidth> result;
 #pragma unroll
     for (int c = 0; c < kWidth; ++c) result.values[c] = from_float<T>(feature[c]);

@@ -64,7 +64,8 @@ struct alignas(16) StagedPoint {
   float row_fraction, column_fraction;
 };
 static_assert(sizeof(StagedPoint) == 16, "one shared memory access");
-// Gradients in flight per lane: 8 loads hide most of the 500 cycles to memory behind 8 additions.
+// Gradients in flight per lane: a load from memory takes several hundred cycles, an addition to a
+// tile some forty.
 constexpr int kPrefetch = 8;
 
 // The part of a plane that a block owns, and the chunk that it adds.
@@ -118,9 +119,9 @@ __device__ __forceinline__ int stage_group(const DevicePoints<Coord>& points, in
   if (n < points.num_points) {
     const int row_axis = triplane_row_axis(plane), column_axis = triplane_column_axis(plane);
     const AxisPosition<float> row = triplane_locate(coordinate_of(points, tile.batch, n, row_axis),
-                                                    points.resolution[row_axis]);
+                                                    pick(points.resolution, row_axis));
     const AxisPosition<float> column = triplane_locate(
-        coordinate_of(points, tile.batch, n, column_axis), points.resolution[column_axis]);
+        coordinate_of(points, tile.batch, n, column_axis), pick(points.resolution, column_axis));
     const int tile_row = row.lower - tile.first_row;
     const int tile_column = column.lower - tile.first_column;
     touches = tile_row >= -1 && tile_row < tile.num_rows && tile_column >= -1 &&
@@ -178,13 +179,13 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes)
   VTOK_DYNAMIC_SHARED(float, copies);  // [num_warps, rows, row_stride]
   VTOK_SHARED(StagedPoint, staged, kMaxWarps * kLanes);
   const int plane = blockIdx.y;
-  const Tiling& tiling = plan.tiling[plane];
+  const Tiling tiling = pick(plan.tiling, plane);
   const unsigned num_blocks = static_cast<unsigned>(plan.batch) * plan.num_chunks *
                               tiling.num_slabs * tiling.tiles_y * tiling.tiles_x;
   if (tiling.num_warps == 0 || blockIdx.x >= num_blocks) return;
-  const int plane_columns = points.resolution[triplane_column_axis(plane)];
+  const int plane_columns = pick(points.resolution, triplane_column_axis(plane));
   const TileOfBlock tile =
-      tile_of_block(tiling, plan, points.resolution[triplane_row_axis(plane)], plane_columns);
+      tile_of_block(tiling, plan, pick(points.resolution, triplane_row_axis(plane)), plane_columns);
   const int copy_elements = tiling.rows * tiling.row_stride;
   for (int e = threadIdx.x; e < tiling.num_warps * copy_elements; e += blockDim.x) copies[e] = 0;
   __syncthreads();
@@ -208,7 +209,7 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes)
   __syncthreads();
 
   float* out = workspace + (tile.batch * plan.num_chunks + tile.chunk) * plan.chunk_elements +
-               plan.offset[plane];
+               pick(plan.offset, plane);
   const int num_elements = tile.num_rows * tile.num_columns * kSlab;
   for (int e = threadIdx.x; e < num_elements; e += blockDim.x) {
     const int channel = e % kSlab, cell = e / kSlab;
@@ -237,16 +238,17 @@ __global__ void __launch_bounds__(kFinishThreads)
     triplane_gather_finish_kernel(const PlaneGradients<T> gradients, const ScatterPlan plan,
                                   const float* __restrict__ workspace) {
   const int plane = blockIdx.y;
-  const int64_t elements = gradients.elements[plane];
+  const int64_t elements = pick(gradients.elements, plane);
+  T* out = pick(gradients.data, plane);
   const int64_t index = int64_t{blockIdx.x} * kFinishThreads + threadIdx.x;
-  if (gradients.data[plane] == nullptr || index >= plan.batch * elements) return;
+  if (out == nullptr || index >= plan.batch * elements) return;
   const int64_t batch = index / elements;
   const float* chunk = workspace + batch * plan.num_chunks * plan.chunk_elements +
-                       plan.offset[plane] + (index - batch * elements);
+                       pick(plan.offset, plane) + (index - batch * elements);
   float sum = 0;
 #pragma unroll 4
   for (unsigned k = 0; k < plan.num_chunks; ++k) sum += chunk[k * plan.chunk_elements];
-  gradients.data[plane][index] = from_float<T>(sum);
+  out[index] = from_float<T>(sum);
 }
 
 // Tilings of the planes that need a gradient.

@@ -14,6 +14,13 @@ constexpr int kPoints = 128;
 // Lanes that share a point in kernels over channels, and channels of a tile of sums: 32 bytes.
 constexpr int kSlab = 8;
 
+// One of the three values of a kernel parameter. An index known only at run time would make the
+// compiler copy the array to local memory.
+template <typename Value>
+__device__ __forceinline__ Value pick(const Value (&values)[3], int index) {
+  return index == 0 ? values[0] : (index == 1 ? values[1] : values[2]);
+}
+
 template <typename Coord>
 struct DevicePoints {
   using Value = Coord;
@@ -87,9 +94,8 @@ __device__ __forceinline__ float coordinate_of(const DevicePoints<Coord>& points
     position =
         axis == 0 ? frame : (axis == 1 ? row - frame * points.size_x : n - row * points.size_y);
   }
-  const Coord value =
-      points.axis[axis][batch * points.batch_stride + position * points.stride[axis]];
-  return triplane_coordinate(value, points.divisor[axis]);
+  const int64_t offset = batch * points.batch_stride + position * pick(points.stride, axis);
+  return triplane_coordinate(pick(points.axis, axis)[offset], pick(points.divisor, axis));
 }
 
 // Positions of a block's points on the three axes; an array of structures would conflict in banks.
@@ -124,9 +130,10 @@ __device__ __forceinline__ PlanePosition position_in_plane(const PointTile& tile
                                                            int channels) {
   const int row_axis = triplane_row_axis(plane), column_axis = triplane_column_axis(plane);
   const int row = tile.lower[row_axis][i], column = tile.lower[column_axis][i];
-  const int row_elements = resolution[column_axis] * channels;
-  return {row * row_elements + column * channels, row + 1 < resolution[row_axis] ? row_elements : 0,
-          column + 1 < resolution[column_axis] ? channels : 0, tile.fraction[row_axis][i],
+  const int num_columns = pick(resolution, column_axis);
+  return {(row * num_columns + column) * channels,
+          row + 1 < pick(resolution, row_axis) ? num_columns * channels : 0,
+          column + 1 < num_columns ? channels : 0, tile.fraction[row_axis][i],
           tile.fraction[column_axis][i]};
 }
 

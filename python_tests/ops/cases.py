@@ -4,6 +4,11 @@ from case_alpha_blend import ALPHA_BLEND
 from case_fsq import FSQ, FSQ_DECODE
 from case_fsq_entropy import FSQ_ENTROPY, FSQ_ENTROPY_CLAMPED
 from case_temporal_resample import TEMPORAL_DOWNSAMPLE, TEMPORAL_UPSAMPLE, TEMPORAL_UPSAMPLE_BLEND
+from case_triplane_gather import (
+    TRIPLANE_GATHER,
+    TRIPLANE_GATHER_INDICES,
+    TRIPLANE_GATHER_LATTICE,
+)
 
 OP_CASES = [
     FSQ,
@@ -14,4 +19,7 @@ OP_CASES = [
     TEMPORAL_DOWNSAMPLE,
     TEMPORAL_UPSAMPLE,
     TEMPORAL_UPSAMPLE_BLEND,
+    TRIPLANE_GATHER,
+    TRIPLANE_GATHER_INDICES,
+    TRIPLANE_GATHER_LATTICE,
 ]

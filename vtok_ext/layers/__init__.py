@@ -9,6 +9,7 @@ from vtok_ext.layers.norm_act import GroupNormAct, NormAct, norm_act
 from vtok_ext.layers.residual import ResidualBlock1d, ResidualBlock2d, ResidualBlock3d
 from vtok_ext.layers.spatial_resample import SpatialDownsample, SpatialUpsample
 from vtok_ext.layers.temporal_resample import TemporalDownsample, TemporalUpsample
+from vtok_ext.layers.triplane_gather import TriplaneGather
 
 __all__ = [
     "FSQ",
@@ -26,6 +27,7 @@ __all__ = [
     "SpatialUpsample",
     "TemporalDownsample",
     "TemporalUpsample",
+    "TriplaneGather",
     "alpha_blend",
     "kl_posterior",
     "norm_act",
