@@ -16,6 +16,12 @@ namespace vtok {
 constexpr int kTriplaneAxes = 3;
 constexpr int kTriplanePlanes = 3;
 
+// Cells along an axis: R - 1 is then exact as float32. Beyond, it could be rounded up, and a
+// coordinate of 1 would lie behind the last cell.
+constexpr int64_t kTriplaneMaxResolution = int64_t{1} << 24;
+// Channels of a plane: offsets in the output of a block of 128 points then fit into 31 bits.
+constexpr int64_t kTriplaneMaxChannels = int64_t{1} << 22;
+
 // The axes along the rows and the columns of a plane.
 VTOK_FUNCTION int triplane_row_axis(int plane) {
   return plane == 0 ? 1 : 0;
@@ -103,7 +109,8 @@ struct TriplaneBackward {
 // 32 CPU threads, or 512 blocks.
 VTOK_FUNCTION int64_t triplane_gather_chunks(const TriplaneShape& shape, int64_t min_points,
                                              int64_t max_tasks) {
-  const int64_t cells = triplane_offset(shape, kTriplanePlanes) / shape.channels;
+  int64_t cells = 0;
+  for (int p = 0; p < kTriplanePlanes; ++p) cells += triplane_num_cells(shape, p);
   const int64_t by_points = shape.num_points / (cells > min_points ? cells : min_points);
   const int64_t entries = shape.batch < 1 ? 1 : shape.batch;
   const int64_t by_tasks = (max_tasks + entries - 1) / entries;

@@ -133,7 +133,7 @@ static void backward_planes(const TriplaneBackward& params) {
       for (int p = 0; p < kTriplanePlanes; ++p) {
         if (grad_planes[p] == nullptr) continue;
         if constexpr (std::is_same_v<T, real<T>>) {
-          sums[p] = grad_planes[p] + index * triplane_elements(shape, p);
+          if (is_direct) sums[p] = grad_planes[p] + index * triplane_elements(shape, p);
         }
         if (!is_direct) sums[p] = workspace + index * stride + triplane_offset(shape, p);
       }

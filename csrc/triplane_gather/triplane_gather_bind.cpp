@@ -51,6 +51,13 @@ TriplaneShape make_shape(const TensorView (&planes)[kTriplanePlanes], int64_t nu
                      "triplane_gather: ", names[p], " must have 1 to 2^31 - 1 elements, got ",
                      shape_string(planes[p]));
   }
+  for (const int64_t resolution : shape.resolution) {
+    VTOK_CHECK_VALUE(resolution <= kTriplaneMaxResolution,
+                     "triplane_gather: planes must have at most 2^24 rows and columns, got ",
+                     resolution);
+  }
+  VTOK_CHECK_VALUE(shape.channels <= kTriplaneMaxChannels,
+                   "triplane_gather: planes must have at most 2^22 channels, got ", shape.channels);
   VTOK_CHECK_VALUE(num_points <= INT32_MAX,
                    "triplane_gather: coords must have at most 2^31 - 1 points, got ", num_points);
   return shape;
@@ -126,6 +133,7 @@ void forward(const TensorView& plane_xy, const TensorView& plane_yt, const Tenso
       {shape.batch, shape.num_points, triplane_out_channels(params.reduce, shape.channels)});
   VTOK_CHECK_TYPE(out.dtype == plane_xy.dtype, "triplane_gather: out must be ",
                   name_of(plane_xy.dtype), ", got ", name_of(out.dtype));
+  check_same_device("triplane_gather", plane_xy, plane_yt, plane_xt, coords, axis_x, axis_y, out);
   if (out.num_elements() == 0) return;
   VTOK_CALL_DEVICE(plane_xy, context, triplane_gather_forward, params);
 }
@@ -203,6 +211,8 @@ void backward(const TensorView& grad_out, const TensorView& plane_xy, const Tens
                           workspace,
                           context.num_threads};
   check_gradients(params);
+  check_same_device("triplane_gather backward", plane_xy, plane_yt, plane_xt, grad_out, coords,
+                    axis_x, axis_y, grad_xy, grad_yt, grad_xt, grad_coords, workspace);
   if (shape.batch == 0) return;
   VTOK_CALL_DEVICE(plane_xy, context, triplane_gather_backward, params);
 }

@@ -166,7 +166,7 @@ void triplane_gather_backward_cuda(const TriplaneBackward& params, Stream stream
         for (const OutputView& view : params.grad_planes)
           any_plane = any_plane || view.data != nullptr;
         if (any_plane) triplane_gather_planes_cuda(params, gradients, stream);
-        if (params.grad_coords.data == nullptr) return;
+        if (params.grad_coords.data == nullptr || !has_points) return;
         if (is_product) {
           launch_coords<T, float>(params, gradients, stream);
         } else {

@@ -54,6 +54,11 @@ AXES = (torch.rand(3), torch.rand(2), torch.rand(4))
         ),
         (
             ValueError,
+            r"plane_xy must have at most 2\^24 rows and columns, got \[2, 16777217, 7, 8\]",
+            {"change": {"plane_xy": torch.zeros(1).expand(2, 2**24 + 1, 7, 8)}},
+        ),
+        (
+            ValueError,
             r"plane_yt \[B, Rt, R1, C\] must be \[2, 6, 7, 8\] .* got \[2, 6, 5, 8\]",
             {"change": {"plane_yt": torch.zeros(2, 6, 5, 8)}},
         ),
@@ -141,6 +146,27 @@ def test_the_binding_checks_what_protects_memory():
         raw_forward(planes, torch.rand(2), torch.rand(2).double(), torch.rand(1))
     with pytest.raises(ValueError, match="reduce must be 'cat', 'sum' or 'product', got 'max'"):
         raw_forward(planes, coords, reduce="max")
+
+
+def test_the_binding_bounds_what_it_computes_with_32_bits():
+    """2^24 + 4 rows: as float32, R - 1 is rounded up to R, one cell behind the last."""
+    coords, out = torch.ones(1, 1, 3), torch.empty(1, 1, 3)
+    long = torch.empty(1, 2**24 + 4, 1, 1)  # its memory is never touched
+    with pytest.raises(ValueError, match=r"at most 2\^24 rows and columns, got 16777220"):
+        raw_forward([long, torch.empty(1, 1, 1, 1), long.view(1, 1, -1, 1)], coords, out=out)
+    deep = [torch.empty(1, 1, 1, 2**22 + 1) for _ in range(3)]
+    out = torch.empty(1, 1, 3 * (2**22 + 1))
+    with pytest.raises(ValueError, match=r"at most 2\^22 channels, got 4194305"):
+        raw_forward(deep, coords, out=out)
+
+
+def test_the_last_cell_of_a_long_axis():
+    """The most rows there may be: a coordinate of 1 is the last cell, not one behind."""
+    plane_xy, plane_yt = torch.zeros(1, 2**24, 1, 1), torch.zeros(1, 1, 1, 1)
+    plane_xt = plane_xy.view(1, 1, -1, 1)
+    plane_xy[0, -1] = 3
+    features = vt.triplane_gather(plane_xy, plane_yt, plane_xt, torch.ones(1, 1, 3))
+    assert features.tolist() == [[[3, 0, 3]]]
 
 
 def test_the_binding_checks_the_workspace():

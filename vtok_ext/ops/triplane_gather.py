@@ -20,6 +20,7 @@ REDUCTIONS = ("cat", "sum", "product")
 _OP = "triplane_gather"
 _FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _INTEGER = (torch.int32, torch.int64)
+_MAX_RESOLUTION = 2**24  # R - 1 is exact as float32
 Coords = Tensor | Sequence[Tensor]
 
 
@@ -107,6 +108,10 @@ def _check_planes(plane_xy: Tensor, plane_yt: Tensor, plane_xt: Tensor) -> None:
             raise ValueError(
                 f"{_OP}: {name} must be [B, rows, columns, C] with at least one row, column and "
                 f"channel, got {list(plane.shape)}"
+            )
+        if max(plane.shape[1:3]) > _MAX_RESOLUTION:
+            raise ValueError(
+                f"{_OP}: {name} must have at most 2^24 rows and columns, got {list(plane.shape)}"
             )
     batch, r0, r1, channels = plane_xy.shape
     rt = plane_yt.shape[1]
@@ -343,7 +348,8 @@ def triplane_gather(
 
     Args:
         plane_xy, plane_yt, plane_xt: cells of any real value, first axis of the shape comments
-            along the rows; any strides (not contiguous planes are copied).
+            along the rows; any strides (not contiguous planes are copied). At most 2^24 rows
+            and columns, 2^22 channels, and 2^31 - 1 elements per batch entry and plane.
         coords: as above. float32, or float64 for float64 planes; int32 or int64 with `grid`.
         grid: (Gt, Gx, Gy), with integer coords only.
         reduce: "cat", or "sum" or "product" of the three features.
