@@ -2,11 +2,6 @@
 // channels of one point. Included by triplane_gather_cpu.cpp, once per instruction set.
 #pragma once
 
-// Vectors wider than the baseline's registers are passed to functions that are always inlined, here
-// and in triplane_gather_math.h. GCC warns that their calling convention depends on the instruction
-// set, but they have none.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
 #include "../core/dispatch.h"
 #include "../core/isa.h"
 #include "../core/parallel.h"
