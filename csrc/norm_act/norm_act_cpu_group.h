@@ -45,6 +45,7 @@ static void group_moments(const Real* const* rows, int64_t num_rows, int64_t cha
   for (int64_t c = 0; c < channels; ++c) sums[c] = 0;
   for (int64_t i = 0; i < num_rows; ++i) {
     const Real* row = rows[i];
+    VTOK_SIMD
     for (int64_t c = 0; c < channels; ++c) sums[c] += row[c];
   }
   for (int64_t g = 0; g < num_groups; ++g) {
@@ -54,7 +55,11 @@ static void group_moments(const Real* const* rows, int64_t num_rows, int64_t cha
   for (int64_t c = 0; c < channels; ++c) sums[c] = 0;
   for (int64_t i = 0; i < num_rows; ++i) {
     const Real* row = rows[i];
-    for (int64_t c = 0; c < channels; ++c) sums[c] += (row[c] - means[c]) * (row[c] - means[c]);
+    VTOK_SIMD
+    for (int64_t c = 0; c < channels; ++c) {
+      const Real deviation = row[c] - means[c];
+      sums[c] = multiply_add(deviation, deviation, sums[c]);
+    }
   }
   for (int64_t g = 0; g < num_groups; ++g) {
     const Moments<double> more{static_cast<double>(count), static_cast<double>(means[g * width]),
@@ -122,11 +127,11 @@ static void spread(const Real* frame_values, int which, const NormActLayout& lay
 }
 
 template <bool kAct, typename Real, typename O>
-VTOK_FUNCTION void normalise_group_row(const Real* row, const Real* mean, const Real* scale,
+VTOK_NOINLINE void normalise_group_row(const Real* row, const Real* mean, const Real* scale,
                                        const Real* bias, O* y, int64_t channels) {
-#pragma GCC ivdep
+  VTOK_SIMD
   for (int64_t c = 0; c < channels; ++c) {
-    const Real u = (row[c] - mean[c]) * scale[c] + bias[c];
+    const Real u = multiply_add(row[c] - mean[c], scale[c], bias[c]);
     store(y + c, kAct ? silu(u) : u);
   }
 }
@@ -154,8 +159,8 @@ static void group_forward(const NormActForward& params) {
             const Real* row = as_real(x + run.x + i * run.x_stride, scratch.data(), channels);
             O* out = y + run.y + i * run.y_stride;
             normalise_group_row<kAct>(row, mean.data(), scale.data(), bias.data(), out, channels);
-            copy_to_front(layout.buffer, run.is_first_frame, out, channels);
           }
+          copy_to_front(layout.buffer, run, y, channels);
         });
       });
 }
@@ -170,33 +175,35 @@ struct FrameConstants {
 };
 
 template <bool kAct, typename Real>
-VTOK_FUNCTION void sum_group_row(const Real* __restrict row, const Real* __restrict gradient,
-                                 const Real* __restrict mean, const Real* __restrict rstd,
-                                 const Real* __restrict weight, const Real* __restrict bias,
-                                 Real* __restrict grad_weight, Real* __restrict grad_bias,
+VTOK_NOINLINE void sum_group_row(const Real* row, const Real* gradient,
+                                 const Real* mean, const Real* rstd,
+                                 const Real* weight, const Real* bias,
+                                 Real* grad_weight, Real* grad_bias,
                                  int64_t channels) {
+  VTOK_SIMD
   for (int64_t c = 0; c < channels; ++c) {
     const Real n = (row[c] - mean[c]) * rstd[c];
     const Real grad_u =
-        kAct ? gradient[c] * silu_slope(n * weight[c] + bias[c]) : gradient[c];
-    grad_weight[c] += grad_u * n;
+        kAct ? gradient[c] * silu_slope(multiply_add(n, weight[c], bias[c])) : gradient[c];
+    grad_weight[c] = multiply_add(grad_u, n, grad_weight[c]);
     grad_bias[c] += grad_u;
   }
 }
 
 template <bool kAct, typename T, typename Real>
-VTOK_FUNCTION void store_grad_group_row(const Real* __restrict row, const Real* __restrict gradient,
+VTOK_NOINLINE void store_grad_group_row(const Real* row, const Real* gradient,
                                         const FrameConstants<Real>& frame,
-                                        const Real* __restrict weight, const Real* __restrict bias,
-                                        T* __restrict grad_x, int64_t channels) {
-  const Real* __restrict mean = frame.mean.data();
-  const Real* __restrict rstd = frame.rstd.data();
-  const Real* __restrict weighted_mean = frame.weighted_mean.data();
-  const Real* __restrict projection = frame.projection.data();
+                                        const Real* weight, const Real* bias,
+                                        T* grad_x, int64_t channels) {
+  const Real* mean = frame.mean.data();
+  const Real* rstd = frame.rstd.data();
+  const Real* weighted_mean = frame.weighted_mean.data();
+  const Real* projection = frame.projection.data();
+  VTOK_SIMD
   for (int64_t c = 0; c < channels; ++c) {
     const Real n = (row[c] - mean[c]) * rstd[c];
     const Real grad_u =
-        kAct ? gradient[c] * silu_slope(n * weight[c] + bias[c]) : gradient[c];
+        kAct ? gradient[c] * silu_slope(multiply_add(n, weight[c], bias[c])) : gradient[c];
     store(grad_x + c, (grad_u * weight[c] - weighted_mean[c] - n * projection[c]) * rstd[c]);
   }
 }
@@ -255,7 +262,7 @@ static void group_backward(const NormActBackward& params) {
   double* parts = reinterpret_cast<double*>(params.workspace.data);  // [slices, 2, C]
   for_each_slice(
       layout, params.num_threads, [&](int64_t frame, int64_t slice, int64_t begin, int64_t end) {
-        BackwardScratch<Real> scratch(channels);
+        BackwardScratch<Real> scratch(channels, 1);
         FrameConstants<Real> constants(channels);
         spread(stats + frame * layout.num_groups * 2, 0, layout, constants.mean);
         spread(stats + frame * layout.num_groups * 2, 1, layout, constants.rstd);
@@ -278,7 +285,7 @@ static void group_backward(const NormActBackward& params) {
   T* grad_x = params.grad_x.data_as<T>();
   for_each_slice(
       layout, params.num_threads, [&](int64_t frame, int64_t, int64_t begin, int64_t end) {
-        BackwardScratch<Real> scratch(channels);
+        BackwardScratch<Real> scratch(channels, 1);
         FrameConstants<Real> constants(channels);
         spread(stats + frame * layout.num_groups * 2, 0, layout, constants.mean);
         spread(stats + frame * layout.num_groups * 2, 1, layout, constants.rstd);

@@ -1,5 +1,6 @@
-// LayerNorm and RMS norm on the CPU: rows are independent, each stays in the L1 cache while it is
-// looked at three times. Included by norm_act_cpu.cpp only.
+// LayerNorm and RMS norm on the CPU: rows are independent and stay in the L1 cache while they are
+// looked at three times. They go through each step in blocks: the sums of several rows overlap,
+// where those of one row would wait for each other. Included by norm_act_cpu.cpp only.
 #pragma once
 
 #include "norm_act_cpu_rows.h"
@@ -14,27 +15,72 @@ constexpr int64_t kMinRowsPerPart = 64;
 // Rows summed in the type of the arithmetic before the sum is added to a double: errors of thousands
 // of float additions would show.
 constexpr int64_t kRowsPerFlush = 64;
+// Rows of a block: 4 KB in the type of the arithmetic, so that what the backward pass keeps of a block
+// (x, gradient, two intermediate results, grad_x) fits an L1 cache of 32 KB.
+constexpr int64_t kBlockBytes = 4096;
+constexpr int64_t kMaxBlockRows = 16;
+
+template <typename Real>
+static int64_t block_rows(int64_t channels) {
+  const int64_t rows = kBlockBytes / (channels * static_cast<int64_t>(sizeof(Real)));
+  return rows < 1 ? 1 : rows < kMaxBlockRows ? rows : kMaxBlockRows;
+}
 
 static int64_t row_grain(int64_t channels) {
   return channels >= kGrainElements ? 1 : kGrainElements / channels;
 }
 
+// Rows of a block in the type of the arithmetic, and their statistics.
 template <typename Real>
-VTOK_FUNCTION void layer_statistics(const Real* row, int64_t channels, bool subtract_mean, Real eps,
-                                    Real& mean, Real& rstd) {
-  const Real count = static_cast<Real>(channels);
-  mean = subtract_mean ? sum(row, channels) / count : Real(0);
-  rstd = Real(1) / std::sqrt(sum_squared_deviations(row, channels, mean) / count + eps);
+struct Block {
+  int64_t num_rows;
+  const Real* rows[kMaxBlockRows];
+  Real mean[kMaxBlockRows], rstd[kMaxBlockRows];
+
+  VTOK_NOINLINE_MEMBER void find_statistics(int64_t channels, bool subtract_mean, Real eps) {
+    const Real share = Real(1) / static_cast<Real>(channels);
+    for (int64_t i = 0; i < num_rows; ++i) {
+      mean[i] = subtract_mean ? sum(rows[i], channels) * share : Real(0);
+    }
+    for (int64_t i = 0; i < num_rows; ++i) {
+      rstd[i] = sum_squared_deviations(rows[i], channels, mean[i]) * share + eps;
+    }
+    VTOK_SIMD
+    for (int64_t i = 0; i < num_rows; ++i) rstd[i] = Real(1) / std::sqrt(rstd[i]);
+  }
+};
+
+// Functions of a block are not inlined: registers for their constants and pointers run out otherwise.
+template <bool kAct, typename Real, typename O>
+VTOK_NOINLINE void normalise_block(const Block<Real>& block, const Real* weight, const Real* bias,
+                                   O* y, int64_t y_stride, int64_t channels) {
+  for (int64_t i = 0; i < block.num_rows; ++i) {
+    const Real* row = block.rows[i];
+    O* out = y + i * y_stride;
+    const Real mean = block.mean[i], rstd = block.rstd[i];
+    VTOK_SIMD
+    for (int64_t c = 0; c < channels; ++c) {
+      const Real u = multiply_add((row[c] - mean) * rstd, weight[c], bias[c]);
+      store(out + c, kAct ? silu(u) : u);
+    }
+  }
 }
 
-template <bool kAct, typename Real, typename O>
-VTOK_FUNCTION void normalise_row(const Real* row, const Real* weight, const Real* bias, Real mean,
-                                 Real rstd, O* y, int64_t channels) {
-#pragma GCC ivdep
-  for (int64_t c = 0; c < channels; ++c) {
-    const Real u = (row[c] - mean) * rstd * weight[c] + bias[c];
-    store(y + c, kAct ? silu(u) : u);
-  }
+// Calls function(Run) for the blocks of rows [begin, end).
+template <typename Real, typename Function>
+static void for_each_block(const NormActLayout& layout, int64_t begin, int64_t end,
+                           const Function& function) {
+  const int64_t most = block_rows<Real>(layout.channels);
+  for_each_run(layout.rows, begin, end, [&](const Run& run) {
+    for (int64_t first = 0; first < run.count; first += most) {
+      Run block = run;
+      block.x += first * run.x_stride;
+      block.y += first * run.y_stride;
+      block.first_row += first;
+      block.count = run.count - first < most ? run.count - first : most;
+      function(block);
+    }
+  });
 }
 
 template <bool kAct, typename T, typename O>
@@ -51,16 +97,18 @@ static void layer_forward(const NormActForward& params) {
   parallel_for(
       layout.rows.num_rows, row_grain(channels), params.num_threads,
       [&](int64_t begin, int64_t end) {
-        std::vector<Real> scratch(static_cast<size_t>(channels));
-        for_each_run(layout.rows, begin, end, [&](const Run& run) {
+        std::vector<Real> scratch(static_cast<size_t>(channels * block_rows<Real>(channels)));
+        Block<Real> block;
+        for_each_block<Real>(layout, begin, end, [&](const Run& run) {
+          block.num_rows = run.count;
           for (int64_t i = 0; i < run.count; ++i) {
-            const Real* row = as_real(x + run.x + i * run.x_stride, scratch.data(), channels);
-            O* out = y + run.y + i * run.y_stride;
-            Real mean, rstd;
-            layer_statistics(row, channels, subtract_mean, eps, mean, rstd);
-            normalise_row<kAct>(row, weight.data(), bias.data(), mean, rstd, out, channels);
-            copy_to_front(layout.buffer, run.is_first_frame, out, channels);
+            block.rows[i] = as_real(x + run.x + i * run.x_stride, scratch.data() + i * channels,
+                                    channels);
           }
+          block.find_statistics(channels, subtract_mean, eps);
+          normalise_block<kAct>(block, weight.data(), bias.data(), y + run.y, run.y_stride,
+                                channels);
+          copy_to_front(layout.buffer, run, y, channels);
         });
       });
 }
@@ -70,18 +118,17 @@ static int64_t layer_parts(int64_t num_rows) {
   return parts < kMaxParts ? parts : kMaxParts;
 }
 
-// What one thread needs to go through rows backwards.
+// What one thread needs to go through rows backwards: `rows` rows of each kind, and the sums.
 template <typename Real>
 struct BackwardScratch {
-  std::vector<Real> x, gradient, normalised, weighted, grad_weight, grad_bias;
+  std::vector<Real> x, gradient, weighted, grad_weight, grad_bias;
 
-  explicit BackwardScratch(int64_t channels)
-      : x(static_cast<size_t>(channels)),
+  BackwardScratch(int64_t channels, int64_t rows)
+      : x(static_cast<size_t>(channels * rows)),
         gradient(x),
-        normalised(x),
         weighted(x),
-        grad_weight(x),
-        grad_bias(x) {}
+        grad_weight(static_cast<size_t>(channels)),
+        grad_bias(grad_weight) {}
 };
 
 // Adds the sums of the latest rows to `totals` [2, C] and clears them.
@@ -94,31 +141,80 @@ static void flush(BackwardScratch<Real>& scratch, double* totals, int64_t channe
   }
 }
 
-// With u = n * weight + bias: the gradient to n in `weighted`, n itself in `normalised`, and the
-// sums over rows for weight and bias.
+// A row on its way back: what it reads, its gradient to n = (x - mean) * rstd, and the sums over
+// the row of that gradient and of its product with n.
+template <typename Real>
+struct RowGradient {
+  const Real* row;
+  const Real* gradient;
+  Real mean, rstd;
+  Real* weighted;
+  Real weighted_sum, projection;
+};
+
+// The gradients of u = n * weight + bias and, returned, of n.
 template <bool kAct, typename Real>
-VTOK_FUNCTION void backward_row(const Real* __restrict row, const Real* __restrict gradient,
-                                const Real* __restrict weight, const Real* __restrict bias,
-                                Real mean, Real rstd, Real* __restrict normalised,
-                                Real* __restrict weighted, Real* __restrict grad_weight,
-                                Real* __restrict grad_bias, int64_t channels) {
+VTOK_FUNCTION Real grad_normalised(Real n, Real gradient, Real weight, Real bias, Real& grad_u) {
+  grad_u = kAct ? gradient * silu_slope(multiply_add(n, weight, bias)) : gradient;
+  return grad_u * weight;
+}
+
+// Fills `weighted` and the sums of one row (kPair false) or two, and adds to the sums over rows for
+// weight and bias. Two rows at a time load and store these half as often.
+template <bool kAct, bool kPair, typename Real>
+VTOK_NOINLINE void backward_rows(RowGradient<Real>* rows, const Real* __restrict weight,
+                                 const Real* __restrict bias, Real* __restrict grad_weight,
+                                 Real* __restrict grad_bias, int64_t channels) {
+  const Real *__restrict row0 = rows[0].row, *__restrict row1 = rows[kPair].row;
+  const Real *__restrict gradient0 = rows[0].gradient, *__restrict gradient1 = rows[kPair].gradient;
+  const Real mean0 = rows[0].mean, mean1 = rows[kPair].mean;
+  const Real rstd0 = rows[0].rstd, rstd1 = rows[kPair].rstd;
+  Real *__restrict weighted0 = rows[0].weighted, *__restrict weighted1 = rows[kPair].weighted;
+  Real sum0 = 0, sum1 = 0, projection0 = 0, projection1 = 0;
+  VTOK_SIMD_SUM(sum0, sum1, projection0, projection1)
   for (int64_t c = 0; c < channels; ++c) {
-    const Real n = (row[c] - mean) * rstd;
-    const Real u = n * weight[c] + bias[c];
-    const Real grad_u = kAct ? gradient[c] * silu_slope(u) : gradient[c];
-    normalised[c] = n;
-    weighted[c] = grad_u * weight[c];
-    grad_weight[c] += grad_u * n;
-    grad_bias[c] += grad_u;
+    Real grad_u;
+    const Real n0 = (row0[c] - mean0) * rstd0;
+    const Real grad_n0 = grad_normalised<kAct>(n0, gradient0[c], weight[c], bias[c], grad_u);
+    weighted0[c] = grad_n0;
+    sum0 += grad_n0;
+    projection0 = multiply_add(grad_n0, n0, projection0);
+    Real weight_total = multiply_add(grad_u, n0, grad_weight[c]);
+    Real bias_total = grad_bias[c] + grad_u;
+    if constexpr (kPair) {
+      const Real n1 = (row1[c] - mean1) * rstd1;
+      const Real grad_n1 = grad_normalised<kAct>(n1, gradient1[c], weight[c], bias[c], grad_u);
+      weighted1[c] = grad_n1;
+      sum1 += grad_n1;
+      projection1 = multiply_add(grad_n1, n1, projection1);
+      weight_total = multiply_add(grad_u, n1, weight_total);
+      bias_total += grad_u;
+    }
+    grad_weight[c] = weight_total;
+    grad_bias[c] = bias_total;
+  }
+  rows[0].weighted_sum = sum0;
+  rows[0].projection = projection0;
+  if constexpr (kPair) {
+    rows[1].weighted_sum = sum1;
+    rows[1].projection = projection1;
   }
 }
 
+// grad_x = rstd * (grad_n - mean(grad_n) - n * mean(grad_n * n)).
 template <typename T, typename Real>
-VTOK_FUNCTION void store_grad_row(const Real* __restrict normalised, const Real* __restrict weighted,
-                                  Real weighted_mean, Real projection, Real rstd,
+VTOK_NOINLINE void store_grad_row(const RowGradient<Real>& row, bool subtract_mean,
                                   T* __restrict grad_x, int64_t channels) {
+  const Real* __restrict x = row.row;
+  const Real* __restrict weighted = row.weighted;
+  const Real share = Real(1) / static_cast<Real>(channels);
+  const Real mean = row.mean, rstd = row.rstd;
+  const Real offset = subtract_mean ? -row.weighted_sum * share * rstd : Real(0);
+  const Real slope = -row.projection * share * rstd * rstd;
+  VTOK_SIMD
   for (int64_t c = 0; c < channels; ++c) {
-    store(grad_x + c, (weighted[c] - weighted_mean - normalised[c] * projection) * rstd);
+    store(grad_x + c,
+          multiply_add(x[c] - mean, slope, multiply_add(weighted[c], rstd, offset)));
   }
 }
 
@@ -129,31 +225,45 @@ static void layer_backward_rows(const NormActBackward& params, const std::vector
   using Real = real<T>;
   const NormActLayout& layout = params.layout;
   const int64_t channels = layout.channels;
-  const Real count = static_cast<Real>(channels), eps = static_cast<Real>(layout.eps);
+  const Real eps = static_cast<Real>(layout.eps);
   const bool subtract_mean = subtracts_mean(layout.kind);
   const T* x = params.x.data_as<T>();
   const O* grad_y = params.grad_y.data_as<O>();
   T* grad_x = params.grad_x.data == nullptr ? nullptr : params.grad_x.data_as<T>();
-  for_each_run(layout.rows, begin, end, [&](const Run& run) {
+  Block<Real> block;
+  RowGradient<Real> gradients[kMaxBlockRows];
+  int64_t rows_since_flush = 0;
+  for_each_block<Real>(layout, begin, end, [&](const Run& run) {
+    block.num_rows = run.count;
     for (int64_t i = 0; i < run.count; ++i) {
-      const Real* row = as_real(x + run.x + i * run.x_stride, scratch.x.data(), channels);
+      block.rows[i] =
+          as_real(x + run.x + i * run.x_stride, scratch.x.data() + i * channels, channels);
+    }
+    block.find_statistics(channels, subtract_mean, eps);
+    for (int64_t i = 0; i < run.count; ++i) {
       const Real* gradient =
           load_gradient(layout.buffer, run.is_first_frame, grad_y + run.y + i * run.y_stride,
-                        scratch.gradient.data(), channels);
-      Real mean, rstd;
-      layer_statistics(row, channels, subtract_mean, eps, mean, rstd);
-      backward_row<kAct>(row, gradient, weight.data(), bias.data(), mean, rstd,
-                         scratch.normalised.data(), scratch.weighted.data(),
-                         scratch.grad_weight.data(), scratch.grad_bias.data(), channels);
-      if (grad_x != nullptr) {
-        const Real weighted_mean =
-            subtract_mean ? sum(scratch.weighted.data(), channels) / count : Real(0);
-        const Real projection =
-            dot(scratch.weighted.data(), scratch.normalised.data(), channels) / count;
-        store_grad_row(scratch.normalised.data(), scratch.weighted.data(), weighted_mean,
-                       projection, rstd, grad_x + (run.first_row + i) * channels, channels);
-      }
-      if ((run.first_row + i + 1) % kRowsPerFlush == 0) flush(scratch, totals, channels);
+                        scratch.gradient.data() + i * channels, channels);
+      gradients[i] = {block.rows[i], gradient, block.mean[i], block.rstd[i],
+                      scratch.weighted.data() + i * channels, 0, 0};
+    }
+    int64_t row = 0;
+    for (; row + 2 <= run.count; row += 2) {
+      backward_rows<kAct, true>(gradients + row, weight.data(), bias.data(),
+                                scratch.grad_weight.data(), scratch.grad_bias.data(), channels);
+    }
+    if (row < run.count) {
+      backward_rows<kAct, false>(gradients + row, weight.data(), bias.data(),
+                                 scratch.grad_weight.data(), scratch.grad_bias.data(), channels);
+    }
+    for (int64_t i = 0; i < run.count && grad_x != nullptr; ++i) {
+      store_grad_row(gradients[i], subtract_mean, grad_x + (run.first_row + i) * channels,
+                     channels);
+    }
+    rows_since_flush += run.count;
+    if (rows_since_flush >= kRowsPerFlush) {
+      flush(scratch, totals, channels);
+      rows_since_flush = 0;
     }
   });
 }
@@ -181,7 +291,7 @@ static void layer_backward(const NormActBackward& params) {
   const int64_t num_parts = layer_parts(num_rows);
   double* parts = reinterpret_cast<double*>(params.workspace.data);
   parallel_for(num_parts, 1, params.num_threads, [&](int64_t first, int64_t last) {
-    BackwardScratch<Real> scratch(channels);
+    BackwardScratch<Real> scratch(channels, block_rows<Real>(channels));
     for (int64_t part = first; part < last; ++part) {
       double* totals = parts + part * 2 * channels;
       for (int64_t c = 0; c < 2 * channels; ++c) totals[c] = 0;

@@ -1,8 +1,5 @@
 // Building blocks of the CPU kernels of norm_act: one row or one channel vector at a time. Included
 // by norm_act_cpu.cpp only, which is compiled once per instruction set.
-//
-// Sums run over 64 bytes of accumulators whatever the instruction set is, so that every CPU gives the
-// same bits.
 #pragma once
 
 #include <cstring>
@@ -12,6 +9,20 @@
 #include "../core/isa.h"
 #include "../core/parallel.h"
 #include "norm_act_math.h"
+
+// Iterations of the next loop are independent; sums may be formed in several parts, whose number
+// depends on the instruction set and on nothing else.
+#ifdef _OPENMP
+#define VTOK_PRAGMA(text) _Pragma(#text)
+#define VTOK_SIMD VTOK_PRAGMA(omp simd)
+#define VTOK_SIMD_SUM(...) VTOK_PRAGMA(omp simd reduction(+ : __VA_ARGS__))
+#else
+#define VTOK_SIMD
+#define VTOK_SIMD_SUM(...)
+#endif
+
+#define VTOK_NOINLINE static __attribute__((noinline))
+#define VTOK_NOINLINE_MEMBER __attribute__((noinline))
 
 namespace vtok::VTOK_ISA {
 
@@ -38,84 +49,22 @@ VTOK_FUNCTION void store(T* address, real<T> value) {
 }
 
 template <typename Real>
-struct LanesOf {
-  typedef Real type __attribute__((vector_size(64)));
-  static constexpr int count = 64 / sizeof(Real);
-};
-
-template <typename Real>
-using Lanes = typename LanesOf<Real>::type;
-
-template <typename Real>
-VTOK_FUNCTION Real sum_lanes(const Lanes<Real>& lanes) {
-  constexpr int kCount = LanesOf<Real>::count;
-  Real values[kCount];
-  memcpy(values, &lanes, sizeof values);
-  for (int width = kCount / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) values[i] += values[i + width];
-  }
-  return values[0];
-}
-
-// Sum over a row of term(lanes of values) (kLanes values at once), the rest padded with `padding`.
-template <typename Real, typename Term>
-VTOK_FUNCTION Real sum_row(int64_t count, const Term& term) {
-  constexpr int kCount = LanesOf<Real>::count;
-  Lanes<Real> even = {}, odd = {};  // two chains hide the latency of the additions
-  int64_t c = 0;
-  for (; c + 2 * kCount <= count; c += 2 * kCount) {
-    term(c, kCount, even);
-    term(c + kCount, kCount, odd);
-  }
-  if (c + kCount <= count) {
-    term(c, kCount, even);
-    c += kCount;
-  }
-  if (c < count) term(c, static_cast<int>(count - c), odd);
-  even += odd;
-  return sum_lanes<Real>(even);
-}
-
-// `size` values at `address` as lanes, the missing ones equal to `padding`.
-template <typename Real>
-VTOK_FUNCTION void load_lanes(const Real* address, int size, Real padding, Lanes<Real>& lanes) {
-  constexpr int kCount = LanesOf<Real>::count;
-  if (size == kCount) {
-    memcpy(&lanes, address, sizeof lanes);
-    return;
-  }
-  Real values[kCount];
-  for (int i = 0; i < kCount; ++i) values[i] = i < size ? address[i] : padding;
-  memcpy(&lanes, values, sizeof lanes);
-}
-
-template <typename Real>
 VTOK_FUNCTION Real sum(const Real* row, int64_t count) {
-  return sum_row<Real>(count, [row](int64_t c, int size, Lanes<Real>& total) {
-    Lanes<Real> values;
-    load_lanes(row + c, size, Real(0), values);
-    total += values;
-  });
+  Real total = 0;
+  VTOK_SIMD_SUM(total)
+  for (int64_t c = 0; c < count; ++c) total += row[c];
+  return total;
 }
 
 template <typename Real>
 VTOK_FUNCTION Real sum_squared_deviations(const Real* row, int64_t count, Real mean) {
-  return sum_row<Real>(count, [row, mean](int64_t c, int size, Lanes<Real>& total) {
-    Lanes<Real> values;
-    load_lanes(row + c, size, mean, values);
-    values -= mean;
-    total += values * values;
-  });
-}
-
-template <typename Real>
-VTOK_FUNCTION Real dot(const Real* a, const Real* b, int64_t count) {
-  return sum_row<Real>(count, [a, b](int64_t c, int size, Lanes<Real>& total) {
-    Lanes<Real> left, right;
-    load_lanes(a + c, size, Real(0), left);
-    load_lanes(b + c, size, Real(0), right);
-    total += left * right;
-  });
+  Real total = 0;
+  VTOK_SIMD_SUM(total)
+  for (int64_t c = 0; c < count; ++c) {
+    const Real deviation = row[c] - mean;
+    total = multiply_add(deviation, deviation, total);
+  }
+  return total;
 }
 
 // A channel vector [C] in the type of the arithmetic; `otherwise` where it is absent.
@@ -148,6 +97,7 @@ VTOK_FUNCTION const real<T>* as_real(const T* row, real<T>* scratch, int64_t cha
     (void)channels;
     return row;
   } else {
+    VTOK_SIMD
     for (int64_t c = 0; c < channels; ++c) scratch[c] = load(row + c);
     return scratch;
   }
@@ -176,13 +126,17 @@ static void for_each_run(const NormActRows& rows, int64_t begin, int64_t end,
   }
 }
 
-// Copies of frame 0 in front of it, if this row lies in frame 0 and y wants them.
+// Copies of frame 0 in front of it, if this run lies in frame 0 and y wants them.
 template <typename O>
-VTOK_FUNCTION void copy_to_front(const NormActBuffer& buffer, bool is_first_frame, O* y,
+VTOK_FUNCTION void copy_to_front(const NormActBuffer& buffer, const Run& run, O* y,
                                  int64_t channels) {
-  if (!is_first_frame) return;
+  if (!run.is_first_frame) return;
   for (int64_t k = 1; k <= buffer.front; ++k) {
-    memcpy(y - k * buffer.frame_stride, y, static_cast<size_t>(channels) * sizeof(O));
+    for (int64_t i = 0; i < run.count; ++i) {
+      const O* row = y + run.y + i * run.y_stride;
+      memcpy(y + run.y + i * run.y_stride - k * buffer.frame_stride, row,
+             static_cast<size_t>(channels) * sizeof(O));
+    }
   }
 }
 
@@ -193,10 +147,12 @@ VTOK_FUNCTION const Real* load_gradient(const NormActBuffer& buffer, bool is_fir
   if constexpr (std::is_same_v<O, Real>) {
     if (!is_first_frame) return grad_y;
   }
+  VTOK_SIMD
   for (int64_t c = 0; c < channels; ++c) scratch[c] = static_cast<Real>(load(grad_y + c));
   if (is_first_frame) {
     for (int64_t k = 1; k <= buffer.front; ++k) {
       const O* copy = grad_y - k * buffer.frame_stride;
+      VTOK_SIMD
       for (int64_t c = 0; c < channels; ++c) scratch[c] += static_cast<Real>(load(copy + c));
     }
   }
