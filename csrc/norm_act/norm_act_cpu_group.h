@@ -78,16 +78,20 @@ static void slice_moments(const NormActForward& params, int64_t begin, int64_t e
   std::vector<Real> scratch(static_cast<size_t>(channels * (kMomentRows + 2)));
   Real* sums = scratch.data() + channels * kMomentRows;
   const Real* rows[kMomentRows];
+  int64_t count = 0;
+  const auto merge_rows = [&] {
+    group_moments(rows, count, channels, layout.num_groups, sums, sums + channels, moments);
+    count = 0;
+  };
+  // Always kMomentRows at once, across runs: how y is laid out must not show in the last bits.
   for_each_run(layout.rows, begin, end, [&](const Run& run) {
-    for (int64_t first = 0; first < run.count; first += kMomentRows) {
-      const int64_t num_rows = run.count - first < kMomentRows ? run.count - first : kMomentRows;
-      for (int64_t i = 0; i < num_rows; ++i) {
-        rows[i] = as_real(x + run.x + (first + i) * run.x_stride, scratch.data() + i * channels,
-                          channels);
-      }
-      group_moments(rows, num_rows, channels, layout.num_groups, sums, sums + channels, moments);
+    for (int64_t i = 0; i < run.count; ++i) {
+      rows[count] =
+          as_real(x + run.x + i * run.x_stride, scratch.data() + count * channels, channels);
+      if (++count == kMomentRows) merge_rows();
     }
   });
+  if (count > 0) merge_rows();
 }
 
 // Writes mean and 1 / deviation of every frame and group to `stats` [frames, groups, 2].

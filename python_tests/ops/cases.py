@@ -3,6 +3,7 @@
 from case_alpha_blend import ALPHA_BLEND
 from case_fsq import FSQ, FSQ_DECODE
 from case_fsq_entropy import FSQ_ENTROPY, FSQ_ENTROPY_CLAMPED
+from case_norm_act import NORM_ACT, NORM_ACT_STATE, NORM_ACT_WITHOUT_AFFINE
 from case_temporal_resample import TEMPORAL_DOWNSAMPLE, TEMPORAL_UPSAMPLE, TEMPORAL_UPSAMPLE_BLEND
 
 OP_CASES = [
@@ -14,4 +15,7 @@ OP_CASES = [
     TEMPORAL_DOWNSAMPLE,
     TEMPORAL_UPSAMPLE,
     TEMPORAL_UPSAMPLE_BLEND,
+    NORM_ACT,
+    NORM_ACT_STATE,
+    NORM_ACT_WITHOUT_AFFINE,
 ]

@@ -14,10 +14,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtok_ext.layers._ownership import may_overwrite
+from vtok_ext.ops.norm_act import norm_act as fused_norm_act
+from vtok_ext.ops.norm_act import norm_act_reference
 
 EPS = 1e-6
 NUM_GROUPS = 32
 NORM_TYPES = ("layernorm", "groupnorm")
+_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
+# torch.compile traces autograd functions with setup_context from 2.6 on, and breaks the graph before.
+_OPS_TRACE = _VERSION >= (2, 6)
+
+
+def _op_takes(x: Tensor) -> bool:
+    """Returns whether the op has a kernel for x here; plain PyTorch takes everything."""
+    if x.device.type not in ("cpu", "cuda") or (x.is_cuda and x.dtype == torch.float64):
+        return False
+    return _OPS_TRACE or not torch.compiler.is_compiling()
+
+
+def _is_plain(norm: nn.Module) -> bool:
+    """Returns whether reading the parameters of `norm` can stand for calling it.
+
+    A replaced or parametrized module has another class; a hook would not be called.
+    """
+    hooks = (
+        norm._forward_hooks,
+        norm._forward_pre_hooks,
+        norm._backward_hooks,
+        norm._backward_pre_hooks,
+    )
+    return type(norm) is nn.LayerNorm and not any(hooks)
 
 
 def _activate(y: Tensor, norm: nn.Module, act: bool) -> Tensor:
@@ -46,7 +72,10 @@ class NormAct(nn.Module):
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns a tensor as x [B, C, T, H, W]."""
+        """Returns a tensor as x [B, C, T, H, W], in channels_last_3d memory."""
+        norm = self.norm
+        if _is_plain(norm) and _op_takes(x):
+            return fused_norm_act(x, norm.weight, norm.bias, act=self.act, eps=norm.eps)
         y = self.norm(x.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3)
         return _activate(y, self.norm, self.act)
 
@@ -57,6 +86,8 @@ class GroupNormAct(nn.GroupNorm):
     Args:
         channels: C, a multiple of 32.
         act: whether x * sigmoid(x) follows.
+        subtract_mean: False divides by the root of the mean square of a group and subtracts
+            nothing; ProMAG's norm (arXiv 2501.05442), which leaves no spots in the corners.
         per_pixel: statistics over the C / 32 values of one group at one pixel of one frame. This is
             what the published temporal block computes; with few channels it is ill conditioned.
         across_time: statistics over all frames, of the whole picture or of one pixel: not causal.
@@ -69,18 +100,38 @@ class GroupNormAct(nn.GroupNorm):
         act: bool = True,
         per_pixel: bool = False,
         across_time: bool = False,
+        subtract_mean: bool = True,
     ) -> None:
         if channels % NUM_GROUPS:
             raise ValueError(
                 f"norm_act: channels must be a multiple of {NUM_GROUPS} for groupnorm, "
                 f"got {channels}"
             )
+        if (per_pixel or across_time) and not subtract_mean:
+            raise ValueError(
+                "norm_act: subtract_mean must be True for statistics per pixel or across time, "
+                "got False"
+            )
         super().__init__(NUM_GROUPS, channels, eps=EPS)
-        self.act = act
+        self.act, self.subtract_mean = act, subtract_mean
         self.apart = ([] if across_time else [2]) + ([3, 4] if per_pixel else [])
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns a tensor as x [B, C, T, H, W]."""
+        if self.apart != [2]:
+            return self._forward_apart(x)
+        run = fused_norm_act if _op_takes(x) else norm_act_reference
+        return run(
+            x,
+            self.weight,
+            self.bias,
+            norm="group" if self.subtract_mean else "group_rms",
+            num_groups=self.num_groups,
+            act=self.act,
+            eps=self.eps,
+        )
+
+    def _forward_apart(self, x: Tensor) -> Tensor:
         # Positions along `apart` have statistics of their own: they become batch items.
         leading = list(range(1, 1 + len(self.apart)))
         items = x.movedim(self.apart, leading)

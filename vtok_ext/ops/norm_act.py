@@ -231,6 +231,8 @@ def _forward(
     right: int,
 ) -> tuple[Tensor, Tensor]:
     y, stats = _empty_results(x, norm, num_groups, dtype, front, bottom, right)
+    if y.numel() == 0:
+        return y, stats.zero_()
     kind = NORMS.index(norm)
     replicate = temporal == "replicate" and state is None
     _native.module().norm_act_forward(
@@ -295,14 +297,30 @@ def _backward(
     return gradients
 
 
+def _fake_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    state: Tensor | None,
+    norm: str,
+    num_groups: int,
+    act: bool,
+    eps: float,
+    dtype: torch.dtype,
+    front: int,
+    temporal: str,
+    bottom: int,
+    right: int,
+) -> tuple[Tensor, Tensor]:
+    return _empty_results(x, norm, num_groups, dtype, front, bottom, right)
+
+
 _norm_act_forward = register(
     "norm_act_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? state, str norm, "
     "int num_groups, bool act, float eps, ScalarType dtype, int front, str temporal, int bottom, "
     "int right) -> (Tensor, Tensor)",
     _forward,
-    lambda x, weight, bias, state, norm, num_groups, act, eps, dtype, front, temporal, bottom, right: (  # noqa: E501
-        _empty_results(x, norm, num_groups, dtype, front, bottom, right)
-    ),
+    _fake_forward,
 )
 _norm_act_backward = register(
     "norm_act_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, "
