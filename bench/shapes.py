@@ -79,3 +79,23 @@ RESAMPLE_SHAPES = [
     ResampleShape("VidTok 488 up, level 1, nearest", (1, 256, 10, 64, 64), "nearest"),
     ResampleShape("VidTok 488 up, level 1, linear", (1, 256, 10, 64, 64), "linear"),
 ]
+
+
+@dataclass(frozen=True)
+class VideoShape:
+    """An activation [B, C, T, H, W] in channels_last_3d memory."""
+
+    name: str
+    shape: tuple[int, int, int, int, int]
+
+
+# VidTok 488: the widths 128, 256, 512, 512 at their resolutions, for clips 17x128x128 and
+# 17x256x256; of the latter the two levels that hold most of the elements.
+NORM_ACT_SHAPES = [
+    VideoShape("128 x 17x128x128", (1, 128, 17, 128, 128)),
+    VideoShape("256 x 17x64x64", (1, 256, 17, 64, 64)),
+    VideoShape("512 x 9x32x32", (1, 512, 9, 32, 32)),
+    VideoShape("512 x 5x16x16", (1, 512, 5, 16, 16)),
+    VideoShape("128 x 17x256x256", (1, 128, 17, 256, 256)),
+    VideoShape("256 x 17x128x128", (1, 256, 17, 128, 128)),
+]

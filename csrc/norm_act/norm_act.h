@@ -21,20 +21,20 @@ enum class NormKind { kLayer = 0, kRms = 1, kGroup = 2, kGroupRms = 3 };
 
 // Where rows lie in x and in y. Dimensions that both tensors allow are merged, size 1 is dropped.
 struct NormActRows {
-  int num_dims;                             // outermost first
+  int num_dims;  // outermost first
   int64_t sizes[kNormActMaxDims];
-  int64_t x_strides[kNormActMaxDims];       // in elements
+  int64_t x_strides[kNormActMaxDims];  // in elements
   int64_t y_strides[kNormActMaxDims];
-  uint32_t multipliers[kNormActMaxDims];    // division of a row number by sizes[dim], see
-  uint32_t shifts[kNormActMaxDims];         // Note [Division by multiplication]
-  int frame_dim;                            // the dimension of frames, -1 unless y starts with copies of frame 0
-  int64_t y_offset;                         // of row 0 of x in y: the frames in front
-  int64_t num_rows;                         // below 2^31
+  uint32_t multipliers[kNormActMaxDims];  // division of a row number by sizes[dim], see
+  uint32_t shifts[kNormActMaxDims];       // Note [Division by multiplication]
+  int frame_dim;     // the dimension of frames, -1 unless y starts with copies of frame 0
+  int64_t y_offset;  // of row 0 of x in y: the frames in front
+  int64_t num_rows;  // below 2^31
 };
 
-// y is [batch, front + frames, height + bottom, width + right, C], dense. Row (b, t, h, w) of x goes
-// to frame front + t. The first `front` frames hold zeros, copies of frame 0 or `state`; the bottom
-// rows and right columns hold zeros.
+// y is [batch, front + frames, height + bottom, width + right, C], dense. Row (b, t, h, w) of x
+// goes to frame front + t. The first `front` frames hold zeros, copies of frame 0 or `state`; the
+// bottom rows and right columns hold zeros.
 struct NormActBuffer {
   int64_t batch, front, frames, height, width, bottom, right;
   bool replicate;
@@ -59,7 +59,8 @@ struct NormActForward {
   TensorView bias;          // [C] floating or absent
   TensorView state;         // [B, C, front, H, W] dense channels_last_3d, dtype of y, or absent
   OutputView y;             // [B, C, front + T, H + bottom, W + right] channels_last_3d
-  OutputView stats;         // [B, T, groups, 2]: mean and 1 / deviation, or absent (layer, rms)
+  OutputView stats;         // mean and 1 / deviation: [B, T, groups, 2], or per position
+                            // [B, T, H * W, 2] (layer, rms; may be absent)
   WorkspaceView workspace;  // float32, norm_act_workspace_*() elements
   int num_threads;
 };
@@ -70,7 +71,7 @@ struct NormActBackward {
   TensorView x;            // [B, C, T, H, W], channel stride 1
   TensorView weight;       // [C] floating or absent
   TensorView bias;         // [C] floating or absent
-  TensorView stats;        // [B, T, groups, 2], or absent (layer, rms)
+  TensorView stats;        // as the forward pass left them; absent: found again (layer, rms)
   OutputView grad_x;       // dense channels_last_3d, dtype of x, or absent
   OutputView grad_weight;  // [C], or absent
   OutputView grad_bias;    // [C], or absent

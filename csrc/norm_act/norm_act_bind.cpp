@@ -101,9 +101,9 @@ void check_dense(const char* name, const TensorView& view) {
   constexpr int kOrder[] = {1, 4, 3, 2, 0};
   int64_t expected = 1;
   for (const int dim : kOrder) {
-    VTOK_CHECK_VALUE(view.shape[dim] <= 1 || view.strides[dim] == expected || view.num_elements() == 0,
-                     "norm_act: ", name, " must be dense channels_last_3d, got shape ",
-                     shape_string(view));
+    VTOK_CHECK_VALUE(
+        view.shape[dim] <= 1 || view.strides[dim] == expected || view.num_elements() == 0,
+        "norm_act: ", name, " must be dense channels_last_3d, got shape ", shape_string(view));
     expected *= view.shape[dim];
   }
 }
@@ -122,13 +122,16 @@ void check_channels(const char* name, const TensorView& view, int64_t channels) 
 }
 
 void check_stats(const TensorView& stats, const NormActLayout& layout, DType x_dtype) {
-  if (!is_grouped(layout.kind)) return;
+  const bool grouped = is_grouped(layout.kind);
+  if (!grouped && stats.data == nullptr) return;
   const DType expected = x_dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   const NormActBuffer& buffer = layout.buffer;
-  VTOK_CHECK_VALUE(stats.num_elements() == buffer.batch * buffer.frames * layout.num_groups * 2 &&
+  const int64_t per_frame = grouped ? layout.num_groups : layout.rows_per_frame;
+  VTOK_CHECK_VALUE(stats.num_elements() == buffer.batch * buffer.frames * per_frame * 2 &&
                        stats.dtype == expected,
-                   "norm_act: stats must be [", buffer.batch, ", ", buffer.frames, ", ",
-                   layout.num_groups, ", 2] ", name_of(expected), ", got ", shape_string(stats));
+                   "norm_act: stats must be [", buffer.batch, ", ", buffer.frames, ", ", per_frame,
+                   ", 2] ", name_of(expected), ", got ", shape_string(stats), " ",
+                   name_of(stats.dtype));
 }
 
 int64_t workspace_size(const NormActLayout& layout, bool backward, bool is_cuda, int device_index) {
@@ -174,8 +177,8 @@ void forward(const TensorView& x, const TensorView& weight, const TensorView& bi
   check_channels("weight", weight, layout.channels);
   check_channels("bias", bias, layout.channels);
   check_stats(stats, layout, x.dtype);
-  check_workspace(workspace, workspace_size(layout, false, x.device == DeviceType::kCUDA,
-                                            x.device_index));
+  check_workspace(workspace,
+                  workspace_size(layout, false, x.device == DeviceType::kCUDA, x.device_index));
   if (state.data != nullptr) {
     TensorView expected = x;
     expected.shape[kFrameDim] = layout.buffer.front;
@@ -215,8 +218,8 @@ void backward(const TensorView& grad_y, const TensorView& x, const TensorView& w
   check_channels("grad_weight", grad_weight, layout.channels);
   check_channels("grad_bias", grad_bias, layout.channels);
   check_stats(stats, layout, x.dtype);
-  check_workspace(workspace, workspace_size(layout, true, x.device == DeviceType::kCUDA,
-                                            x.device_index));
+  check_workspace(workspace,
+                  workspace_size(layout, true, x.device == DeviceType::kCUDA, x.device_index));
   if (x.num_elements() == 0) return;
   VTOK_CALL_DEVICE(x, context, norm_act_backward, params);
 }

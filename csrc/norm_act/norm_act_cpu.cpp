@@ -48,7 +48,8 @@ static void fill_surroundings(const NormActForward& params) {
   });
 }
 
-// Calls function(TypeTag<T>, TypeTag<O>) for the dtypes of x and y: equal, or any two below float64.
+// Calls function(TypeTag<T>, TypeTag<O>) for the dtypes of x and y: equal, or any two below
+// float64.
 template <typename Function>
 static void dispatch_dtypes(DType x, DType y, const Function& function) {
   dispatch_floating("norm_act", "x", x, [&](auto x_type) {

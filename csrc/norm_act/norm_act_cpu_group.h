@@ -38,8 +38,7 @@ static void for_each_slice(const NormActLayout& layout, int num_threads, const F
 // Moments of every group over up to kMomentRows rows [rows, C].
 template <typename Real>
 static void group_moments(const Real* const* rows, int64_t num_rows, int64_t channels,
-                          int64_t num_groups, Real* sums, Real* means,
-                          Moments<double>* moments) {
+                          int64_t num_groups, Real* sums, Real* means, Moments<double>* moments) {
   const int64_t width = channels / num_groups;
   const Real count = static_cast<Real>(num_rows * width);
   for (int64_t c = 0; c < channels; ++c) sums[c] = 0;
@@ -179,11 +178,9 @@ struct FrameConstants {
 };
 
 template <bool kAct, typename Real>
-VTOK_NOINLINE void sum_group_row(const Real* row, const Real* gradient,
-                                 const Real* mean, const Real* rstd,
-                                 const Real* weight, const Real* bias,
-                                 Real* grad_weight, Real* grad_bias,
-                                 int64_t channels) {
+VTOK_NOINLINE void sum_group_row(const Real* row, const Real* gradient, const Real* mean,
+                                 const Real* rstd, const Real* weight, const Real* bias,
+                                 Real* grad_weight, Real* grad_bias, int64_t channels) {
   VTOK_SIMD
   for (int64_t c = 0; c < channels; ++c) {
     const Real n = (row[c] - mean[c]) * rstd[c];
@@ -196,9 +193,8 @@ VTOK_NOINLINE void sum_group_row(const Real* row, const Real* gradient,
 
 template <bool kAct, typename T, typename Real>
 VTOK_NOINLINE void store_grad_group_row(const Real* row, const Real* gradient,
-                                        const FrameConstants<Real>& frame,
-                                        const Real* weight, const Real* bias,
-                                        T* grad_x, int64_t channels) {
+                                        const FrameConstants<Real>& frame, const Real* weight,
+                                        const Real* bias, T* grad_x, int64_t channels) {
   const Real* mean = frame.mean.data();
   const Real* rstd = frame.rstd.data();
   const Real* weighted_mean = frame.weighted_mean.data();

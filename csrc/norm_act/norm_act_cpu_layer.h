@@ -12,11 +12,11 @@ constexpr int64_t kGrainElements = 16384;
 // Parts into which the sums of the weight gradients are split, whatever the number of threads.
 constexpr int64_t kMaxParts = 256;
 constexpr int64_t kMinRowsPerPart = 64;
-// Rows summed in the type of the arithmetic before the sum is added to a double: errors of thousands
-// of float additions would show.
+// Rows summed in the type of the arithmetic before the sum is added to a double: errors of
+// thousands of float additions would show.
 constexpr int64_t kRowsPerFlush = 64;
-// Rows of a block: 4 KB in the type of the arithmetic, so that what the backward pass keeps of a block
-// (x, gradient, two intermediate results, grad_x) fits an L1 cache of 32 KB.
+// Rows of a block: 4 KB in the type of the arithmetic, so that what the backward pass keeps of a
+// block (x, gradient, two intermediate results, grad_x) fits an L1 cache of 32 KB.
 constexpr int64_t kBlockBytes = 4096;
 constexpr int64_t kMaxBlockRows = 16;
 
@@ -48,9 +48,25 @@ struct Block {
     VTOK_SIMD
     for (int64_t i = 0; i < num_rows; ++i) rstd[i] = Real(1) / std::sqrt(rstd[i]);
   }
+
+  // `stats` [rows, 2], from the block's first row on.
+  void store_statistics(Real* stats) const {
+    for (int64_t i = 0; i < num_rows; ++i) {
+      stats[2 * i] = mean[i];
+      stats[2 * i + 1] = rstd[i];
+    }
+  }
+
+  void load_statistics(const Real* stats) {
+    for (int64_t i = 0; i < num_rows; ++i) {
+      mean[i] = stats[2 * i];
+      rstd[i] = stats[2 * i + 1];
+    }
+  }
 };
 
-// Functions of a block are not inlined: registers for their constants and pointers run out otherwise.
+// Functions of a block are not inlined: registers for their constants and pointers run out
+// otherwise.
 template <bool kAct, typename Real, typename O>
 VTOK_NOINLINE void normalise_block(const Block<Real>& block, const Real* weight, const Real* bias,
                                    O* y, int64_t y_stride, int64_t channels) {
@@ -94,6 +110,7 @@ static void layer_forward(const NormActForward& params) {
   const std::vector<Real> bias = channel_vector<Real>(params.bias, channels, 0);
   const T* x = params.x.data_as<T>();
   O* y = params.y.data_as<O>();
+  Real* stats = params.stats.data == nullptr ? nullptr : params.stats.data_as<Real>();
   parallel_for(
       layout.rows.num_rows, row_grain(channels), params.num_threads,
       [&](int64_t begin, int64_t end) {
@@ -102,10 +119,11 @@ static void layer_forward(const NormActForward& params) {
         for_each_block<Real>(layout, begin, end, [&](const Run& run) {
           block.num_rows = run.count;
           for (int64_t i = 0; i < run.count; ++i) {
-            block.rows[i] = as_real(x + run.x + i * run.x_stride, scratch.data() + i * channels,
-                                    channels);
+            block.rows[i] =
+                as_real(x + run.x + i * run.x_stride, scratch.data() + i * channels, channels);
           }
           block.find_statistics(channels, subtract_mean, eps);
+          if (stats != nullptr) block.store_statistics(stats + 2 * run.first_row);
           normalise_block<kAct>(block, weight.data(), bias.data(), y + run.y, run.y_stride,
                                 channels);
           copy_to_front(layout.buffer, run, y, channels);
@@ -162,14 +180,15 @@ VTOK_FUNCTION Real grad_normalised(Real n, Real gradient, Real weight, Real bias
 // Fills `weighted` and the sums of one row (kPair false) or two, and adds to the sums over rows for
 // weight and bias. Two rows at a time load and store these half as often.
 template <bool kAct, bool kPair, typename Real>
-VTOK_NOINLINE void backward_rows(RowGradient<Real>* rows, const Real* __restrict weight,
+VTOK_FUNCTION void backward_rows(RowGradient<Real>* rows, const Real* __restrict weight,
                                  const Real* __restrict bias, Real* __restrict grad_weight,
                                  Real* __restrict grad_bias, int64_t channels) {
-  const Real *__restrict row0 = rows[0].row, *__restrict row1 = rows[kPair].row;
-  const Real *__restrict gradient0 = rows[0].gradient, *__restrict gradient1 = rows[kPair].gradient;
+  const Real* __restrict row0 = rows[0].row, * __restrict row1 = rows[kPair].row;
+  const Real* __restrict gradient0 = rows[0].gradient, * __restrict gradient1 =
+                                                           rows[kPair].gradient;
   const Real mean0 = rows[0].mean, mean1 = rows[kPair].mean;
   const Real rstd0 = rows[0].rstd, rstd1 = rows[kPair].rstd;
-  Real *__restrict weighted0 = rows[0].weighted, *__restrict weighted1 = rows[kPair].weighted;
+  Real* __restrict weighted0 = rows[0].weighted, * __restrict weighted1 = rows[kPair].weighted;
   Real sum0 = 0, sum1 = 0, projection0 = 0, projection1 = 0;
   VTOK_SIMD_SUM(sum0, sum1, projection0, projection1)
   for (int64_t c = 0; c < channels; ++c) {
@@ -201,6 +220,19 @@ VTOK_NOINLINE void backward_rows(RowGradient<Real>* rows, const Real* __restrict
   }
 }
 
+template <bool kAct, typename Real>
+VTOK_NOINLINE void backward_block(RowGradient<Real>* rows, int64_t num_rows, const Real* weight,
+                                  const Real* bias, Real* grad_weight, Real* grad_bias,
+                                  int64_t channels) {
+  int64_t i = 0;
+  for (; i + 2 <= num_rows; i += 2) {
+    backward_rows<kAct, true>(rows + i, weight, bias, grad_weight, grad_bias, channels);
+  }
+  if (i < num_rows) {
+    backward_rows<kAct, false>(rows + i, weight, bias, grad_weight, grad_bias, channels);
+  }
+}
+
 // grad_x = rstd * (grad_n - mean(grad_n) - n * mean(grad_n * n)).
 template <typename T, typename Real>
 VTOK_NOINLINE void store_grad_row(const RowGradient<Real>& row, bool subtract_mean,
@@ -213,8 +245,7 @@ VTOK_NOINLINE void store_grad_row(const RowGradient<Real>& row, bool subtract_me
   const Real slope = -row.projection * share * rstd * rstd;
   VTOK_SIMD
   for (int64_t c = 0; c < channels; ++c) {
-    store(grad_x + c,
-          multiply_add(x[c] - mean, slope, multiply_add(weighted[c], rstd, offset)));
+    store(grad_x + c, multiply_add(x[c] - mean, slope, multiply_add(weighted[c], rstd, offset)));
   }
 }
 
@@ -230,6 +261,7 @@ static void layer_backward_rows(const NormActBackward& params, const std::vector
   const T* x = params.x.data_as<T>();
   const O* grad_y = params.grad_y.data_as<O>();
   T* grad_x = params.grad_x.data == nullptr ? nullptr : params.grad_x.data_as<T>();
+  const Real* stats = params.stats.data == nullptr ? nullptr : params.stats.data_as<Real>();
   Block<Real> block;
   RowGradient<Real> gradients[kMaxBlockRows];
   int64_t rows_since_flush = 0;
@@ -239,23 +271,25 @@ static void layer_backward_rows(const NormActBackward& params, const std::vector
       block.rows[i] =
           as_real(x + run.x + i * run.x_stride, scratch.x.data() + i * channels, channels);
     }
-    block.find_statistics(channels, subtract_mean, eps);
+    if (stats != nullptr) {
+      block.load_statistics(stats + 2 * run.first_row);
+    } else {
+      block.find_statistics(channels, subtract_mean, eps);
+    }
     for (int64_t i = 0; i < run.count; ++i) {
       const Real* gradient =
           load_gradient(layout.buffer, run.is_first_frame, grad_y + run.y + i * run.y_stride,
                         scratch.gradient.data() + i * channels, channels);
-      gradients[i] = {block.rows[i], gradient, block.mean[i], block.rstd[i],
-                      scratch.weighted.data() + i * channels, 0, 0};
+      gradients[i] = {block.rows[i],
+                      gradient,
+                      block.mean[i],
+                      block.rstd[i],
+                      scratch.weighted.data() + i * channels,
+                      0,
+                      0};
     }
-    int64_t row = 0;
-    for (; row + 2 <= run.count; row += 2) {
-      backward_rows<kAct, true>(gradients + row, weight.data(), bias.data(),
-                                scratch.grad_weight.data(), scratch.grad_bias.data(), channels);
-    }
-    if (row < run.count) {
-      backward_rows<kAct, false>(gradients + row, weight.data(), bias.data(),
-                                 scratch.grad_weight.data(), scratch.grad_bias.data(), channels);
-    }
+    backward_block<kAct>(gradients, run.count, weight.data(), bias.data(),
+                         scratch.grad_weight.data(), scratch.grad_bias.data(), channels);
     for (int64_t i = 0; i < run.count && grad_x != nullptr; ++i) {
       store_grad_row(gradients[i], subtract_mean, grad_x + (run.first_row + i) * channels,
                      channels);

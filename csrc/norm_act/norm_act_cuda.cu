@@ -1,11 +1,11 @@
 // LayerNorm and RMS norm on CUDA. Memory bound: x is read once (with grad_y, backwards), y written
-// once, in 16-byte accesses.
+// once, in 16-byte accesses. The backward pass finds the statistics again, from registers.
 //
 //   vectors   kLanes lanes own a row and keep it in registers, kVectors vectors each; rows of up to
-//             512 channels. Blocks stay and take rows in turn, so that weight and bias are read, and
-//             their gradients flushed, once per block. 256 threads with 1 to 2 KB of loads in flight
-//             per warp should cover the latency of memory at 4 resident blocks.
-//   any       a warp per row, one element at a time, for other channel counts and alignments.
+//             512 channels. Blocks stay and take rows in turn, so that weight and bias are read,
+//             and their gradients flushed, once per block. 256 threads with 1 to 2 KB of loads in
+//             flight per warp should cover the latency of memory at 4 resident blocks.
+//   any       (norm_act_cuda_any.cu) other channel counts and alignments.
 //
 // Weight gradients: sums over the rows of a block (or warp), then over blocks in their order.
 #include "norm_act_device.cuh"
@@ -16,20 +16,7 @@ namespace {
 constexpr int kMaxVectorChannels = 512;
 constexpr int kForwardBlocksPerMultiprocessor = 8;
 constexpr int kBackwardBlocksPerMultiprocessor = 4;
-// The `any` kernel has partial sums per warp: as many parts as the other kernel has blocks.
-constexpr int kAnyThreads = 128;
-constexpr int kAnyWarps = kAnyThreads / 32;
-constexpr int kSumSlices = 8;
-
-// Sum over the kLanes lanes (a power of 2) that share a row; every lane gets it.
-template <int kLanes>
-__device__ __forceinline__ float sum_over_lanes(float value) {
-#pragma unroll
-  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-    value += __shfl_xor_sync(kFullWarp, value, distance);
-  }
-  return value;
-}
+constexpr int kSumSlices = 32;
 
 // The part of a row that one lane holds. Vectors beyond the last channel hold zeros.
 template <typename T, int kLanes, int kVectors>
@@ -59,10 +46,10 @@ struct RowPart {
     }
   }
 
-  // Replaces x by (x - mean) * rstd and returns rstd.
-  __device__ __forceinline__ float normalise(const KernelLayout& layout) {
+  // Replaces x by (x - mean) * rstd.
+  __device__ __forceinline__ void normalise(const KernelLayout& layout, float& mean, float& rstd) {
     const float share = 1.0f / static_cast<float>(layout.channels);
-    float mean = 0.0f;
+    mean = 0.0f;
     if (layout.subtract_mean) {
       float sum = 0.0f;
 #pragma unroll
@@ -80,13 +67,12 @@ struct RowPart {
         squares = multiply_add(values[v][i], values[v][i], squares);
       }
     });
-    const float rstd = 1.0f / sqrtf(sum_over_lanes<kLanes>(squares) * share + layout.eps);
+    rstd = 1.0f / sqrtf(sum_over_lanes<kLanes>(squares) * share + layout.eps);
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) values[v][i] *= rstd;
     }
-    return rstd;
   }
 };
 
@@ -111,7 +97,8 @@ __global__ void __launch_bounds__(kThreads)
                             const T* __restrict__ x,  // [rows, C]
                             const AnyArray weight,    // [C]
                             const AnyArray bias,      // [C]
-                            const AnyArray y) {       // [rows, C]
+                            const AnyArray y,         // [rows, C]
+                            float* stats) {           // [rows, 2] or null
   using Part = RowPart<T, kLanes, kVectors>;
   Part factors, summands;
   load_affine(layout, weight, bias, factors, summands);
@@ -124,11 +111,12 @@ __global__ void __launch_bounds__(kThreads)
     const RowOffsets at = row_offsets(layout.rows, exists ? row : num_rows - 1);
     Part part;
     part.fill(0.0f);
-    Part::for_each(layout.channels, [&](int v, int channel) {
-      load_floats(x, at.x + channel, part.values[v]);
-    });
-    part.normalise(layout);
+    Part::for_each(layout.channels,
+                   [&](int v, int channel) { load_floats(x, at.x + channel, part.values[v]); });
+    float mean, rstd;
+    part.normalise(layout, mean, rstd);
     if (!exists) continue;
+    if (stats != nullptr && threadIdx.x % kLanes == 0) store_statistics(stats, row, mean, rstd);
     Part::for_each(layout.channels, [&](int v, int channel) {
 #pragma unroll
       for (int i = 0; i < Part::kWidth; ++i) {
@@ -174,6 +162,30 @@ __device__ __forceinline__ void flush_sums(const KernelLayout& layout, Part& wei
   for (int e = threadIdx.x; e < 2 * layout.channels; e += kThreads) partials[e] = totals[e];
 }
 
+// From normalised values and the gradient of y: the gradient of the normalised values in its place,
+// this lane's sums of it and of its product with them, and the sums over rows for weight and bias.
+template <typename Part>
+__device__ __forceinline__ void grad_normalised(const KernelLayout& layout, const Part& normalised,
+                                                const Part& factors, const Part& summands,
+                                                Part& gradient, Part& weight_sums, Part& bias_sums,
+                                                float& weighted_sum, float& projection) {
+  weighted_sum = projection = 0.0f;
+  Part::for_each(layout.channels, [&](int v, int) {
+#pragma unroll
+    for (int i = 0; i < Part::kWidth; ++i) {
+      const float n = normalised.values[v][i];
+      const float u = multiply_add(n, factors.values[v][i], summands.values[v][i]);
+      const float grad_u = grad_preactivation(layout.act, u, gradient.values[v][i]);
+      weight_sums.values[v][i] = multiply_add(grad_u, n, weight_sums.values[v][i]);
+      bias_sums.values[v][i] += grad_u;
+      const float grad_n = grad_u * factors.values[v][i];
+      weighted_sum += grad_n;
+      projection = multiply_add(grad_n, n, projection);
+      gradient.values[v][i] = grad_n;
+    }
+  });
+}
+
 template <typename T, int kLanes, int kVectors>
 __global__ void __launch_bounds__(kThreads)
     norm_act_backward_kernel(const KernelLayout layout,
@@ -203,22 +215,11 @@ __global__ void __launch_bounds__(kThreads)
       load_floats(x, at.x + channel, part.values[v]);
       if (exists) load_gradient(layout, grad_y, at, channel, gradient.values[v]);
     });
-    const float rstd = part.normalise(layout);
-    float weighted_sum = 0.0f, projection = 0.0f;
-    Part::for_each(layout.channels, [&](int v, int) {
-#pragma unroll
-      for (int i = 0; i < Part::kWidth; ++i) {
-        const float n = part.values[v][i];
-        const float u = multiply_add(n, factors.values[v][i], summands.values[v][i]);
-        const float grad_u = grad_preactivation(layout.act, u, gradient.values[v][i]);
-        weight_sums.values[v][i] = multiply_add(grad_u, n, weight_sums.values[v][i]);
-        bias_sums.values[v][i] += grad_u;
-        const float grad_n = grad_u * factors.values[v][i];
-        weighted_sum += grad_n;
-        projection = multiply_add(grad_n, n, projection);
-        gradient.values[v][i] = grad_n;
-      }
-    });
+    float mean, rstd;
+    part.normalise(layout, mean, rstd);
+    float weighted_sum, projection;
+    grad_normalised(layout, part, factors, summands, gradient, weight_sums, bias_sums, weighted_sum,
+                    projection);
     projection = sum_over_lanes<kLanes>(projection) * share;
     weighted_sum = sum_over_lanes<kLanes>(weighted_sum) * share;
     const float weighted_mean = layout.subtract_mean ? weighted_sum : 0.0f;
@@ -226,8 +227,8 @@ __global__ void __launch_bounds__(kThreads)
     Part::for_each(layout.channels, [&](int v, int channel) {
 #pragma unroll
       for (int i = 0; i < Part::kWidth; ++i) {
-        gradient.values[v][i] =
-            rstd * multiply_add(-part.values[v][i], projection, gradient.values[v][i] - weighted_mean);
+        gradient.values[v][i] = rstd * multiply_add(-part.values[v][i], projection,
+                                                    gradient.values[v][i] - weighted_mean);
       }
       store_floats(grad_x, int64_t{row} * layout.channels + channel, gradient.values[v]);
     });
@@ -235,91 +236,6 @@ __global__ void __launch_bounds__(kThreads)
   if (partials != nullptr) {
     flush_sums<Part, kLanes>(layout, weight_sums, bias_sums, totals,
                              partials + int64_t{blockIdx.x} * 2 * layout.channels);
-  }
-}
-
-// Mean and 1 / deviation of a row that a warp reads element by element.
-template <typename T>
-__device__ __forceinline__ void any_statistics(const KernelLayout& layout, const T* row, float& mean,
-                                               float& rstd) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const float share = 1.0f / static_cast<float>(layout.channels);
-  float sum = 0.0f, squares = 0.0f;
-  for (int c = lane; c < layout.channels; c += 32) sum += to_float(row[c]);
-  mean = layout.subtract_mean ? sum_over_lanes<32>(sum) * share : 0.0f;
-  for (int c = lane; c < layout.channels; c += 32) {
-    const float deviation = to_float(row[c]) - mean;
-    squares = multiply_add(deviation, deviation, squares);
-  }
-  rstd = 1.0f / sqrtf(sum_over_lanes<32>(squares) * share + layout.eps);
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kAnyThreads)
-    norm_act_forward_any_kernel(const KernelLayout layout, const T* __restrict__ x,  // [rows, C]
-                                const AnyArray weight, const AnyArray bias, const AnyArray y) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const uint32_t num_rows = static_cast<uint32_t>(layout.rows.num_rows);
-  for (uint32_t row = blockIdx.x * kAnyWarps + threadIdx.x / 32; row < num_rows;
-       row += gridDim.x * kAnyWarps) {
-    const RowOffsets at = row_offsets(layout.rows, row);
-    float mean, rstd;
-    any_statistics(layout, x + at.x, mean, rstd);
-    for (int c = lane; c < layout.channels; c += 32) {
-      const float n = (to_float(x[at.x + c]) - mean) * rstd;
-      const float u = multiply_add(n, load_float(weight, c, 1.0f), load_float(bias, c, 0.0f));
-      const float result[1] = {layout.act ? silu(u) : u};
-      store_result(layout, y, at, c, result);
-    }
-  }
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kAnyThreads)
-    norm_act_backward_any_kernel(const KernelLayout layout, const AnyArray grad_y,
-                                 const T* __restrict__ x,  // [rows, C]
-                                 const AnyArray weight, const AnyArray bias,
-                                 T* __restrict__ grad_x,  // [rows, C] or null
-                                 float* partials) {       // [warps, 2, C] or null
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const uint32_t warp = blockIdx.x * kAnyWarps + threadIdx.x / 32;
-  const uint32_t num_rows = static_cast<uint32_t>(layout.rows.num_rows);
-  const float share = 1.0f / static_cast<float>(layout.channels);
-  float* sums = partials == nullptr ? nullptr : partials + int64_t{warp} * 2 * layout.channels;
-  // Each lane reads and writes its own channels of `sums`: no other thread looks at them.
-  for (int c = lane; sums != nullptr && c < layout.channels; c += 32) {
-    sums[c] = sums[layout.channels + c] = 0.0f;
-  }
-  for (uint32_t row = warp; row < num_rows; row += gridDim.x * kAnyWarps) {
-    const RowOffsets at = row_offsets(layout.rows, row);
-    float mean, rstd;
-    any_statistics(layout, x + at.x, mean, rstd);
-    const auto grad_normalised = [&](int c, float& n, float& grad_u) {
-      float gradient[1];
-      load_gradient(layout, grad_y, at, c, gradient);
-      const float factor = load_float(weight, c, 1.0f);
-      n = (to_float(x[at.x + c]) - mean) * rstd;
-      const float u = multiply_add(n, factor, load_float(bias, c, 0.0f));
-      grad_u = grad_preactivation(layout.act, u, gradient[0]);
-      return grad_u * factor;
-    };
-    float weighted_sum = 0.0f, projection = 0.0f, n, grad_u;
-    for (int c = lane; c < layout.channels; c += 32) {
-      const float grad_n = grad_normalised(c, n, grad_u);
-      weighted_sum += grad_n;
-      projection = multiply_add(grad_n, n, projection);
-      if (sums != nullptr) {
-        sums[c] = multiply_add(grad_u, n, sums[c]);
-        sums[layout.channels + c] += grad_u;
-      }
-    }
-    projection = sum_over_lanes<32>(projection) * share;
-    weighted_sum = layout.subtract_mean ? sum_over_lanes<32>(weighted_sum) * share : 0.0f;
-    for (int c = lane; grad_x != nullptr && c < layout.channels; c += 32) {
-      const float grad_n = grad_normalised(c, n, grad_u);
-      grad_x[int64_t{row} * layout.channels + c] =
-          from_float<T>(rstd * multiply_add(-n, projection, grad_n - weighted_sum));
-    }
   }
 }
 
@@ -358,11 +274,6 @@ void dispatch_row_shape(int64_t num_vectors, const Function& function) {
   return function(integral_constant<int, 32>{}, integral_constant<int, 4>{});
 }
 
-unsigned num_blocks(int64_t num_rows, int rows_per_block, int64_t most) {
-  const int64_t needed = (num_rows + rows_per_block - 1) / rows_per_block;
-  return static_cast<unsigned>(needed < most ? needed : most);
-}
-
 bool takes_vectors(const NormActLayout& layout, int width) {
   return layout.channels <= kMaxVectorChannels && has_vector_rows(layout, width);
 }
@@ -383,6 +294,7 @@ static void forward_rows(const NormActForward& params, Stream stream) {
   const KernelLayout kernel = kernel_layout(layout);
   const AnyArray weight = any_array(params.weight), bias = any_array(params.bias);
   const AnyArray y = any_array(params.y);
+  float* stats = params.stats.data == nullptr ? nullptr : params.stats.data_as<float>();
   const int64_t most =
       int64_t{kForwardBlocksPerMultiprocessor} * num_multiprocessors(params.x.device_index);
   dispatch_floating_cuda("norm_act", "x", params.x.dtype, [&](auto type) {
@@ -391,16 +303,14 @@ static void forward_rows(const NormActForward& params, Stream stream) {
     const T* x = params.x.data_as<T>();
     if (!takes_vectors(layout, kWidth) || !is_aligned(params.x, kWidth) ||
         !is_aligned(params.y, kWidth)) {
-      VTOK_LAUNCH((norm_act_forward_any_kernel<T>),
-                  dim3(num_blocks(layout.rows.num_rows, kAnyWarps, most)), dim3(kAnyThreads), 0,
-                  stream, kernel, x, weight, bias, y);
+      norm_act_forward_any(params, most, stream);
       return;
     }
     dispatch_row_shape(layout.channels / kWidth, [&](auto lanes, auto vectors) {
       constexpr int kLanes = decltype(lanes)::value, kVectors = decltype(vectors)::value;
       VTOK_LAUNCH((norm_act_forward_kernel<T, kLanes, kVectors>),
                   dim3(num_blocks(layout.rows.num_rows, kThreads / kLanes, most)), dim3(kThreads),
-                  0, stream, kernel, x, weight, bias, y);
+                  0, stream, kernel, x, weight, bias, y, stats);
     });
   });
 }
@@ -421,10 +331,7 @@ static void backward_rows(const NormActBackward& params, Stream stream) {
     T* grad_x = params.grad_x.data == nullptr ? nullptr : params.grad_x.data_as<T>();
     if (!takes_vectors(layout, kWidth) || !is_aligned(params.x, kWidth) ||
         !is_aligned(params.grad_y, kWidth) || !is_aligned(params.grad_x, kWidth)) {
-      const unsigned blocks = num_blocks(layout.rows.num_rows, kAnyWarps, multiprocessors);
-      num_parts = int64_t{blocks} * kAnyWarps;
-      VTOK_LAUNCH((norm_act_backward_any_kernel<T>), dim3(blocks), dim3(kAnyThreads), 0, stream,
-                  kernel, grad_y, x, weight, bias, grad_x, partials);
+      num_parts = norm_act_backward_any(params, partials, multiprocessors, stream);
       return;
     }
     dispatch_row_shape(layout.channels / kWidth, [&](auto lanes, auto vectors) {

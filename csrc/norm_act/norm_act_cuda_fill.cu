@@ -1,5 +1,5 @@
-// What surrounds the rows of y on CUDA: frames of zeros or of state in front, zeros at the bottom and
-// the right. A small part of y, written once in words of up to 16 bytes.
+// What surrounds the rows of y on CUDA: frames of zeros or of state in front, zeros at the bottom
+// and the right. A small part of y, written once in words of up to 16 bytes.
 #include "norm_act_device.cuh"
 
 namespace vtok {
@@ -19,10 +19,10 @@ VTOK_FUNCTION int64_t filled_rows(const Surroundings& s, bool is_front) {
 }
 
 template <typename Word>
-__global__ void __launch_bounds__(kThreads)
-    norm_act_fill_kernel(const Surroundings s,
-                         const Word* __restrict__ state,  // [B, front, H, W, row_words] or null
-                         Word* __restrict__ y) {  // [B, front + T, H + bottom, W + right, row_words]
+__global__ void __launch_bounds__(kThreads) norm_act_fill_kernel(
+    const Surroundings s,
+    const Word* __restrict__ state,  // [B, front, H, W, row_words] or null
+    Word* __restrict__ y) {          // [B, front + T, H + bottom, W + right, row_words]
   const int64_t front_rows = filled_rows(s, true), other_rows = filled_rows(s, false);
   const int64_t clip_rows = s.front * front_rows + s.frames * other_rows;
   const int64_t line = s.width + s.right;
@@ -36,11 +36,10 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t per_frame = is_front ? front_rows : other_rows;
     const int64_t frame = rest / per_frame + (is_front ? 0 : s.front);
     int64_t position = rest % per_frame;  // of the row within its frame of y
-    if (!(is_front && s.fills_front)) {   // only the border: right columns line by line, then bottom
+    if (!(is_front && s.fills_front)) {  // only the border: right columns line by line, then bottom
       const int64_t in_right = s.height * s.right;
-      position = position < in_right
-                     ? position / s.right * line + s.width + position % s.right
-                     : s.height * line + position - in_right;
+      position = position < in_right ? position / s.right * line + s.width + position % s.right
+                                     : s.height * line + position - in_right;
     }
     Word value{};
     const int64_t h = position / line, w = position % line;
@@ -60,17 +59,24 @@ void launch_fill(const NormActForward& params, Surroundings s, int64_t row_bytes
   s.num_words *= s.row_words;
   const int64_t needed = (s.num_words + kThreads - 1) / kThreads;
   const int64_t most = int64_t{8} * num_multiprocessors(params.x.device_index);
-  VTOK_LAUNCH((norm_act_fill_kernel<Word>), dim3(static_cast<unsigned>(needed < most ? needed : most)),
-              dim3(kThreads), 0, stream, s, static_cast<const Word*>(params.state.data),
-              static_cast<Word*>(params.y.data));
+  VTOK_LAUNCH((norm_act_fill_kernel<Word>),
+              dim3(static_cast<unsigned>(needed < most ? needed : most)), dim3(kThreads), 0, stream,
+              s, static_cast<const Word*>(params.state.data), static_cast<Word*>(params.y.data));
 }
 
 }  // namespace
 
 void launch_fill_surroundings(const NormActForward& params, Stream stream) {
   const NormActBuffer& buffer = params.layout.buffer;
-  Surroundings s{buffer.front, buffer.frames, buffer.height, buffer.width, buffer.bottom,
-                 buffer.right, 0,             0,             !buffer.replicate};
+  Surroundings s{buffer.front,
+                 buffer.frames,
+                 buffer.height,
+                 buffer.width,
+                 buffer.bottom,
+                 buffer.right,
+                 0,
+                 0,
+                 !buffer.replicate};
   s.num_words = buffer.batch *
                 (s.front * filled_rows(s, true) + s.frames * filled_rows(s, false));  // rows so far
   if (s.num_words == 0) return;

@@ -1,5 +1,5 @@
-// What the CUDA kernels of norm_act share: how they see their arguments, access to memory of a dtype
-// known at run time, and where copies of frame 0 go.
+// What the CUDA kernels of norm_act share: how they see their arguments, access to memory of a
+// dtype known at run time, and where copies of frame 0 go.
 //
 // Only the dtype of x is a template argument. y, weight and bias are accessed through a switch that
 // all threads take alike: it costs nothing beside the memory access, and the alternative is nine
@@ -16,6 +16,8 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr unsigned kFullWarp = 0xffffffffu;
+// Warps per block of the `any` kernels, each with partial sums of its own.
+constexpr int kAnyWarps = 4;
 
 // A floating array of a dtype known at run time.
 struct AnyArray {
@@ -79,7 +81,8 @@ template <int N>
 __device__ __forceinline__ void load_floats(const AnyArray& array, int64_t index,
                                             float (&values)[N]) {
   switch (array.dtype) {
-    case DType::kFloat16: return load_floats(static_cast<const float16*>(array.data), index, values);
+    case DType::kFloat16:
+      return load_floats(static_cast<const float16*>(array.data), index, values);
     case DType::kBFloat16:
       return load_floats(static_cast<const bfloat16*>(array.data), index, values);
     default: return load_floats(static_cast<const float*>(array.data), index, values);
@@ -131,16 +134,37 @@ __device__ __forceinline__ void load_gradient(const KernelLayout& layout, const 
   }
 }
 
+// Sum over the kLanes lanes (a power of 2) that share a row; every lane gets it.
+template <int kLanes>
+__device__ __forceinline__ float sum_over_lanes(float value) {
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(kFullWarp, value, distance);
+  }
+  return value;
+}
+
+__device__ __forceinline__ void store_statistics(float* stats, uint32_t row, float mean,
+                                                 float rstd) {
+  stats[int64_t{row} * 2] = mean;
+  stats[int64_t{row} * 2 + 1] = rstd;
+}
+
 // The gradient of u = n * weight + bias.
 __device__ __forceinline__ float grad_preactivation(bool act, float u, float grad_y) {
   return act ? grad_y * silu_slope(u) : grad_y;
 }
 
-// Whether vectors of `width` elements of every row of x, y and grad_x are aligned to 16 bytes, or to
-// their size where that is less.
+// Whether vectors of `width` elements of every row of x, y and grad_x are aligned to 16 bytes, or
+// to their size where that is less.
 inline bool is_aligned(const TensorView& view, int width) {
   const uintptr_t bytes = size_of(view.dtype) * static_cast<size_t>(width);
   return reinterpret_cast<uintptr_t>(view.data) % (bytes < 16 ? bytes : 16) == 0;
+}
+
+inline unsigned num_blocks(int64_t num_rows, int rows_per_block, int64_t most) {
+  const int64_t needed = (num_rows + rows_per_block - 1) / rows_per_block;
+  return static_cast<unsigned>(needed < most ? needed : most);
 }
 
 inline bool has_vector_rows(const NormActLayout& layout, int width) {
@@ -162,7 +186,12 @@ void launch_sum_partials(const NormActBackward& params, const float* partials, i
 // Writes everything of y that no row of x is written to. Defined in norm_act_cuda_fill.cu.
 void launch_fill_surroundings(const NormActForward& params, Stream stream);
 
-// norm_act_cuda_group.cu.
+// norm_act_cuda_any.cu; the backward pass returns the number of partials that it wrote.
+void norm_act_forward_any(const NormActForward& params, int64_t most_blocks, Stream stream);
+int64_t norm_act_backward_any(const NormActBackward& params, float* partials, int64_t most_blocks,
+                              Stream stream);
+
+// norm_act_cuda_group.cu and norm_act_cuda_group_backward.cu.
 void norm_act_forward_groups(const NormActForward& params, Stream stream);
 void norm_act_backward_groups(const NormActBackward& params, Stream stream);
 int64_t norm_act_workspace_groups(const NormActLayout& layout, bool backward);

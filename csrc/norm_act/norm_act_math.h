@@ -26,9 +26,9 @@ VTOK_FUNCTION Real multiply_add(Real a, Real b, Real c) {
 }
 
 // e^-u, clamped to the range in which neither it nor 1 / (1 + e^-u) leaves the normal numbers.
-// Relative error in ulp below 2 + |u| / 8, without fused multiply-add 2 + |u| / 2, and 2 + 1.2 |u| on a
-// GPU, where it is __expf. silu(u) inherits it for negative u only, where it is multiplied by a small
-// value. Half the instructions of exp_accurate, which decide the speed here.
+// Relative error in ulp below 2 + |u| / 8, without fused multiply-add 2 + |u| / 2, and 2 + 1.2 |u|
+// on a GPU, where it is __expf. silu(u) inherits it for negative u only, where it is multiplied by
+// a small value. Half the instructions of exp_accurate, which decide the speed here.
 VTOK_FUNCTION float exp_minus(float u) {
 #if defined(__CUDA_ARCH__)
   return __expf(fminf(-u, 87.0f));
@@ -115,13 +115,12 @@ inline void set_divider(NormActRows& rows, int dim) {
   uint32_t shift = 0;
   while ((uint64_t{1} << shift) < divisor) ++shift;
   rows.shifts[dim] = shift;
-  rows.multipliers[dim] = static_cast<uint32_t>(
-      (uint64_t{1} << 32) * ((uint64_t{1} << shift) - divisor) / divisor + 1);
+  rows.multipliers[dim] =
+      static_cast<uint32_t>((uint64_t{1} << 32) * ((uint64_t{1} << shift) - divisor) / divisor + 1);
 }
 
 VTOK_FUNCTION uint32_t divide_row(uint32_t row, const NormActRows& rows, int dim) {
-  const uint32_t high =
-      static_cast<uint32_t>((uint64_t{row} * rows.multipliers[dim]) >> 32);
+  const uint32_t high = static_cast<uint32_t>((uint64_t{row} * rows.multipliers[dim]) >> 32);
   return (high + row) >> rows.shifts[dim];
 }
 

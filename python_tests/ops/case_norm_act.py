@@ -5,8 +5,8 @@ from op_case import OpCase, Sample
 
 from vtok_ext.ops.norm_act import norm_act, norm_act_reference
 
-# Reductions of the reference and of the kernels differ in order, and grad_x is a difference of terms
-# of its own size; half types round both the gradient of every use of a value and their sum.
+# Reductions of the reference and of the kernels differ in order, and grad_x is a difference of
+# terms of its own size; half types round the gradient of every use of a value and their sum.
 GRADIENT_FACTOR = 3.0
 
 
@@ -20,7 +20,7 @@ def _affine(shape, **kwargs):
     return Sample({"x": shape, "weight": (shape[1],), "bias": (shape[1],)}, kwargs)
 
 
-_RAW_FORWARD = ("layer", 32, True, 1e-6, torch.float32, 2, "replicate", 1, 1)
+_RAW_FORWARD = ("layer", 32, True, 1e-6, torch.float32, 2, "replicate", 1, 1, True)
 
 
 def _raw_tensors():
@@ -55,7 +55,7 @@ NORM_ACT = OpCase(
             "norm_act_forward",
             lambda: (
                 *(torch.randn(2, 8, 2, 3, 3), None, None, torch.randn(2, 8, 1, 3, 3), "group", 2),
-                *(False, 1e-6, torch.bfloat16, 1, "zeros", 0, 1),
+                *(False, 1e-6, torch.bfloat16, 1, "zeros", 0, 1, False),
             ),
         ),
         (

@@ -40,7 +40,9 @@ def test_against_the_norms_of_torch(backend):
     assert_close(vt.norm_act(x, weight, norm="rms", act=False), rms.contiguous(), "rms", 2)
     group = F.group_norm(x.transpose(1, 2).flatten(0, 1), 8, weight, bias, 1e-6)
     group = group.unflatten(0, (2, 3)).transpose(1, 2)
-    assert_close(vt.norm_act(x, weight, bias, norm="group", num_groups=8), F.silu(group), "group", 2)
+    assert_close(
+        vt.norm_act(x, weight, bias, norm="group", num_groups=8), F.silu(group), "group", 2
+    )
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -168,7 +170,7 @@ def test_dtype_under_autocast():
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_large_mean_costs_no_accuracy(norm, backend):
-    """E[x^2] - mean^2 in float32 would be off by a tenth here, and by all of it in a frame's sums."""
+    """E[x^2] - mean^2 in float32 would be off by a tenth, and by all of it in a frame's sums."""
     x = video(1, 32, 1, 70, 40) - 1.5
     x = x.to(backend.device) + 1000.0
     kwargs = {"norm": norm, "num_groups": 4, "act": False}
@@ -178,7 +180,7 @@ def test_a_large_mean_costs_no_accuracy(norm, backend):
 
 
 def test_extreme_values(backend):
-    """No overflow in x * sigmoid(x) or its slope; NaN stays within its row (layer) or frame and group."""
+    """No overflow in x * sigmoid(x) or its slope; NaN stays in its row, or in its frame and group."""
     weight = torch.tensor([1e4, -1e4] * 16, device=backend.device)
     x = video(1, 32, 2, 2, 3, device=backend.device).requires_grad_()
     y = vt.norm_act(x, weight)
@@ -232,9 +234,7 @@ def test_only_needed_gradients_are_computed(norm, backend):
     x = video(1, 16, 2, 3, 3, device=backend.device)
     weight, bias = affine(16, backend.device)
     full = [t.detach().requires_grad_() for t in (x, weight, bias)]
-    expected = torch.autograd.grad(
-        vt.norm_act(*full, norm=norm, num_groups=4).square().sum(), full
-    )
+    expected = torch.autograd.grad(vt.norm_act(*full, norm=norm, num_groups=4).square().sum(), full)
     for needed in ((True, False, False), (False, True, False), (False, False, True)):
         leaves = [
             t.detach().requires_grad_(n) for t, n in zip((x, weight, bias), needed, strict=True)
@@ -317,7 +317,7 @@ def test_errors_name_requirement_and_actual(error, message, call):
 
 def test_the_binding_checks_what_protects_memory():
     x = video(1, 4, 2, 3, 3)
-    y, stats, work = torch.empty_like(x), torch.empty(1, 2, 0, 2), torch.empty(0)
+    y, stats, work = torch.empty_like(x), None, torch.empty(0)
     options = (0, 1, 1e-6, True, 0, False)
 
     def call(x=x, weight=None, state=None, y=y, stats=stats, work=work, options=options):
@@ -337,5 +337,7 @@ def test_the_binding_checks_what_protects_memory():
         call(state=torch.zeros(1, 4, 1, 3, 3))
     with pytest.raises(ValueError, match=r"stats must be \[1, 2, 2, 2\] float32"):
         call(options=(2, 2, 1e-6, True, 0, False))
+    with pytest.raises(ValueError, match=r"stats must be \[1, 2, 9, 2\] float32"):
+        call(stats=torch.empty(1, 2, 8, 2))
     with pytest.raises(ValueError, match="workspace must have .* float32 elements, got 0"):
         call(options=(2, 2, 1e-6, True, 0, False), stats=torch.empty(1, 2, 2, 2))

@@ -21,7 +21,7 @@ EPS = 1e-6
 NUM_GROUPS = 32
 NORM_TYPES = ("layernorm", "groupnorm")
 _VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
-# torch.compile traces autograd functions with setup_context from 2.6 on, and breaks the graph before.
+# Before 2.6 torch.compile breaks the graph at autograd functions with setup_context.
 _OPS_TRACE = _VERSION >= (2, 6)
 
 

@@ -1,4 +1,4 @@
-"""Normalisation of video tensors, optional SiLU and cast, written into the next convolution's buffer.
+"""Normalisation of video tensors, optional SiLU and cast, in the buffer of the next convolution.
 
     n = (x - mean) / sqrt(variance + eps),  u = n * weight + bias,  y = u * sigmoid(u)
 
@@ -42,9 +42,7 @@ def norm_act_reference(
     border: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """The definition of `norm_act` in plain PyTorch: arguments, result and errors as there."""
-    _check_norm_act(
-        x, weight, bias, norm, num_groups, eps, dtype, front, temporal, state, border
-    )
+    _check_norm_act(x, weight, bias, norm, num_groups, eps, dtype, front, temporal, state, border)
     dtype = _result_dtype(x, dtype)
     h = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     groups = num_groups if norm.startswith("group") else 1
@@ -185,6 +183,10 @@ def _dense(x: Tensor) -> Tensor:
     return x if _is_dense(x) else torch.empty_like(x, memory_format=_LAYOUT).copy_(x)
 
 
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def _buffer_shape(shape: Sequence[int], front: int, bottom: int, right: int) -> list[int]:
     batch, channels, frames, height, width = shape
     return [batch, channels, front + frames, height + bottom, width + right]
@@ -198,13 +200,18 @@ def _empty_results(
     front: int,
     bottom: int,
     right: int,
+    save_stats: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The buffer, and mean and 1 / deviation [B, T, G, 2] (no elements for layer and rms)."""
+    """The buffer, and mean and 1 / deviation: per group [B, T, G, 2], per position
+    [B, T, H * W, 2], or without elements."""
     shape = _buffer_shape(x.shape, front, bottom, right)
     y = torch.empty(shape, dtype=dtype, device=x.device, memory_format=_LAYOUT)
     real = torch.float64 if x.dtype == torch.float64 else torch.float32
-    groups = num_groups if norm.startswith("group") else 0
-    return y, x.new_empty((x.shape[0], x.shape[2], groups, 2), dtype=real)
+    if norm.startswith("group"):
+        per_frame = num_groups
+    else:
+        per_frame = x.shape[3] * x.shape[4] if save_stats else 0
+    return y, x.new_empty((x.shape[0], x.shape[2], per_frame, 2), dtype=real)
 
 
 def _workspace(x: Tensor, kind: int, num_groups: int, backward: bool) -> Tensor:
@@ -229,8 +236,9 @@ def _forward(
     temporal: str,
     bottom: int,
     right: int,
+    save_stats: bool,
 ) -> tuple[Tensor, Tensor]:
-    y, stats = _empty_results(x, norm, num_groups, dtype, front, bottom, right)
+    y, stats = _empty_results(x, norm, num_groups, dtype, front, bottom, right, save_stats)
     if y.numel() == 0:
         return y, stats.zero_()
     kind = NORMS.index(norm)
@@ -241,7 +249,7 @@ def _forward(
         bias,
         None if state is None else _dense(state.to(dtype)),
         y,
-        stats,
+        stats if stats.numel() > 0 else None,
         _workspace(x, kind, num_groups, False),
         (kind, num_groups, eps, act, front, replicate),
         _native.call_context(x),
@@ -288,7 +296,7 @@ def _backward(
         _channels_last(x),
         weight,
         bias,
-        stats,
+        stats if stats.numel() > 0 else None,
         *(g if want else None for g, want in zip(gradients, wanted, strict=True)),
         _workspace(x, kind, num_groups, True),
         (kind, num_groups, eps, act, front, replicate),
@@ -306,19 +314,16 @@ def _fake_forward(
     num_groups: int,
     act: bool,
     eps: float,
-    dtype: torch.dtype,
-    front: int,
-    temporal: str,
-    bottom: int,
-    right: int,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    return _empty_results(x, norm, num_groups, dtype, front, bottom, right)
+    dtype, front, _, bottom, right, save_stats = rest
+    return _empty_results(x, norm, num_groups, dtype, front, bottom, right, save_stats)
 
 
 _norm_act_forward = register(
     "norm_act_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? state, str norm, "
     "int num_groups, bool act, float eps, ScalarType dtype, int front, str temporal, int bottom, "
-    "int right) -> (Tensor, Tensor)",
+    "int right, bool save_stats) -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
 )
@@ -334,33 +339,23 @@ _norm_act_backward = register(
 
 
 class NormActFunction(OpFunction):
-    """Saves x, weight and bias; statistics too where they span a frame. The rest is recomputed."""
+    """Saves x, weight, bias and statistics; u and its sigmoid are recomputed.
+
+    Statistics of a position are found again on a GPU, where the row is in registers anyway. On a
+    CPU that would be a sixth of the backward pass.
+    """
 
     @staticmethod
     def forward(
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        state: Tensor | None,
-        norm: str,
-        num_groups: int,
-        act: bool,
-        eps: float,
-        dtype: torch.dtype,
-        front: int,
-        temporal: str,
-        bottom: int,
-        right: int,
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, state: Tensor | None, *options: Any
     ) -> tuple[Tensor, Tensor]:
-        """The buffer and the statistics."""
-        return _norm_act_forward(
-            x, weight, bias, state, norm, num_groups, act, eps, dtype, front, temporal, bottom, right
-        )
+        """The buffer and the statistics; options as the raw op takes them."""
+        return _norm_act_forward(x, weight, bias, state, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Keeps what the backward pass reads."""
-        x, weight, bias, state, norm, num_groups, act, eps, _, front, temporal, _, _ = inputs
+        x, weight, bias, state, norm, num_groups, act, eps, _, front, temporal, *_ = inputs
         ctx.save_for_backward(x, weight, bias, output[1])
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
@@ -373,7 +368,7 @@ class NormActFunction(OpFunction):
     def backward(ctx: Any, grad_y: Tensor | None, grad_stats: None) -> tuple[Any, ...]:
         """Gradients of x, weight, bias and state; those that nobody needs are not computed."""
         if grad_y is None:
-            return (None,) * 13
+            return (None,) * 14
         x, weight, bias, stats = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
         grads: list[Tensor | None] = [None, None, None]
@@ -384,7 +379,7 @@ class NormActFunction(OpFunction):
         if ctx.state_dtype is not None and ctx.needs_input_grad[3]:
             front, height, width = ctx.options[4], x.shape[3], x.shape[4]
             grad_state = grad_y[:, :, :front, :height, :width].to(ctx.state_dtype, copy=True)
-        return (*grads, grad_state, *(None,) * 9)
+        return (*grads, grad_state, *(None,) * 10)
 
 
 def norm_act(
@@ -455,10 +450,10 @@ def norm_act(
             state=state,
             border=border,
         )
-    _check_norm_act(
-        x, weight, bias, norm, num_groups, eps, dtype, front, temporal, state, border
-    )
+    _check_norm_act(x, weight, bias, norm, num_groups, eps, dtype, front, temporal, state, border)
     dtype = _result_dtype(x, dtype)
+    save_stats = not x.is_cuda and _needs_gradient(x, weight, bias)
     return NormActFunction.apply(
-        x, weight, bias, state, norm, num_groups, act, eps, dtype, front, temporal, *border
+        *(x, weight, bias, state, norm, num_groups, act, eps),
+        *(dtype, front, temporal, *border, save_stats),
     )[0]
