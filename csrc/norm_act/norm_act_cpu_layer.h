@@ -235,10 +235,10 @@ VTOK_NOINLINE void backward_block(RowGradient<Real>* rows, int64_t num_rows, con
 
 // grad_x = rstd * (grad_n - mean(grad_n) - n * mean(grad_n * n)).
 template <typename T, typename Real>
-VTOK_NOINLINE void store_grad_row(const RowGradient<Real>& row, bool subtract_mean,
-                                  T* __restrict grad_x, int64_t channels) {
-  const Real* __restrict x = row.row;
-  const Real* __restrict weighted = row.weighted;
+VTOK_NOINLINE void store_grad_row(const RowGradient<Real>& row, bool subtract_mean, T* grad_x,
+                                  int64_t channels) {
+  const Real* x = row.row;
+  const Real* weighted = row.weighted;  // may be grad_x
   const Real share = Real(1) / static_cast<Real>(channels);
   const Real mean = row.mean, rstd = row.rstd;
   const Real offset = subtract_mean ? -row.weighted_sum * share * rstd : Real(0);
@@ -280,13 +280,13 @@ static void layer_backward_rows(const NormActBackward& params, const std::vector
       const Real* gradient =
           load_gradient(layout.buffer, run.is_first_frame, grad_y + run.y + i * run.y_stride,
                         scratch.gradient.data() + i * channels, channels);
-      gradients[i] = {block.rows[i],
-                      gradient,
-                      block.mean[i],
-                      block.rstd[i],
-                      scratch.weighted.data() + i * channels,
-                      0,
-                      0};
+      // grad_x itself holds the intermediate result where its type allows that: its memory is then
+      // fetched during the long first step, instead of holding up the short second one.
+      Real* weighted = scratch.weighted.data() + i * channels;
+      if constexpr (std::is_same_v<T, Real>) {
+        if (grad_x != nullptr) weighted = grad_x + (run.first_row + i) * channels;
+      }
+      gradients[i] = {block.rows[i], gradient, block.mean[i], block.rstd[i], weighted, 0, 0};
     }
     backward_block<kAct>(gradients, run.count, weight.data(), bias.data(),
                          scratch.grad_weight.data(), scratch.grad_bias.data(), channels);
