@@ -10,14 +10,14 @@ namespace vtok::VTOK_ISA {
 // Elements below which a second thread costs more than it gains (about 5 us of work).
 constexpr int64_t kGrainElements = 16384;
 // Parts into which the sums of the weight gradients are split, whatever the number of threads.
-constexpr int64_t kMaxParts = 256;
+constexpr int64_t kMaxParts = 128;
 constexpr int64_t kMinRowsPerPart = 64;
 // Rows summed in the type of the arithmetic before the sum is added to a double: errors of
 // thousands of float additions would show.
 constexpr int64_t kRowsPerFlush = 64;
-// Rows of a block: 4 KB in the type of the arithmetic, so that what the backward pass keeps of a
-// block (x, gradient, two intermediate results, grad_x) fits an L1 cache of 32 KB.
-constexpr int64_t kBlockBytes = 4096;
+// Rows of a block: 8 KB in the type of the arithmetic, so that what the backward pass keeps of a
+// block (x, gradient, grad_x) fits an L1 cache of 32 KB.
+constexpr int64_t kBlockBytes = 8192;
 constexpr int64_t kMaxBlockRows = 16;
 
 template <typename Real>
@@ -183,12 +183,14 @@ template <bool kAct, bool kPair, typename Real>
 VTOK_FUNCTION void backward_rows(RowGradient<Real>* rows, const Real* __restrict weight,
                                  const Real* __restrict bias, Real* __restrict grad_weight,
                                  Real* __restrict grad_bias, int64_t channels) {
-  const Real* __restrict row0 = rows[0].row, * __restrict row1 = rows[kPair].row;
-  const Real* __restrict gradient0 = rows[0].gradient, * __restrict gradient1 =
-                                                           rows[kPair].gradient;
+  const Real* __restrict row0 = rows[0].row;
+  const Real* __restrict row1 = rows[kPair].row;
+  const Real* __restrict gradient0 = rows[0].gradient;
+  const Real* __restrict gradient1 = rows[kPair].gradient;
+  Real* __restrict weighted0 = rows[0].weighted;
+  Real* __restrict weighted1 = rows[kPair].weighted;
   const Real mean0 = rows[0].mean, mean1 = rows[kPair].mean;
   const Real rstd0 = rows[0].rstd, rstd1 = rows[kPair].rstd;
-  Real* __restrict weighted0 = rows[0].weighted, * __restrict weighted1 = rows[kPair].weighted;
   Real sum0 = 0, sum1 = 0, projection0 = 0, projection1 = 0;
   VTOK_SIMD_SUM(sum0, sum1, projection0, projection1)
   for (int64_t c = 0; c < channels; ++c) {
