@@ -27,6 +27,7 @@ if QUICK:
 SHAPES = pytest.mark.parametrize(
     "shape, dtype", CASES, ids=lambda p: getattr(p, "name", str(p).removeprefix("torch."))
 )
+FRONTS = pytest.mark.parametrize("front", [0, FRONT], ids=["plain", "front"])
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of mallopt(3)
 
 
@@ -78,7 +79,14 @@ def check(actual, expected):
     assert difference <= tolerance * expected.float().abs().max()
 
 
-@pytest.mark.parametrize("front", [0, FRONT], ids=["plain", "front"])
+def case_of(direction, shape, dtype, front, bytes_moved):
+    """The case without measurements."""
+    if front:
+        direction += f", {front} frames in front"
+    return Case("norm_act", shape.name, str(dtype).removeprefix("torch."), direction, bytes_moved)
+
+
+@FRONTS
 @SHAPES
 def bench_norm_act_forward(shape, dtype, front, device, record, benchmark):
     x, weight, bias = inputs(shape, dtype, device)
@@ -109,62 +117,49 @@ def bench_norm_act_forward(shape, dtype, front, device, record, benchmark):
             "native": native_into,
         }
         bytes_moved = (x.numel() + out.numel()) * x.element_size()
-        direction = f"forward, {front} frames in front" if front else "forward"
-        case = Case(
-            "norm_act", shape.name, str(dtype).removeprefix("torch."), direction, bytes_moved
-        )
+        case = case_of("forward", shape, dtype, front, bytes_moved)
         record(measured(case, default, preallocated, device))
         benchmark.pedantic(native_into, rounds=3)
 
 
+@FRONTS
 @SHAPES
-def bench_norm_act_backward(shape, dtype, device, record, benchmark, monkeypatch):
+def bench_norm_act_backward(shape, dtype, front, device, record, benchmark, monkeypatch):
     # A compiled backward otherwise reuses saved tensors, and can run once only.
     monkeypatch.setattr("torch._functorch.config.donated_buffer", False)
     leaves = [t.requires_grad_() for t in inputs(shape, dtype, device)]
-    x, weight, bias = (t.detach() for t in leaves)
-    grad = torch.randn(shape.shape, device=device).to(dtype)
-    grad = grad.contiguous(memory_format=torch.channels_last_3d)
+    results = {
+        "eager": eager(*leaves, front),
+        "compiled": torch.compile(eager, fullgraph=True)(*leaves, front),
+        "native": vt.norm_act(*leaves, front=front),
+    }
+    grad = torch.randn_like(results["native"])
 
     def backward(y):
         return torch.autograd.grad(y, leaves, grad, retain_graph=True)
 
-    results = {
-        "eager": eager(*leaves),
-        "compiled": torch.compile(eager, fullgraph=True)(*leaves),
-        "native": vt.norm_act(*leaves),
-    }
-    expected = backward(results["eager"])
-    for actual, e in zip(backward(results["native"]), expected, strict=True):
+    for actual, e in zip(backward(results["native"]), backward(results["eager"]), strict=True):
         check(actual, e)
+    x, weight, bias = (t.detach() for t in leaves)
     outputs = [torch.empty_like(t) for t in (x, weight, bias)]
-    context = _native.call_context(x)
+    module, context = _native.module(), _native.call_context(x)
+    options = (*OPTIONS, front, False)
     device_index = x.get_device() if x.is_cuda else -1
-    size = _native.module().norm_act_workspace(list(x.shape), 0, 1, True, device_index)
+    size = module.norm_act_workspace(list(x.shape), 0, 1, True, device_index)
     workspace = torch.empty(size, device=device)
     stats = None
     if not x.is_cuda:  # see NormActFunction
-        frames, positions = shape.shape[2], shape.shape[3] * shape.shape[4]
-        stats = torch.empty(1, frames, positions, 2)
-        _native.module().norm_act_forward(
-            x,
-            weight,
-            bias,
-            None,
-            torch.empty_like(x),
-            stats,
-            workspace,
-            (*OPTIONS, 0, False),
-            context,
-        )
+        stats = torch.empty(1, shape.shape[2], shape.shape[3] * shape.shape[4], 2)
+        y = torch.empty_like(grad)
+        module.norm_act_forward(x, weight, bias, None, y, stats, workspace, options, context)
 
     def native_into():
-        _native.module().norm_act_backward(
-            grad, x, weight, bias, stats, *outputs, workspace, (*OPTIONS, 0, False), context
+        module.norm_act_backward(
+            grad, x, weight, bias, stats, *outputs, workspace, options, context
         )
 
     default = {name: lambda y=y: backward(y) for name, y in results.items()}
     bytes_moved = 3 * x.numel() * x.element_size()
-    case = Case("norm_act", shape.name, str(dtype).removeprefix("torch."), "backward", bytes_moved)
+    case = case_of("backward", shape, dtype, front, bytes_moved)
     record(measured(case, default, {**default, "native": native_into}, device))
     benchmark.pedantic(native_into, rounds=3)

@@ -55,8 +55,8 @@ struct NormActLayout {
 struct NormActForward {
   NormActLayout layout;
   TensorView x;             // [B, C, T, H, W], channel stride 1
-  TensorView weight;        // [C] floating or absent
-  TensorView bias;          // [C] floating or absent
+  TensorView weight;        // [C] contiguous, floating, or absent
+  TensorView bias;          // [C] contiguous, floating, or absent
   TensorView state;         // [B, C, front, H, W] dense channels_last_3d, dtype of y, or absent
   OutputView y;             // [B, C, front + T, H + bottom, W + right] channels_last_3d
   OutputView stats;         // mean and 1 / deviation: [B, T, groups, 2], or per position
@@ -69,8 +69,8 @@ struct NormActBackward {
   NormActLayout layout;
   TensorView grad_y;       // as y
   TensorView x;            // [B, C, T, H, W], channel stride 1
-  TensorView weight;       // [C] floating or absent
-  TensorView bias;         // [C] floating or absent
+  TensorView weight;       // [C] contiguous, floating, or absent
+  TensorView bias;         // [C] contiguous, floating, or absent
   TensorView stats;        // as the forward pass left them; absent: found again (layer, rms)
   OutputView grad_x;       // dense channels_last_3d, dtype of x, or absent
   OutputView grad_weight;  // [C], or absent

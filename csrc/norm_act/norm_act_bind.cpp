@@ -115,10 +115,23 @@ void check_same_shape(const char* name, const TensorView& view, const TensorView
                    shape_string(view));
 }
 
+bool is_floating(DType dtype, DeviceType device) {
+  return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16 ||
+         (dtype == DType::kFloat64 && device == DeviceType::kCPU);
+}
+
+// Kernels read other dtypes as float32.
+void check_floating(const char* name, const TensorView& view) {
+  VTOK_CHECK_TYPE(is_floating(view.dtype, view.device), "norm_act: ", name,
+                  " must be a floating type of its device, got ", name_of(view.dtype));
+}
+
 void check_channels(const char* name, const TensorView& view, int64_t channels) {
   if (view.data == nullptr) return;
-  VTOK_CHECK_VALUE(view.num_dims == 1 && view.shape[0] == channels, "norm_act: ", name,
-                   " must be [", channels, "], got ", shape_string(view));
+  VTOK_CHECK_VALUE(
+      view.num_dims == 1 && view.shape[0] == channels && (channels <= 1 || view.strides[0] == 1),
+      "norm_act: ", name, " must be contiguous [", channels, "], got ", shape_string(view));
+  check_floating(name, view);
 }
 
 void check_stats(const TensorView& stats, const NormActLayout& layout, DType x_dtype) {
@@ -173,6 +186,8 @@ void forward(const TensorView& x, const TensorView& weight, const TensorView& bi
   NormActForward params{make_layout(x, y, options), x, weight, bias, state, y, stats, workspace,
                         context.num_threads};
   const NormActLayout& layout = params.layout;
+  check_same_device("norm_act", x, weight, bias, state, y, stats, workspace);
+  check_floating("y", y);
   check_dense("y", y);
   check_channels("weight", weight, layout.channels);
   check_channels("bias", bias, layout.channels);
@@ -207,6 +222,9 @@ void backward(const TensorView& grad_y, const TensorView& x, const TensorView& w
                          workspace,
                          context.num_threads};
   const NormActLayout& layout = params.layout;
+  check_same_device("norm_act backward", x, grad_y, weight, bias, stats, grad_x, grad_weight,
+                    grad_bias, workspace);
+  check_floating("grad_y", grad_y);
   check_dense("grad_y", grad_y);
   if (grad_x.data != nullptr) {
     check_same_shape("grad_x", grad_x, x);

@@ -72,11 +72,10 @@ template <typename Real>
 static std::vector<Real> channel_vector(const TensorView& view, int64_t channels, Real otherwise) {
   std::vector<Real> values(static_cast<size_t>(channels), otherwise);
   if (view.data == nullptr) return values;
-  const int64_t step = channels == 1 ? 1 : view.strides[0];
   dispatch_floating("norm_act", "weight", view.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const T* data = view.data_as<T>();
-    for (int64_t c = 0; c < channels; ++c) values[c] = static_cast<Real>(load(data + c * step));
+    for (int64_t c = 0; c < channels; ++c) values[c] = static_cast<Real>(load(data + c));
   });
   return values;
 }

@@ -125,17 +125,41 @@ def test_buffer_gives_a_convolution_what_padding_would(temporal, norm, backend):
     assert torch.equal(buffer[:, :, :2, :5, :6], expected)
 
 
-def test_chunks_with_state_equal_the_whole():
-    """norm - pad - causal convolution, in chunks that hand on the last frames of the buffer."""
-    x, (weight, bias) = video(1, 16, 7, 4, 4), affine(16)
-    kernel = torch.randn(8, 16, 3, 1, 1, generator=torch.Generator().manual_seed(2))
-    whole = F.conv3d(vt.norm_act(x, weight, bias, front=2, temporal="replicate"), kernel)
+@pytest.mark.parametrize("temporal", ["zeros", "replicate"])
+@pytest.mark.parametrize("norm", ["layer", "group"])
+def test_chunks_with_state_equal_the_whole(norm, temporal, backend):
+    """norm - pad - causal stride-2 convolution, in chunks that hand on the last frames of the
+    buffer: values, and gradients that reach earlier chunks through the state only."""
+    x = video(1, 16, 7, 4, 6, device=backend.device)
+    leaves = [t.requires_grad_() for t in (x, *affine(16, backend.device))]
+    x, weight, bias = leaves
+    kernel = video(8, 16, 3, 3, 3, seed=2, device=backend.device)
+    options = {"norm": norm, "num_groups": 4, "front": 2, "temporal": temporal, "border": (1, 1)}
     state, parts = None, []
     for chunk in x.split([1, 4, 2], dim=2):
-        buffer = vt.norm_act(chunk, weight, bias, front=2, temporal="replicate", state=state)
-        state = buffer[:, :, -2:].clone(memory_format=torch.channels_last_3d)
-        parts.append(F.conv3d(buffer, kernel))
-    assert torch.allclose(torch.cat(parts, 2), whole, atol=1e-5)
+        buffer = vt.norm_act(chunk, weight, bias, **options, state=state)
+        state = buffer[:, :, -2:, :4, :6].clone(memory_format=torch.channels_last_3d)
+        parts.append(F.conv3d(buffer, kernel, stride=(1, 2, 2)))
+    whole = F.conv3d(vt.norm_act(x, weight, bias, **options), kernel, stride=(1, 2, 2))
+    assert_close(torch.cat(parts, 2), whole, "chunks", 10)
+    grad = video(*whole.shape, seed=4, device=backend.device)
+    expected = torch.autograd.grad(whole, leaves, grad)
+    actual = torch.autograd.grad(torch.cat(parts, 2), leaves, grad)
+    for name, a, e in zip(("x", "weight", "bias"), actual, expected, strict=True):
+        assert_close(a, e, f"grad_{name}", 10)
+
+
+def test_strided_parameters(backend):
+    x = video(2, 8, 2, 3, 4, device=backend.device)
+    weight, bias = (p[::2] for p in affine(16, backend.device))
+    for norm in ("layer", "group"):
+        found = []
+        for function in (vt.norm_act, norm_act_reference):
+            leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+            y = function(*leaves, norm=norm, num_groups=2)
+            found.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+        for name, a, e in zip(("y", "x", "weight", "bias"), *found, strict=True):
+            assert_close(a, e, f"{norm} {name}", 3)
 
 
 @pytest.mark.parametrize("out", [torch.float32, torch.float16, torch.bfloat16])
@@ -180,7 +204,7 @@ def test_a_large_mean_costs_no_accuracy(norm, backend):
 
 
 def test_extreme_values(backend):
-    """No overflow in x * sigmoid(x) or its slope; NaN stays in its row, or in its frame and group."""
+    """No overflow in x * sigmoid(x) or its slope; NaN stays in its row, or its frame and group."""
     weight = torch.tensor([1e4, -1e4] * 16, device=backend.device)
     x = video(1, 32, 2, 2, 3, device=backend.device).requires_grad_()
     y = vt.norm_act(x, weight)
@@ -269,6 +293,8 @@ def _ok(**kwargs):
             "num_groups must divide the 4 channels, got 3",
             lambda: _ok(norm="group", num_groups=3),
         ),
+        (TypeError, "weight must be a torch.Tensor, got float", lambda: _ok(weight=1.0)),
+        (TypeError, "state must be a torch.Tensor, got list", lambda: _ok(state=[])),
         (
             ValueError,
             r"weight must be \[4\], got \[5\]",
@@ -331,8 +357,14 @@ def test_the_binding_checks_what_protects_memory():
         call(y=torch.empty(1, 4, 2, 3, 3))
     with pytest.raises(ValueError, match=r"y must hold .* and 1 frames in front"):
         call(options=(0, 1, 1e-6, True, 1, False))
-    with pytest.raises(ValueError, match=r"weight must be \[4\], got \[3\]"):
+    with pytest.raises(ValueError, match=r"weight must be contiguous \[4\], got \[3\]"):
         call(weight=torch.ones(3))
+    with pytest.raises(ValueError, match=r"weight must be contiguous \[4\], got \[4\]"):
+        call(weight=torch.ones(8)[::2])
+    with pytest.raises(TypeError, match="weight must be a floating type of its device, got uint8"):
+        call(weight=torch.ones(4, dtype=torch.uint8))
+    with pytest.raises(TypeError, match="y must be a floating type of its device, got int32"):
+        call(y=y.int())
     with pytest.raises(ValueError, match=r"state must be \[1, 4, 0, 3, 3\]"):
         call(state=torch.zeros(1, 4, 1, 3, 3))
     with pytest.raises(ValueError, match=r"stats must be \[1, 2, 2, 2\] float32"):

@@ -10,7 +10,6 @@ Source: Ba et al. 2016 (layer); Zhang & Sennrich 2019 (rms); Wu & He 2018 (group
 (arXiv 2501.05442) for groups without mean subtraction, whose removal of corner artefacts it shows.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,12 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtok_ext import _native
-from vtok_ext.ops._library import OpFunction, register
+from vtok_ext.ops._library import OpFunction
+from vtok_ext.ops._norm_act_kernels import LAYOUT, NORMS, norm_act_backward, norm_act_forward
 
-NORMS = ("layer", "rms", "group", "group_rms")
 TEMPORAL_PADDINGS = ("zeros", "replicate")
 _FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_LAYOUT = torch.channels_last_3d
 
 
 def norm_act_reference(
@@ -58,7 +56,7 @@ def norm_act_reference(
         h = h + bias.to(h.dtype).view(-1, 1, 1, 1)
     y = (h * torch.sigmoid(h) if act else h).to(dtype)
     y = _surround(y, front, temporal, state, border)
-    return y.contiguous(memory_format=_LAYOUT)
+    return y.contiguous(memory_format=LAYOUT)
 
 
 def _surround(
@@ -102,6 +100,8 @@ def _check_x(x: Tensor, norm: str, num_groups: int) -> None:
 def _check_vector(name: str, vector: Tensor | None, x: Tensor) -> None:
     if vector is None:
         return
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"norm_act: {name} must be a torch.Tensor, got {type(vector).__name__}")
     if list(vector.shape) != [x.shape[1]]:
         raise ValueError(f"norm_act: {name} must be [{x.shape[1]}], got {list(vector.shape)}")
     if vector.dtype not in _FLOATING or (x.is_cuda and vector.dtype == torch.float64):
@@ -124,6 +124,8 @@ def _check_buffer(
         if temporal == "replicate" and front > 0 and frames == 0:
             raise ValueError("norm_act: x must have a frame to replicate, got none")
         return
+    if not isinstance(state, Tensor):
+        raise TypeError(f"norm_act: state must be a torch.Tensor, got {type(state).__name__}")
     if list(state.shape) != [batch, channels, front, height, width]:
         raise ValueError(
             f"norm_act: state must be {[batch, channels, front, height, width]}, "
@@ -163,179 +165,8 @@ def _check_norm_act(
         )
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    """`x` [B, C, T, H, W] with channel stride 1: itself, or a copy."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous(memory_format=_LAYOUT)
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Whether x [B, C, T, H, W] is gapless channels_last_3d, whatever strides size 1 has."""
-    expected = 1
-    for dim in (1, 4, 3, 2, 0):
-        if x.shape[dim] > 1 and x.stride(dim) != expected:
-            return False
-        expected *= x.shape[dim]
-    return True
-
-
-def _dense(x: Tensor) -> Tensor:
-    """`x` as gapless channels_last_3d: itself, or a copy."""
-    return x if _is_dense(x) else torch.empty_like(x, memory_format=_LAYOUT).copy_(x)
-
-
 def _needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _buffer_shape(shape: Sequence[int], front: int, bottom: int, right: int) -> list[int]:
-    batch, channels, frames, height, width = shape
-    return [batch, channels, front + frames, height + bottom, width + right]
-
-
-def _empty_results(
-    x: Tensor,
-    norm: str,
-    num_groups: int,
-    dtype: torch.dtype,
-    front: int,
-    bottom: int,
-    right: int,
-    save_stats: bool,
-) -> tuple[Tensor, Tensor]:
-    """The buffer, and mean and 1 / deviation: per group [B, T, G, 2], per position
-    [B, T, H * W, 2], or without elements."""
-    shape = _buffer_shape(x.shape, front, bottom, right)
-    y = torch.empty(shape, dtype=dtype, device=x.device, memory_format=_LAYOUT)
-    real = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if norm.startswith("group"):
-        per_frame = num_groups
-    else:
-        per_frame = x.shape[3] * x.shape[4] if save_stats else 0
-    return y, x.new_empty((x.shape[0], x.shape[2], per_frame, 2), dtype=real)
-
-
-def _workspace(x: Tensor, kind: int, num_groups: int, backward: bool) -> Tensor:
-    device_index = x.get_device() if x.is_cuda else -1
-    size = _native.module().norm_act_workspace(
-        list(x.shape), kind, num_groups, backward, device_index
-    )
-    return x.new_empty(size, dtype=torch.float32)
-
-
-def _forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    state: Tensor | None,
-    norm: str,
-    num_groups: int,
-    act: bool,
-    eps: float,
-    dtype: torch.dtype,
-    front: int,
-    temporal: str,
-    bottom: int,
-    right: int,
-    save_stats: bool,
-) -> tuple[Tensor, Tensor]:
-    y, stats = _empty_results(x, norm, num_groups, dtype, front, bottom, right, save_stats)
-    if y.numel() == 0:
-        return y, stats.zero_()
-    kind = NORMS.index(norm)
-    replicate = temporal == "replicate" and state is None
-    _native.module().norm_act_forward(
-        _channels_last(x),
-        weight,
-        bias,
-        None if state is None else _dense(state.to(dtype)),
-        y,
-        stats if stats.numel() > 0 else None,
-        _workspace(x, kind, num_groups, False),
-        (kind, num_groups, eps, act, front, replicate),
-        _native.call_context(x),
-    )
-    return y, stats
-
-
-def _empty_gradients(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One gradient each, without elements where it is not needed."""
-    grad_x = torch.empty_like(x, memory_format=_LAYOUT) if needs[0] else x.new_empty(0)
-    vectors = [
-        x.new_empty(0) if vector is None or not needed else torch.empty_like(vector).contiguous()
-        for vector, needed in ((weight, needs[1]), (bias, needs[2]))
-    ]
-    return grad_x, vectors[0], vectors[1]
-
-
-def _backward(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor,
-    norm: str,
-    num_groups: int,
-    act: bool,
-    eps: float,
-    front: int,
-    replicate: bool,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = _empty_gradients(x, weight, bias, needs)
-    if x.numel() == 0:
-        for gradient in gradients:
-            gradient.zero_()
-        return gradients
-    present = [weight, bias]
-    wanted = [needs[0], *(n and v is not None for n, v in zip(needs[1:], present, strict=True))]
-    kind = NORMS.index(norm)
-    _native.module().norm_act_backward(
-        _dense(grad_y),
-        _channels_last(x),
-        weight,
-        bias,
-        stats if stats.numel() > 0 else None,
-        *(g if want else None for g, want in zip(gradients, wanted, strict=True)),
-        _workspace(x, kind, num_groups, True),
-        (kind, num_groups, eps, act, front, replicate),
-        _native.call_context(x),
-    )
-    return gradients
-
-
-def _fake_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    state: Tensor | None,
-    norm: str,
-    num_groups: int,
-    act: bool,
-    eps: float,
-    *rest: Any,
-) -> tuple[Tensor, Tensor]:
-    dtype, front, _, bottom, right, save_stats = rest
-    return _empty_results(x, norm, num_groups, dtype, front, bottom, right, save_stats)
-
-
-_norm_act_forward = register(
-    "norm_act_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? state, str norm, "
-    "int num_groups, bool act, float eps, ScalarType dtype, int front, str temporal, int bottom, "
-    "int right, bool save_stats) -> (Tensor, Tensor)",
-    _forward,
-    _fake_forward,
-)
-_norm_act_backward = register(
-    "norm_act_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, "
-    "str norm, int num_groups, bool act, float eps, int front, bool replicate, bool[] needs) "
-    "-> (Tensor, Tensor, Tensor)",
-    _backward,
-    lambda grad_y, x, weight, bias, stats, norm, num_groups, act, eps, front, replicate, needs: (
-        _empty_gradients(x, weight, bias, needs)
-    ),
-)
 
 
 class NormActFunction(OpFunction):
@@ -350,7 +181,7 @@ class NormActFunction(OpFunction):
         x: Tensor, weight: Tensor | None, bias: Tensor | None, state: Tensor | None, *options: Any
     ) -> tuple[Tensor, Tensor]:
         """The buffer and the statistics; options as the raw op takes them."""
-        return _norm_act_forward(x, weight, bias, state, *options)
+        return norm_act_forward(x, weight, bias, state, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -373,7 +204,7 @@ class NormActFunction(OpFunction):
         needs = list(ctx.needs_input_grad[:3])
         grads: list[Tensor | None] = [None, None, None]
         if any(needs):
-            found = _norm_act_backward(grad_y, x, weight, bias, stats, *ctx.options, needs)
+            found = norm_act_backward(grad_y, x, weight, bias, stats, *ctx.options, needs)
             grads = [g if needed else None for g, needed in zip(found, needs, strict=True)]
         grad_state = None
         if ctx.state_dtype is not None and ctx.needs_input_grad[3]:
@@ -417,7 +248,8 @@ def norm_act(
         front: number of frames put in front of the T frames.
         temporal: what these are without `state`: "zeros", or "replicate" for copies of the
             first result frame.
-        state: the frames themselves, results of the preceding chunk.
+        state: the frames themselves: the last `front` frames of the buffer that the preceding chunk
+            returned, without the border, as a copy (`buffer[:, :, -front:, :H, :W].clone()`).
         border: (bottom, right) numbers of zero rows and columns, as the stride-2 spatial
             convolution wants them.
 
