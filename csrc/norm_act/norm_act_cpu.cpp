@@ -67,6 +67,7 @@ static void dispatch_dtypes(DType x, DType y, const Function& function) {
 
 void norm_act_forward(const NormActForward& params) {
   fill_surroundings(params);
+  if (params.layout.rows.num_rows == 0) return;
   dispatch_dtypes(params.x.dtype, params.y.dtype, [&](auto x_type, auto y_type) {
     using T = typename decltype(x_type)::type;
     using O = typename decltype(y_type)::type;

@@ -20,11 +20,14 @@ def _affine(shape, **kwargs):
     return Sample({"x": shape, "weight": (shape[1],), "bias": (shape[1],)}, kwargs)
 
 
-_RAW_FORWARD = ("layer", 32, True, 1e-6, torch.float32, 2, "replicate", 1, 1, True)
-
-
 def _raw_tensors():
     return torch.randn(1, 8, 2, 3, 3), torch.randn(8), torch.randn(8)
+
+
+# norm, num_groups, act, eps, dtype, front, temporal, bottom, right, save_stats
+_LAYER = ("layer", 32, True, 1e-6, torch.float32, 2, "replicate", 1, 1, True)
+_GROUP = ("group", 2, False, 1e-6, torch.bfloat16, 1, "zeros", 0, 1, False)
+_BACKWARD = ("layer", 32, True, 1e-6, 2, True, [True, False, True])
 
 
 NORM_ACT = OpCase(
@@ -40,29 +43,25 @@ NORM_ACT = OpCase(
         _affine((2, 6, 2, 3, 5), act=False, front=2, temporal="replicate", border=(1, 1)),
         _affine((1, 33, 1, 1, 1), norm="rms"),
         _affine((1, 30, 5, 1, 7), norm="group", num_groups=3, act=False, border=(2, 3)),
-        _affine((3, 1, 2, 2, 2), norm="rms", front=1),
+        # One channel: with a small eps grad_x would be all cancellation.
+        _affine((3, 1, 2, 2, 2), norm="rms", front=1, eps=0.5),
         _affine((1, 514, 1, 2, 2), eps=1e-3, dtype=None),
         _affine((0, 16, 2, 3, 3), front=2),
-        _affine((1, 16, 2, 0, 3), norm="group", num_groups=2, front=1),
+        _affine((1, 16, 2, 0, 3), norm="group", num_groups=2, front=1, border=(1, 2)),
     ],
     make=_make,
     differentiable=("x", "weight", "bias"),
     gradient_factor=GRADIENT_FACTOR,
     returns_autocast_dtype=True,
     raw=(
-        ("norm_act_forward", lambda: (*_raw_tensors(), None, *_RAW_FORWARD)),
-        (
-            "norm_act_forward",
-            lambda: (
-                *(torch.randn(2, 8, 2, 3, 3), None, None, torch.randn(2, 8, 1, 3, 3), "group", 2),
-                *(False, 1e-6, torch.bfloat16, 1, "zeros", 0, 1, False),
-            ),
-        ),
+        ("norm_act_forward", lambda: (*_raw_tensors(), None, *_LAYER)),
         (
             "norm_act_backward",
             lambda: (
-                *(torch.randn(1, 8, 4, 4, 4), *_raw_tensors(), torch.randn(1, 2, 0, 2)),
-                *("layer", 32, True, 1e-6, 2, True, [True, False, True]),
+                torch.randn(1, 8, 4, 4, 4),
+                *_raw_tensors(),
+                torch.ones(1, 2, 9, 2),
+                *_BACKWARD,
             ),
         ),
     ),
@@ -81,6 +80,16 @@ NORM_ACT_WITHOUT_AFFINE = OpCase(
     differentiable=("x",),
     gradient_factor=GRADIENT_FACTOR,
     returns_autocast_dtype=True,
+    raw=(
+        ("norm_act_forward", lambda: (torch.randn(2, 8, 2, 3, 3), None, None, None, *_GROUP)),
+        (
+            "norm_act_backward",
+            lambda: (
+                *(torch.randn(1, 8, 4, 4, 4), torch.randn(1, 8, 2, 3, 3), None, None),
+                *(torch.randn(1, 2, 0, 2), *_BACKWARD),
+            ),
+        ),
+    ),
 )
 
 NORM_ACT_STATE = OpCase(
@@ -105,4 +114,13 @@ NORM_ACT_STATE = OpCase(
     differentiable=("x", "weight", "state"),
     gradient_factor=GRADIENT_FACTOR,
     returns_autocast_dtype=True,
+    raw=(
+        (
+            "norm_act_forward",
+            lambda: (
+                *(torch.randn(2, 8, 2, 3, 3), None, None, torch.randn(2, 8, 1, 3, 3)),
+                *_GROUP,
+            ),
+        ),
+    ),
 )

@@ -93,8 +93,9 @@ def _forward(
     save_stats: bool,
 ) -> tuple[Tensor, Tensor]:
     y, stats = _empty_results(x, norm, num_groups, dtype, front, bottom, right, save_stats)
-    if y.numel() == 0:
-        return y, stats.zero_()
+    has_rows = x.numel() > 0
+    if not has_rows:
+        stats.zero_()  # y may still have frames in front and a border
     kind = NORMS.index(norm)
     replicate = temporal == "replicate" and state is None
     _native.module().norm_act_forward(
@@ -103,7 +104,7 @@ def _forward(
         _contiguous(bias),
         None if state is None else _dense(state.to(dtype)),
         y,
-        stats if stats.numel() > 0 else None,
+        stats if has_rows and stats.numel() > 0 else None,
         _workspace(x, kind, num_groups, False),
         (kind, num_groups, eps, act, front, replicate),
         _native.call_context(x),

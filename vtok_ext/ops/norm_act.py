@@ -177,11 +177,27 @@ class NormActFunction(OpFunction):
     """
 
     @staticmethod
-    def forward(
-        x: Tensor, weight: Tensor | None, bias: Tensor | None, state: Tensor | None, *options: Any
+    def forward(  # named one by one: torch.compile takes no *options here
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        state: Tensor | None,
+        norm: str,
+        num_groups: int,
+        act: bool,
+        eps: float,
+        dtype: torch.dtype,
+        front: int,
+        temporal: str,
+        bottom: int,
+        right: int,
+        save_stats: bool,
     ) -> tuple[Tensor, Tensor]:
-        """The buffer and the statistics; options as the raw op takes them."""
-        return norm_act_forward(x, weight, bias, state, *options)
+        """The buffer and the statistics."""
+        return norm_act_forward(
+            *(x, weight, bias, state, norm, num_groups, act, eps),
+            *(dtype, front, temporal, bottom, right, save_stats),
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
