@@ -104,3 +104,23 @@ TRIPLANE_SHAPES = [
     TriplaneShape("16 clips, 32,768 points", 16, 32_768),
     TriplaneShape("whole clip 128x16x16", 1, 32_768, (128, 16, 16)),
 ]
+
+
+@dataclass(frozen=True)
+class VideoShape:
+    """An activation [B, C, T, H, W] in channels_last_3d memory."""
+
+    name: str
+    shape: tuple[int, int, int, int, int]
+
+
+# VidTok 488: the widths 128, 256, 512, 512 at their resolutions, for clips 17x128x128 and
+# 17x256x256; of the latter the two levels that hold most of the elements.
+NORM_ACT_SHAPES = [
+    VideoShape("128 x 17x128x128", (1, 128, 17, 128, 128)),
+    VideoShape("256 x 17x64x64", (1, 256, 17, 64, 64)),
+    VideoShape("512 x 9x32x32", (1, 512, 9, 32, 32)),
+    VideoShape("512 x 5x16x16", (1, 512, 5, 16, 16)),
+    VideoShape("128 x 17x256x256", (1, 128, 17, 256, 256)),
+    VideoShape("256 x 17x128x128", (1, 256, 17, 128, 128)),
+]

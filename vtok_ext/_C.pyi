@@ -151,3 +151,30 @@ def triplane_gather_backward(
     workspace: torch.Tensor,
     context: tuple[int, int],
 ) -> None: ...
+def norm_act_workspace(
+    shape: list[int], kind: int, num_groups: int, backward: bool, device_index: int
+) -> int: ...
+def norm_act_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    state: torch.Tensor | None,
+    y: torch.Tensor,
+    stats: torch.Tensor | None,
+    workspace: torch.Tensor,
+    options: tuple[int, int, float, bool, int, bool],
+    context: tuple[int, int],
+) -> None: ...
+def norm_act_backward(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    stats: torch.Tensor | None,
+    grad_x: torch.Tensor | None,
+    grad_weight: torch.Tensor | None,
+    grad_bias: torch.Tensor | None,
+    workspace: torch.Tensor,
+    options: tuple[int, int, float, bool, int, bool],
+    context: tuple[int, int],
+) -> None: ...

@@ -51,6 +51,59 @@ def test_group_norm_statistics(act, per_pixel):
     assert torch.allclose(layer(x), F.silu(y) if act else y, atol=1e-3)
 
 
+def test_rms_norms():
+    x = video(2, 64, 3, 4, 5)
+    layer = shake(NormAct(64, norm="rms"))
+    expected = F.rms_norm(x.movedim(1, -1), (64,), layer.norm.weight, 1e-6).movedim(-1, 1)
+    assert torch.allclose(layer(x), F.silu(expected), atol=1e-5)
+    layer = shake(GroupNormAct(64, act=False, subtract_mean=False))
+    groups = x.unflatten(1, (32, 2))
+    y = groups / (groups.square().mean((2, 4, 5), keepdim=True) + 1e-6).sqrt()
+    expected = y.flatten(1, 2) * layer.weight.view(-1, 1, 1, 1) + layer.bias.view(-1, 1, 1, 1)
+    assert torch.allclose(layer(x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: NormAct(32),
+        lambda: NormAct(32, norm="rms"),
+        lambda: GroupNormAct(32),
+        lambda: GroupNormAct(32, subtract_mean=False),
+        lambda: GroupNormAct(32, across_time=True),
+    ],
+    ids=["layer", "rms", "group", "group_rms", "across_time"],
+)
+def test_norms_return_the_buffer_of_a_convolution(make):
+    layer, x, state = shake(make()), video(1, 32, 2, 3, 5), video(1, 32, 2, 3, 5, seed=1)
+    y = layer(x)
+    for options, front in (
+        ({}, torch.zeros_like(state)),
+        ({"temporal": "replicate"}, y[:, :, :1].expand(-1, -1, 2, -1, -1)),
+        ({"state": state}, state),
+    ):
+        buffer = layer(x, front=2, border=(1, 2), **options)
+        expected = F.pad(torch.cat([front, y], 2), (0, 2, 0, 1))
+        assert torch.allclose(buffer, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_norm_act_runs_the_hooks_of_its_norm(norm):
+    """Through the module that carries the hook, with the same result."""
+    layer, x, seen = shake(NormAct(32, norm=norm)), video(1, 32, 2, 3, 5), []
+    expected = layer(x, front=1, border=(1, 0))
+    layer.norm.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    assert torch.allclose(layer(x, front=1, border=(1, 0)), expected, atol=1e-6)
+    assert seen == [(1, 2, 3, 5, 32)]
+
+
+def test_norms_refuse_what_they_do_not_have():
+    with pytest.raises(ValueError, match="norm must be .*, got 'group'"):
+        NormAct(8, norm="group")
+    with pytest.raises(ValueError, match="subtract_mean must be True .*, got False"):
+        GroupNormAct(32, across_time=True, subtract_mean=False)
+
+
 def test_norm_act_keeps_the_dtype_of_autocast():
     layer, x = NormAct(8), video(1, 8, 2, 3, 3)
     with torch.autocast("cpu", torch.bfloat16):

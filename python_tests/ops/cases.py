@@ -3,6 +3,7 @@
 from case_alpha_blend import ALPHA_BLEND
 from case_fsq import FSQ, FSQ_DECODE
 from case_fsq_entropy import FSQ_ENTROPY, FSQ_ENTROPY_CLAMPED
+from case_norm_act import NORM_ACT, NORM_ACT_STATE, NORM_ACT_WITHOUT_AFFINE
 from case_temporal_resample import TEMPORAL_DOWNSAMPLE, TEMPORAL_UPSAMPLE, TEMPORAL_UPSAMPLE_BLEND
 from case_triplane_gather import (
     TRIPLANE_GATHER,
@@ -22,4 +23,7 @@ OP_CASES = [
     TRIPLANE_GATHER,
     TRIPLANE_GATHER_INDICES,
     TRIPLANE_GATHER_LATTICE,
+    NORM_ACT,
+    NORM_ACT_STATE,
+    NORM_ACT_WITHOUT_AFFINE,
 ]

@@ -31,6 +31,7 @@ class OpCase:
         differentiable: names of tensors that get a gradient.
         gradient_factor: multiple of the tolerance table granted to gradients, with the reason in
             the case.
+        returns_autocast_dtype: results are cast to the dtype of autocast where that is on.
         raw: name and arguments of raw ops for opcheck.
     """
 
@@ -48,6 +49,7 @@ class OpCase:
     differentiable: tuple[str, ...] = ()
     gradient_factor: float = 1.0
     supports_vmap: bool = False
+    returns_autocast_dtype: bool = False
     raw: Sequence[tuple[str, Callable[[], tuple[Any, ...]]]] = field(default_factory=tuple)
 
     def __str__(self) -> str:
