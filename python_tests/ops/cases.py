@@ -1,6 +1,7 @@
 """The ops under test: from this list test_ops.py makes every test that all ops share."""
 
 from case_alpha_blend import ALPHA_BLEND
+from case_causal_conv3d import CAUSAL_CONV3D
 from case_fsq import FSQ, FSQ_DECODE
 from case_fsq_entropy import FSQ_ENTROPY, FSQ_ENTROPY_CLAMPED
 from case_temporal_resample import TEMPORAL_DOWNSAMPLE, TEMPORAL_UPSAMPLE, TEMPORAL_UPSAMPLE_BLEND
@@ -14,4 +15,5 @@ OP_CASES = [
     TEMPORAL_DOWNSAMPLE,
     TEMPORAL_UPSAMPLE,
     TEMPORAL_UPSAMPLE_BLEND,
+    CAUSAL_CONV3D,
 ]
