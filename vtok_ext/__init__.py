@@ -36,6 +36,7 @@ from vtok_ext.models import (
     load_model,
 )
 from vtok_ext.ops.alpha_blend import alpha_blend
+from vtok_ext.ops.causal_conv3d import causal_conv3d
 from vtok_ext.ops.fsq import (
     fsq,
     fsq_codes_to_indices,
@@ -66,6 +67,7 @@ __all__ = [
     "__version__",
     "alpha_blend",
     "build_info",
+    "causal_conv3d",
     "create_model",
     "fsq",
     "fsq_codebook_statistics",

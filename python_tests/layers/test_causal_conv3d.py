@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vtok_ext.layers import CausalConv1d, CausalConv3d, FrameConv2d, _convolution
+from vtok_ext.layers import CausalConv1d, CausalConv3d, FrameConv2d
 
 
 def video(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -86,33 +86,12 @@ def test_gradients():
     assert torch.autograd.gradcheck(layer, (x,))
 
 
-@pytest.mark.parametrize("channels", [3, 16])
-@pytest.mark.parametrize("grad", [False, True])
-def test_small_batches_take_another_path_with_the_same_result(channels, grad):
-    """See Note [Small batches on the CPU]."""
-    x = video(1, channels, 5, 8, 9)
-    weight, bias = video(6, channels, 3, 3, 3, seed=1), video(6, seed=2)
-    assert _convolution._is_small(x) and not _convolution._is_small(x.double())
-    inputs = [t.requires_grad_(grad) for t in (x, weight, bias)]
-    y = _convolution.conv3d(*inputs, padding=(0, 1, 1))
-    expected = F.conv3d(*inputs, padding=(0, 1, 1))
-    assert torch.allclose(y, expected, atol=1e-4)
-    with torch.no_grad():
-        again = _convolution.conv3d(*inputs, padding=(0, 1, 1))
-    assert torch.allclose(again, expected, atol=1e-4)
-    if grad:
-        direction = video(*y.shape, seed=3)
-        found = torch.autograd.grad(y, inputs, direction)
-        for a, b in zip(found, torch.autograd.grad(expected, inputs, direction), strict=True):
-            assert torch.allclose(a, b, atol=1e-3)
-
-
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        ((4, 4, 2), {}, r"kernel_size must be \(kt, kh, kw\), kh and kw odd, got \(2, 2, 2\)"),
+        ((4, 4, 2), {}, r"weight must have odd height and width .*, got \[2, 2, 2\]"),
         ((4, 4, (3, 3)), {}, r"kernel_size must be .*, got \(3, 3\)"),
-        ((4, 4, 3, 4), {}, r"stride must be in 1\.\.3, got 4"),
+        ((4, 4, 3, 4), {}, r"stride in time must be in 1\.\.3, got 4"),
         ((4, 4, 3), {"temporal": "reflect"}, "temporal must be one of .*, got 'reflect'"),
     ],
 )

@@ -1,6 +1,7 @@
 """The ops under test: from this list test_ops.py makes every test that all ops share."""
 
 from case_alpha_blend import ALPHA_BLEND
+from case_causal_conv3d import CAUSAL_CONV3D
 from case_fsq import FSQ, FSQ_DECODE
 from case_fsq_entropy import FSQ_ENTROPY, FSQ_ENTROPY_CLAMPED
 from case_norm_act import NORM_ACT, NORM_ACT_STATE, NORM_ACT_WITHOUT_AFFINE
@@ -26,4 +27,5 @@ OP_CASES = [
     NORM_ACT,
     NORM_ACT_STATE,
     NORM_ACT_WITHOUT_AFFINE,
+    CAUSAL_CONV3D,
 ]

@@ -32,6 +32,8 @@ class OpCase:
         gradient_factor: multiple of the tolerance table granted to gradients, with the reason in
             the case.
         returns_autocast_dtype: results are cast to the dtype of autocast where that is on.
+        runs_torch_kernels: on the CPU the op calls torch's own parallel kernels, which hang in a
+            forked child unless it works with one thread, as the workers of a DataLoader do.
         raw: name and arguments of raw ops for opcheck.
     """
 
@@ -50,6 +52,7 @@ class OpCase:
     gradient_factor: float = 1.0
     supports_vmap: bool = False
     returns_autocast_dtype: bool = False
+    runs_torch_kernels: bool = False
     raw: Sequence[tuple[str, Callable[[], tuple[Any, ...]]]] = field(default_factory=tuple)
 
     def __str__(self) -> str:

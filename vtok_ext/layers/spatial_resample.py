@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtok_ext.layers.causal_conv3d import FrameConv2d
+from vtok_ext.layers.causal_conv3d import FrameConv2d, is_plain
+from vtok_ext.ops._causal_conv3d_cpu import repeated
 
 
 def repeat_nearest(x: Tensor, time: int, space: int) -> Tensor:
@@ -20,12 +21,7 @@ def repeat_nearest(x: Tensor, time: int, space: int) -> Tensor:
     Equivalent to: `F.interpolate(x, scale_factor=(time, space, space), mode="nearest")`, as one
     broadcast copy: it keeps channels_last_3d memory and the dtype under autocast.
     """
-    batch, channels, frames, height, width = x.shape
-    y = x.permute(0, 2, 3, 4, 1)[:, :, None, :, None, :, None]
-    y = y.expand(batch, frames, time, height, space, width, space, channels)
-    y = y.reshape(batch, frames * time, height * space, width * space, channels)
-    # Repeating a single frame is a view with stride 0 until here.
-    return y.contiguous().permute(0, 4, 1, 2, 3)
+    return repeated(x, time, space)
 
 
 class SpatialDownsample(nn.Module):
@@ -37,6 +33,8 @@ class SpatialDownsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns [B, C, T, floor(H / 2), floor(W / 2)]."""
+        if is_plain(self.conv):
+            return self.conv(x, spatial_padding=((0, 1), (0, 1)))
         # With an odd size the last window ends inside the frame and needs no padding.
         return self.conv(F.pad(x, (0, 1 - x.shape[4] % 2, 0, 1 - x.shape[3] % 2)))
 
@@ -50,4 +48,6 @@ class SpatialUpsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns [B, C, T, 2 H, 2 W]."""
+        if is_plain(self.conv):
+            return self.conv(x, upsample="space")
         return self.conv(repeat_nearest(x, 1, 2))

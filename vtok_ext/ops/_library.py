@@ -23,6 +23,9 @@ class OpFunction(torch.autograd.Function):
         cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
 
 
+# torch.compile traces an autograd.Function with setup_context from torch 2.6 on.
+FUNCTIONS_TRACE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 6)
+
 _LIBRARY = torch.library.Library("vtok_ext", "DEF")
 
 

@@ -1,0 +1,397 @@
+"""What is special about causal_conv3d: known answers, streams in any chunks, gradients against
+float64, errors, and that the path a model takes makes no copies."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
+
+import vtok_ext as vt
+from vtok_ext.ops import _causal_conv3d_cpu as cpu
+from vtok_ext.ops.causal_conv3d import causal_conv3d_reference
+
+LAYOUT = torch.channels_last_3d
+
+
+def video(*shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def moving_sum(frames, weight, **options):
+    """The convolution of scalars in time, as a list."""
+    x = torch.tensor(frames, dtype=torch.float32).view(1, 1, -1, 1, 1)
+    w = torch.tensor(weight, dtype=torch.float32).view(1, 1, -1, 1, 1)
+    return vt.causal_conv3d(x, w, **options).flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, [300, 430, 543, 654]),  # zeros, two in front
+        ({"temporal": "replicate"}, [333, 433, 543, 654]),
+        ({"temporal": "same"}, [430, 543, 654, 65]),
+        ({"temporal": "valid"}, [543, 654]),
+        ({"stride": 2}, [430, 654]),  # one in front
+        ({"stride": 2, "temporal": "replicate"}, [433, 654]),
+        ({"stride": 2, "front": 2}, [300, 543]),
+        ({"front": 1}, [430, 543, 654]),
+        ({"dilation": 2}, [300, 400, 530, 640]),
+        ({"dilation": 2, "temporal": "replicate"}, [333, 433, 533, 643]),
+        ({"upsample": "time"}, [300, 330, 433, 443, 544, 554, 655, 665]),
+        ({"upsample": "time", "temporal": "replicate"}, [333, 333, 433, 443, 544, 554, 655, 665]),
+    ],
+)
+def test_temporal_padding(options, expected):
+    """The newest frame has the weight 100."""
+    assert moving_sum([3, 4, 5, 6], [1, 10, 100], **options) == expected
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, [[12, 21, 16], [27, 45, 33], [24, 39, 28]]),
+        ({"spatial_padding": ((0, 0), (0, 0))}, [[45]]),
+        ({"spatial_padding": ((0, 1), (0, 1)), "stride": (1, 2, 2)}, [[45]]),
+        ({"spatial_padding": ((1, 0), (0, 1))}, [[21, 16], [45, 33]]),
+        ({"spatial_padding": ((0, 2), (1, 0))}, [[27, 45], [24, 39], [15, 24]]),
+        (
+            {"upsample": "space", "stride": (1, 2, 2)},
+            [[4, 10, 16], [18, 33, 42], [36, 60, 69]],
+        ),
+    ],
+)
+def test_spatial_padding(options, expected):
+    """Sums over 3x3 windows of the numbers 1 to 9."""
+    x = torch.arange(1.0, 10.0).view(1, 1, 1, 3, 3)
+    y = vt.causal_conv3d(x, torch.ones(1, 1, 1, 3, 3), **options)
+    assert y[0, 0, 0].tolist() == expected
+
+
+def test_epilogue():
+    """In the documented order: bias, residual, activation, blend."""
+    x = torch.full((1, 1, 1, 1, 1), 2.0)
+    y = vt.causal_conv3d(
+        x,
+        torch.full((1, 1, 1, 1, 1), 3.0),
+        torch.tensor([-5.0]),
+        residual=torch.full_like(x, 1.5),
+        activation="silu",
+        blend=(torch.full_like(x, 10.0), torch.tensor([1.0])),
+    )
+    p, mix = torch.tensor(2.5), torch.sigmoid(torch.tensor(1.0))
+    assert y.item() == pytest.approx((mix * 10 + (1 - mix) * p * torch.sigmoid(p)).item(), rel=1e-6)
+
+
+def run_in_chunks(x, weight, bias, plan, outputs, **options):
+    """Results of one stream, concatenated; `outputs` holds tensors of the output's shape."""
+    state, chunks, first, done = None, [], 0, 0
+    for length in plan:
+        chunk = x[:, :, first : first + length]
+        first += length
+        y = vt.causal_conv3d(chunk, weight, bias, state=state, return_state=True, **options)[0]
+        size = y.shape[2]
+        more = {name: t[:, :, done : done + size] for name, t in outputs.items()}
+        y, state = vt.causal_conv3d(
+            chunk, weight, bias, state=state, return_state=True, **options, **more
+        )
+        assert state.untyped_storage().nbytes() == state.nbytes  # owned, not a view
+        done += size
+        chunks.append(y)
+    return torch.cat(chunks, 2), state
+
+
+@st.composite
+def streams(draw):
+    kernel = (draw(st.integers(1, 4)), draw(st.sampled_from([1, 3])), 1)
+    dilation = draw(st.integers(1, 2))
+    reach = (kernel[0] - 1) * dilation + 1
+    return {
+        "kernel": kernel,
+        "plan": draw(st.lists(st.integers(0, 5), min_size=1, max_size=6)),
+        "channels": draw(st.sampled_from([1, 3, 8])),
+        "batch": draw(st.integers(1, 2)),
+        "options": {
+            "stride": draw(st.integers(1, reach)),
+            "dilation": dilation,
+            "temporal": draw(st.sampled_from(["zeros", "replicate"])),
+            "front": draw(st.one_of(st.none(), st.integers(0, reach - 1))),
+            "upsample": draw(st.sampled_from([None, "space", "time"])),
+            "activation": draw(st.sampled_from([None, "silu"])),
+        },
+        "residual": draw(st.booleans()),
+    }
+
+
+@settings(max_examples=150, deadline=None)
+@given(streams())
+def test_any_chunks_equal_the_whole_clip(stream):
+    """Results and gradients, through the state, of a random plan of chunks."""
+    size, frames = stream["batch"], sum(stream["plan"])
+    x = video(size, stream["channels"], frames, 3, 2, dtype=torch.float64).requires_grad_()
+    weight = video(4, stream["channels"], *stream["kernel"], dtype=torch.float64).requires_grad_()
+    bias = video(4, dtype=torch.float64).requires_grad_()
+    options, outputs = stream["options"], {}
+    whole = vt.causal_conv3d(x, weight, bias, **options)
+    leaves = [x, weight, bias]
+    if stream["residual"]:
+        outputs["residual"] = video(*whole.shape, dtype=torch.float64, seed=1).requires_grad_()
+        leaves.append(outputs["residual"])
+        whole = vt.causal_conv3d(x, weight, bias, **options, **outputs)
+    chunked, _ = run_in_chunks(x, weight, bias, stream["plan"], outputs, **options)
+    assert torch.allclose(chunked, whole, rtol=1e-12, atol=1e-12)
+    direction = video(*whole.shape, dtype=torch.float64, seed=2)
+    expected = torch.autograd.grad(whole, leaves, direction)
+    for a, e in zip(torch.autograd.grad(chunked, leaves, direction), expected, strict=True):
+        assert torch.allclose(a, e, rtol=1e-10, atol=1e-12)
+
+
+def test_a_stream_without_frames_has_not_started(backend):
+    x = video(1, 4, 3, 4, 4).to(backend.device)
+    weight = video(4, 4, 3, 3, 3).to(backend.device)
+    options = {"temporal": "replicate", "return_state": True}
+    y, state = vt.causal_conv3d(x[:, :, :0], weight, **options)
+    assert y.shape == (1, 4, 0, 4, 4) and state.shape == (1, 4, 0, 0, 0)
+    y, state = vt.causal_conv3d(x, weight, state=state, **options)
+    assert torch.equal(y, vt.causal_conv3d(x, weight, temporal="replicate"))
+    assert torch.equal(state, x[:, :, 1:])
+
+
+def test_valid_continues_from_a_buffer(backend):
+    """What a producer of padded buffers does: it passes front frames, and gets the next ones."""
+    x, weight = video(1, 8, 5, 4, 4).to(backend.device), video(8, 8, 3, 3, 3).to(backend.device)
+    whole = vt.causal_conv3d(x, weight)
+    buffer = torch.cat([torch.zeros_like(x[:, :, :2]), x[:, :, :3]], 2)
+    first, state = vt.causal_conv3d(buffer, weight, temporal="valid", return_state=True)
+    assert torch.equal(state, x[:, :, 1:3])
+    second = vt.causal_conv3d(torch.cat([state, x[:, :, 3:]], 2), weight, temporal="valid")
+    assert torch.allclose(torch.cat([first, second], 2), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 0, 4, 4), (1, 3, 1, 4, 4)])
+def test_zero_frames_have_gradients(shape, backend):
+    x = video(*shape).to(backend.device).requires_grad_()
+    weight = video(4, 3, 3, 3, 3).to(backend.device).requires_grad_()
+    y = vt.causal_conv3d(x, weight, stride=2)
+    assert y.shape == (1, 4, 0, 4, 4)
+    for leaf, grad in zip((x, weight), torch.autograd.grad(y.sum(), (x, weight)), strict=True):
+        assert torch.equal(grad, torch.zeros_like(leaf))
+
+
+@pytest.mark.parametrize("stride, front", [(1, None), (2, None), (2, 2)])
+@pytest.mark.parametrize("temporal", ["zeros", "replicate"])
+def test_gradcheck(stride, front, temporal):
+    x = video(1, 2, 3, 3, 2, dtype=torch.float64).requires_grad_()
+    weight = video(2, 2, 3, 3, 1, dtype=torch.float64).requires_grad_()
+    bias = video(2, dtype=torch.float64).requires_grad_()
+    mix = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
+    options = {"stride": stride, "front": front, "temporal": temporal, "activation": "silu"}
+    shape = vt.causal_conv3d(x, weight, **options).shape
+    other = video(*shape, dtype=torch.float64, seed=3).requires_grad_()
+    residual = video(*shape, dtype=torch.float64, seed=4).requires_grad_()
+
+    def function(x, weight, bias, residual, other, mix):
+        return vt.causal_conv3d(x, weight, bias, residual=residual, blend=(other, mix), **options)
+
+    assert torch.autograd.gradcheck(function, (x, weight, bias, residual, other, mix))
+
+
+def test_gradient_of_the_state():
+    x = video(1, 2, 2, 3, 2, dtype=torch.float64).requires_grad_()
+    state = video(1, 2, 2, 3, 2, dtype=torch.float64, seed=1).requires_grad_()
+    weight = video(2, 2, 3, 3, 1, dtype=torch.float64)
+
+    def function(x, state):
+        return vt.causal_conv3d(x, weight, state=state, return_state=True)
+
+    assert torch.autograd.gradcheck(function, (x, state))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, LAYOUT])
+def test_gradients_in_any_layout_are_taken(memory_format, backend):
+    x, weight = video(2, 8, 2, 4, 4).to(backend.device), video(8, 8, 3, 3, 3).to(backend.device)
+    x.requires_grad_()
+    y = vt.causal_conv3d(x, weight)
+    direction = video(*y.shape, seed=1).to(y.device)
+    (grad,) = torch.autograd.grad(y, x, direction.contiguous(memory_format=memory_format))
+    (expected,) = torch.autograd.grad(causal_conv3d_reference(x, weight), x, direction)
+    assert torch.allclose(grad, expected, atol=1e-4)
+    assert grad.is_contiguous(memory_format=LAYOUT)
+
+
+@pytest.mark.parametrize("channels", [3, 16])
+def test_small_batches_take_another_path_with_the_same_result(channels):
+    """See Note [Small batches on the CPU]."""
+    x = video(1, channels, 5, 8, 9).contiguous(memory_format=LAYOUT)
+    assert cpu._is_small(x) and not cpu._is_small(x.double())
+    weight = video(6, channels, 3, 3, 3)
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    y, expected = vt.causal_conv3d(x, weight), causal_conv3d_reference(x, weight)
+    assert torch.allclose(y, expected, atol=1e-4)
+    direction = video(*y.shape, seed=3)
+    found = torch.autograd.grad(y, leaves, direction)
+    for a, e in zip(found, torch.autograd.grad(expected, leaves, direction), strict=True):
+        assert torch.allclose(a, e, atol=1e-3)
+
+
+COPIES = {"aten::copy_", "aten::clone", "aten::contiguous", "aten::cat", "aten::constant_pad_nd"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 3, 3), (3, 1, 1), (1, 1, 1)])
+def test_native_path_copies_nothing(kernel, batch, dtype):
+    """A buffer with its front frames goes to oneDNN as it is, and comes back in its layout."""
+    x = video(batch, 16, 6, 16, 16, dtype=dtype).contiguous(memory_format=LAYOUT)
+    weight = video(16, 16, *kernel, dtype=dtype).contiguous(memory_format=LAYOUT)
+    residual = video(batch, 16, 7 - kernel[0], 16, 16, dtype=dtype).contiguous(memory_format=LAYOUT)
+    bias = video(16, dtype=dtype)
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as profiler:
+        y = vt.causal_conv3d(
+            x, weight, bias, temporal="valid", residual=residual, activation="silu"
+        )
+    assert y.is_contiguous(memory_format=LAYOUT)
+    called = {event.key for event in profiler.key_averages()}
+    assert not called & COPIES
+    assert any("convolution" in name for name in called)  # the profiler did look inside
+
+
+def test_autocast_decides_the_dtype():
+    x, weight = video(1, 8, 3, 4, 4), video(8, 8, 3, 3, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, state = vt.causal_conv3d(x, weight, residual=x, return_state=True)
+        again = vt.causal_conv3d(x, weight, state=state)
+        assert vt.causal_conv3d(x.double(), weight.double()).dtype == torch.float64
+    assert y.dtype == state.dtype == again.dtype == torch.bfloat16
+
+
+def call(x=(1, 4, 3, 5, 6), weight=(4, 4, 3, 3, 3), bias=None, **options):
+    bias = None if bias is None else torch.zeros(bias)
+    return vt.causal_conv3d(torch.zeros(x), torch.zeros(weight), bias, **options)
+
+
+@pytest.mark.parametrize(
+    "error, message, options",
+    [
+        (
+            ValueError,
+            r"x must be \[B, C, T, H, W\], C >= 1, got \[4, 3, 5, 6\]",
+            {"x": (4, 3, 5, 6)},
+        ),
+        (
+            ValueError,
+            r"weight must be \[O, C / groups, kt, kh, kw\], got \[4, 4, 3\]",
+            {"weight": (4, 4, 3)},
+        ),
+        (
+            ValueError,
+            r"weight must be \[O, 4, kt, kh, kw\] for x .*, got \[4, 3,",
+            {"weight": (4, 3, 3, 3, 3)},
+        ),
+        (ValueError, r"bias must be \[4\], got \[5\]", {"bias": 5}),
+        (
+            ValueError,
+            r"stride must be an integer >= 1 \(in time\) or three .*, got 0",
+            {"stride": 0},
+        ),
+        (ValueError, r"dilation must be .*, got \(1, 2\)", {"dilation": (1, 2)}),
+        (ValueError, "groups must be an integer >= 1, got 0", {"groups": 0}),
+        (ValueError, "groups must divide the channels of x and weight, got 3", {"groups": 3}),
+        (ValueError, "temporal must be one of .*, got 'reflect'", {"temporal": "reflect"}),
+        (ValueError, r"front must be in 0\.\.2, .*, got 3", {"front": 3}),
+        (
+            ValueError,
+            'front must be None with temporal="same", got 1',
+            {"temporal": "same", "front": 1},
+        ),
+        (
+            ValueError,
+            'front must be None or 0 with temporal="valid", got 1',
+            {"temporal": "valid", "front": 1},
+        ),
+        (
+            ValueError,
+            'odd number of frames with temporal="same", got 2',
+            {"weight": (4, 4, 2, 3, 3), "temporal": "same"},
+        ),
+        (ValueError, r"odd height and width .*, got \[3, 2, 3\]", {"weight": (4, 4, 3, 2, 3)}),
+        (
+            ValueError,
+            "spatial_padding must be \"same\" or .*, got 'full'",
+            {"spatial_padding": "full"},
+        ),
+        (
+            ValueError,
+            r"spatial_padding must be .*, got \(\(0, 1\),\)",
+            {"spatial_padding": ((0, 1),)},
+        ),
+        (ValueError, "upsample must be one of .*, got 'both'", {"upsample": "both"}),
+        (ValueError, "activation must be one of .*, got 'relu'", {"activation": "relu"}),
+        (
+            ValueError,
+            r"state must be \[1, 4, 2, 5, 6\], got \[1, 4, 1, 5, 6\]",
+            {"state": torch.zeros(1, 4, 1, 5, 6)},
+        ),
+        (
+            ValueError,
+            r"state must be \[1, 4, 1\.\.2, 5, 6\]",
+            {"state": torch.zeros(1, 4, 3, 5, 6), "stride": 2},
+        ),
+        (
+            ValueError,
+            'state must be None with temporal="same"',
+            {"temporal": "same", "return_state": True},
+        ),
+        (
+            ValueError,
+            'state must be None with temporal="valid"',
+            {"temporal": "valid", "state": torch.zeros(1, 4, 2, 5, 6)},
+        ),
+        (
+            ValueError,
+            "stride in time must be at most 3 for a stream, got 4",
+            {"stride": 4, "return_state": True},
+        ),
+        (
+            ValueError,
+            r"residual must have the output's shape \[1, 4, 3, 5, 6\]",
+            {"residual": torch.zeros(1, 4, 3, 5, 5)},
+        ),
+        (
+            TypeError,
+            "residual must be torch.float32 as x, got torch.bfloat16",
+            {"residual": torch.zeros(1, 4, 3, 5, 6).bfloat16()},
+        ),
+        (
+            TypeError,
+            r"blend must be \(tensor, mix_factor\), got Tensor",
+            {"blend": torch.zeros(1, 4, 3, 5, 6)},
+        ),
+        (
+            ValueError,
+            r"mix_factor must be one floating element, got \[2\]",
+            {"blend": (torch.zeros(1, 4, 3, 5, 6), torch.zeros(2))},
+        ),
+        (
+            ValueError,
+            "x must be as large as the kernel",
+            {"x": (1, 4, 3, 2, 2), "spatial_padding": ((0, 0), (0, 0))},
+        ),
+    ],
+)
+@pytest.mark.parametrize("native", [True, False])
+def test_errors(error, message, options, native, monkeypatch):
+    monkeypatch.setattr("vtok_ext._native._enabled", native)
+    with pytest.raises(error, match=f"causal_conv3d: .*{message}"):
+        call(**options)
+
+
+def test_dtype_errors():
+    x, weight = torch.zeros(1, 4, 3, 5, 6), torch.zeros(4, 4, 3, 3, 3)
+    with pytest.raises(TypeError, match="weight must be torch.float32 as x, got torch.float16"):
+        vt.causal_conv3d(x, weight.half())
+    with pytest.raises(TypeError, match="x must be float32, .*, got torch.int64"):
+        vt.causal_conv3d(x.long(), weight.long())
+    with pytest.raises(TypeError, match="x must be a torch.Tensor, got list"):
+        vt.causal_conv3d([1.0], weight)

@@ -1,0 +1,301 @@
+"""Causal convolution on the CPU, by oneDNN through torch, in channels_last_3d memory.
+
+Padding that is equal on both sides is left to oneDNN, which makes no copy. Front frames and one
+sided padding are joined to x in one copied buffer; a caller that passes a buffer with its front
+frames (temporal="valid") avoids it. Convolutions within frames run as a batch of images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vtok_ext.ops._causal_conv3d_geometry import Geometry
+
+_LAYOUT = torch.channels_last_3d
+
+# Note [Small batches on the CPU]
+# For one float32 item with B * C * T * H <= 20480 (the width is not counted) and kernels up to 3,
+# torch sends a 3-D convolution to im2col and GEMM instead of oneDNN. Measured, two cores, ms:
+#     16 -> 3 channels, 19x64x64: im2col 81, oneDNN 3.0; with gradients 201, as a batch of two 29
+#     3 -> 128, 22x128x128: im2col 190, oneDNN 76; with gradients 562, as a batch of two 986
+# Forwards oneDNN is therefore called by name. Gradients would be sent back to im2col; there the
+# item is doubled, with a gradient of zero for the copy, which selects oneDNN and pays from about 16
+# channels on. bfloat16 always takes oneDNN.
+SMALL_ELEMENTS = 20480
+DOUBLING_PAYS_CHANNELS = 16
+
+
+def forward(
+    x: Tensor,  # [B, C, T, H, W]
+    weight: Tensor,  # [O, C / groups, kt, kh, kw]
+    bias: Tensor | None,  # [O]
+    state: Tensor | None,  # [B, C, n, H, W]
+    residual: Tensor | None,  # as y
+    other: Tensor | None,  # as y
+    mix_factor: Tensor | None,  # [1]
+    g: Geometry,
+    silu: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """Returns y [B, O, T', H', W'], and with `keep` what came before the activation."""
+    # float16 is converted: oneDNN has it on few CPUs, and torch's own kernel is slow.
+    real = torch.float32 if x.dtype == torch.float16 else x.dtype
+    shape = g.output_shape(x.shape, weight.shape, None if state is None else state.shape[2])
+    h = torch.empty(shape, dtype=real, device=x.device, memory_format=_LAYOUT)
+    with _without_autocast():
+        if h.numel() > 0:
+            frames, padding = padded_frames(x, weight, state, g)
+            h = _convolve(frames.to(real), weight.to(real), _as(bias, real), padding, g)
+            h = channels_last(h)
+        if residual is not None:
+            h.add_(residual)
+        before = h
+        if silu:
+            h = F.silu(h, inplace=not keep)
+        if other is not None and mix_factor is not None:
+            mix = float(torch.sigmoid(mix_factor.double()))
+            blended = other.to(real)
+            h = torch.lerp(h, blended, mix) if keep else h.lerp_(blended, mix)
+    return channels_last(h.to(x.dtype)), before.to(x.dtype) if keep else x.new_empty(0)
+
+
+def input_gradient(
+    grad: Tensor,  # [B, O, T', H', W']
+    weight: Tensor,  # [O, C / groups, kt, kh, kw]
+    x_shape: Sequence[int],
+    state_frames: int | None,
+    g: Geometry,
+) -> tuple[Tensor, Tensor | None]:
+    """Returns the gradients of x and of the state."""
+    real = torch.float32 if grad.dtype == torch.float16 else grad.dtype
+    shape, padding = padded_shape(x_shape, weight.shape, state_frames, g)
+    with _without_autocast():
+        frames = torch.empty(shape, dtype=real, memory_format=_LAYOUT)  # only its shape is read
+        found = _backward(channels_last(grad).to(real), frames, weight.to(real), padding, g, 0)[0]
+        assert found is not None
+        batch, channels, num_frames, height, width = x_shape
+        found = found[:, :, :, _top(g) : _top(g) + height * g.repeat_space]
+        found = found[..., _left(g) : _left(g) + width * g.repeat_space]
+        if g.repeat_space > 1:
+            found = found.unflatten(4, (width, 2)).unflatten(3, (height, 2)).sum((4, 6))
+        # Equal padding, temporal="same", is oneDNN's.
+        front = g.front - g.back if state_frames is None else state_frames
+        before, inner = found[:, :, :front], found[:, :, front : front + g.repeat_time * num_frames]
+        if g.repeat_time > 1:
+            inner = inner.unflatten(2, (num_frames, 2)).sum(3)
+        if state_frames is None and g.replicate and front > 0 and num_frames > 0:
+            inner = inner.contiguous(memory_format=_LAYOUT)
+            inner[:, :, 0] += before.sum(2)
+    grad_state = None if state_frames is None else channels_last(before.to(grad.dtype).clone())
+    return channels_last(inner.to(grad.dtype)), grad_state
+
+
+def weight_gradient(
+    grad: Tensor,  # [B, O, T', H', W']
+    x: Tensor,  # [B, C, T, H, W]
+    weight: Tensor,  # [O, C / groups, kt, kh, kw]
+    state: Tensor | None,  # [B, C, n, H, W]
+    has_bias: bool,
+    g: Geometry,
+) -> tuple[Tensor, Tensor | None]:
+    """Returns the gradients of weight and bias."""
+    real = torch.float32 if grad.dtype == torch.float16 else grad.dtype
+    with _without_autocast():
+        frames, padding = padded_frames(x, weight, state, g)
+        _, grad_weight, grad_bias = _backward(
+            channels_last(grad).to(real), frames.to(real), weight.to(real), padding, g, 1, has_bias
+        )
+    assert grad_weight is not None
+    return grad_weight.to(grad.dtype), None if grad_bias is None else grad_bias.to(grad.dtype)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """`x` [B, C, T, H, W] in channels_last_3d memory: itself, or a copy."""
+    return x.contiguous(memory_format=_LAYOUT)
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    """The dtype was decided by the public function."""
+    if not torch.is_autocast_enabled("cpu"):
+        yield
+        return
+    with torch.autocast("cpu", enabled=False):
+        yield
+
+
+def _as(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype)
+
+
+def _top(g: Geometry) -> int:
+    """Rows that are written in front; the rest of `top` is left to oneDNN."""
+    return g.top - min(g.top, g.bottom)
+
+
+def _left(g: Geometry) -> int:
+    return g.left - min(g.left, g.right)
+
+
+def padded_shape(
+    x_shape: Sequence[int], weight_shape: Sequence[int], state_frames: int | None, g: Geometry
+) -> tuple[list[int], tuple[int, int, int]]:
+    """Returns the shape of the frames that a convolution with equal padding runs over, and that.
+
+    One-sided padding that no window sees is left out.
+    """
+    out = g.output_shape(x_shape, weight_shape, state_frames)
+    reach = g.reach(weight_shape[2:])
+    shape = list(x_shape[:2])
+    before = g.front if state_frames is None else state_frames
+    sizes = (x_shape[2] * g.repeat_time, *(size * g.repeat_space for size in x_shape[3:]))
+    sides = ((before, g.back), (g.top, g.bottom), (g.left, g.right))
+    padding = []
+    for i, (size, (low, high)) in enumerate(zip(sizes, sides, strict=True)):
+        equal = min(low, high)
+        seen = (out[2 + i] - 1) * g.stride[i] + reach[i]  # the last windows end here
+        high = max(0, min(high, seen - size - low))
+        shape.append((low - equal) + size + max(0, high - equal))
+        padding.append(equal)
+    return shape, tuple(padding)  # type: ignore[return-value]
+
+
+def padded_frames(
+    x: Tensor,  # [B, C, T, H, W]
+    weight: Tensor,
+    state: Tensor | None,  # [B, C, n, H, W]
+    g: Geometry,
+) -> tuple[Tensor, tuple[int, int, int]]:
+    """Returns x upsampled and padded as far as oneDNN does not pad, and what it does."""
+    x = repeated(x, g.repeat_time, g.repeat_space)
+    state_frames = None if state is None else state.shape[2]
+    before_x = [size // n for size, n in zip(x.shape[2:], _repeats(g), strict=True)]
+    shape, padding = padded_shape([*x.shape[:2], *before_x], weight.shape, state_frames, g)
+    if shape == list(x.shape):
+        return channels_last(x), padding
+    front = shape[2] - x.shape[2]
+    rows = slice(_top(g), _top(g) + x.shape[3])
+    columns = slice(_left(g), _left(g) + x.shape[4])
+    buffer = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_LAYOUT)
+    buffer[:, :, :, : rows.start] = 0
+    buffer[:, :, :, rows.stop :] = 0
+    buffer[..., : columns.start] = 0
+    buffer[..., columns.stop :] = 0
+    inner = buffer[:, :, :, rows, columns]
+    inner[:, :, front:] = x
+    if state is not None:
+        inner[:, :, :front] = repeated(state, 1, g.repeat_space)
+    elif g.replicate and x.shape[2] > 0:
+        inner[:, :, :front] = x[:, :, :1]
+    else:
+        inner[:, :, :front] = 0
+    return buffer, padding
+
+
+def _repeats(g: Geometry) -> tuple[int, int, int]:
+    return g.repeat_time, g.repeat_space, g.repeat_space
+
+
+def repeated(x: Tensor, time: int, space: int) -> Tensor:
+    """Returns [B, C, time * T, space * H, space * W]: every value of x repeated."""
+    if time == 1 and space == 1:
+        return x
+    batch, channels, frames, height, width = x.shape
+    y = x.permute(0, 2, 3, 4, 1)[:, :, None, :, None, :, None]
+    y = y.expand(batch, frames, time, height, space, width, space, channels)
+    y = y.reshape(batch, frames * time, height * space, width * space, channels)
+    # Repeating a single frame is a view with stride 0 until here.
+    return y.contiguous().permute(0, 4, 1, 2, 3)
+
+
+def _is_small(x: Tensor) -> bool:
+    """Returns whether torch would not send `x` to oneDNN although it could."""
+    return (
+        x.dtype == torch.float32
+        and x.shape[0] == 1
+        and math.prod(x.shape[:4]) <= SMALL_ELEMENTS
+        and torch.backends.mkldnn.is_available()
+    )
+
+
+def _runs_as_images(weight: Tensor, g: Geometry) -> bool:
+    return weight.shape[2] == 1 and g.stride_t == 1
+
+
+def _images(x: Tensor) -> Tensor:
+    """[B, C, T, H, W] -> [B * T, C, H, W], a view in channels_last memory."""
+    return x.permute(0, 2, 3, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)
+
+
+def _video(x: Tensor, batch: int) -> Tensor:
+    """[B * T, C, H, W] -> [B, C, T, H, W]."""
+    return x.permute(0, 2, 3, 1).unflatten(0, (batch, -1)).permute(0, 4, 1, 2, 3)
+
+
+def _convolve(
+    frames: Tensor,  # [B, C, P, H, W]
+    weight: Tensor,  # [O, C / groups, kt, kh, kw]
+    bias: Tensor | None,
+    padding: tuple[int, int, int],
+    g: Geometry,
+) -> Tensor:
+    if _runs_as_images(weight, g):
+        images, kernel = _images(frames), weight[:, :, 0]
+        y = _by_name_if_small(
+            images, kernel, bias, padding[1:], g.stride[1:], g.dilation[1:], g.groups
+        )
+        return _video(y, frames.shape[0])
+    return _by_name_if_small(frames, weight, bias, padding, g.stride, g.dilation, g.groups)
+
+
+def _by_name_if_small(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    if _is_small(x):
+        return torch.mkldnn_convolution(x, weight, bias, padding, stride, dilation, groups)
+    return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0], groups)
+
+
+def _backward(
+    grad: Tensor,  # [B, O, T', H', W']
+    frames: Tensor,  # [B, C, P, H, W]
+    weight: Tensor,  # [O, C / groups, kt, kh, kw]
+    padding: tuple[int, int, int],
+    g: Geometry,
+    wanted: int,  # 0: of the frames, 1: of weight and bias
+    has_bias: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    mask = [wanted == 0, wanted == 1, wanted == 1 and has_bias]
+    as_images, batch = _runs_as_images(weight, g), frames.shape[0]
+    stride: Sequence[int] = g.stride
+    dilation: Sequence[int] = g.dilation
+    pads: Sequence[int] = padding
+    if as_images:
+        grad, frames, weight = _images(grad), _images(frames), weight[:, :, 0]
+        stride, dilation, pads = stride[1:], dilation[1:], pads[1:]
+    items = frames.shape[0]
+    if _is_small(frames) and frames.shape[1] >= DOUBLING_PAYS_CHANNELS:
+        frames = torch.cat([frames, frames])
+        grad = torch.cat([grad, torch.zeros_like(grad)])
+    grad_frames, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        *(grad, frames, weight, [weight.shape[0]], stride, pads, dilation),
+        *(False, [0], g.groups, mask),
+    )
+    if grad_frames is not None:
+        grad_frames = grad_frames[:items]
+        grad_frames = _video(grad_frames, batch) if as_images else grad_frames
+    if grad_weight is not None and as_images:
+        grad_weight = grad_weight.unsqueeze(2)
+    return grad_frames, grad_weight, grad_bias
