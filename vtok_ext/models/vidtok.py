@@ -99,8 +99,7 @@ class Encoder(nn.Module):
             self.down_temporal.append(Stage(blocks_1d, downsample=time))
         self.mid = Middle(widths[-1], norm, options)
         self.norm_out = norm_act(widths[-1], norm, across_time=not config.causal)
-        out_channels = config.latent_channels * (2 if config.regularizer == "kl" else 1)
-        self.conv_out = video_conv3d(widths[-1], out_channels, **options)
+        self.conv_out = video_conv3d(widths[-1], config.raw_channels, **options)
 
     def forward(self, x: Tensor, state: State | None = None, return_state: bool = False):
         """Returns the raw latent of `x`, or `(latent, state)`."""
@@ -196,8 +195,7 @@ class VidTok(GridTokenizer):
     def __init__(self, config: VidTokConfig, name: str | None = None) -> None:
         super().__init__(config, name)
         self.video_channels = config.in_channels
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder, self.decoder = self._networks(config)
         self.fsq = None
         if config.is_discrete:
             self.fsq = FSQ(
@@ -207,6 +205,14 @@ class VidTok(GridTokenizer):
                 entropy_annealing_factor=config.entropy_annealing_factor,
                 commitment_weight=config.commitment_weight,
             )
+
+    @staticmethod
+    def _networks(config: VidTokConfig) -> tuple[Encoder, Decoder]:
+        if config.architecture == "vidtok":
+            return Encoder(config), Decoder(config)
+        from vtok_ext.models.vidtok_ablations import ablated_networks  # it builds on this file
+
+        return ablated_networks(config)
 
     @property
     def codebook_size(self) -> int | None:

@@ -1,4 +1,4 @@
-"""VidTokConfig, and the configurations of all released VidTok models.
+"""VidTokConfig, and the configurations of all released VidTok models and the paper's ablations.
 
 Names say regularizer, causality, factors of time, height and width, latent channels or codes, and
 the version of the release where it is not 1.0.
@@ -13,6 +13,8 @@ from vtok_ext.layers.norm_act import NORM_TYPES
 from vtok_ext.layers.temporal_resample import INTERPOLATIONS
 from vtok_ext.models._config import ModelConfig
 from vtok_ext.ops.fsq import MAX_LEVELS
+
+ARCHITECTURES = ("vidtok", "full_3d", "without_blender", "without_3d")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class VidTokConfig(ModelConfig):
         version: "1.0" or "1.1": whether zeros or copies of the first frame precede a clip in every
             causal convolution. Weights of both have the same names and shapes.
         interpolation: of the decoder in time, "nearest", or "linear" (1.1 only).
+        architecture: "vidtok", or one of the paper's ablations, causal and 1.0 only: "full_3d",
+            "without_blender", "without_3d"; see `vidtok_ablations`.
         entropy_weight, entropy_annealing_steps, entropy_annealing_factor, commitment_weight: FSQ's
             auxiliary loss.
     """
@@ -55,6 +59,7 @@ class VidTokConfig(ModelConfig):
     causal: bool = True
     version: str = "1.0"
     interpolation: str = "nearest"
+    architecture: str = "vidtok"
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -64,6 +69,8 @@ class VidTokConfig(ModelConfig):
         self._require_choice("version", ("1.0", "1.1") if self.causal else ("1.0",))
         linear = self.version == "1.1"
         self._require_choice("interpolation", INTERPOLATIONS if linear else ("nearest",))
+        published = self.causal and self.version == "1.0"
+        self._require_choice("architecture", ARCHITECTURES if published else ARCHITECTURES[:1])
         for name in ("ch", "num_res_blocks", "in_channels", "out_ch"):
             self._require_int(name, 1)
         self._require_ints("ch_mult", 1, 1024, empty=False)
@@ -125,6 +132,11 @@ class VidTokConfig(ModelConfig):
         """Channels of the latent."""
         return self.z_channels or len(self.levels)
 
+    @property
+    def raw_channels(self) -> int:
+        """Channels of the encoder's output: mean and log variance for KL."""
+        return self.latent_channels * (2 if self.regularizer == "kl" else 1)
+
 
 _DEEP = (1, 2, 4, 4, 4)  # one level more: 16x16 pixels per latent position
 _V1_1: dict[str, Any] = {"version": "1.1", "interpolation": "linear"}
@@ -158,4 +170,8 @@ PRESETS = {
     "vidtok_fsq_causal_41616_262144_v1_1": VidTokConfig(
         "fsq", levels=(8,) * 6, ch_mult=_DEEP, **_V1_1
     ),
+    **{
+        f"vidtok_kl_causal_488_4chn_{name}": VidTokConfig("kl", 4, architecture=name)
+        for name in ARCHITECTURES[1:]
+    },
 }
