@@ -107,7 +107,7 @@ def resolve_folder(source: str | os.PathLike) -> str:
             f"(owner/name), got {os.fspath(source)!r}"
         )
     hub = require_hub("from_pretrained")
-    return hub.snapshot_download(str(source), allow_patterns=[CONFIG_NAME, WEIGHTS_NAME])
+    return hub.snapshot_download(str(source), allow_patterns=[CONFIG_NAME, "*.safetensors"])
 
 
 def require_hub(op: str):

@@ -10,6 +10,7 @@ from vtok_ext.models import _checkpoint, _persistence
 from vtok_ext.models._config import closest
 from vtok_ext.models.base import VideoTokenizer
 from vtok_ext.models.vidtok import VidTok
+from vtok_ext.models.vidtok_diffusers import is_diffusers_folder, load_diffusers
 from vtok_ext.models.vidtok_released import YAML_SUFFIXES, released_config
 
 # Class names as they stand in config.json; a file can name nothing outside this table.
@@ -74,8 +75,9 @@ def load_model(
     """Returns a model with weights, in eval mode.
 
     Args:
-        source: a folder of `save_pretrained`, a hub id `owner/name` of one, or, with `name`, a
-            released checkpoint (.ckpt, .pth, .pt, .safetensors).
+        source: a folder of `save_pretrained` or of diffusers' AutoencoderVidTok, a hub id
+            `owner/name` of one, or, with `name`, a released checkpoint (.ckpt, .pth, .pt,
+            .safetensors).
         name: which of `list_models()` a checkpoint belongs to, or the path of its released YAML
             file. Versions share names and shapes, so the weights themselves cannot tell.
         ema: take a checkpoint's moving averages (`model_ema.*`) instead of its last weights.
@@ -108,6 +110,8 @@ def load_model(
     if ema:
         raise ValueError("load_model: ema must be False for a saved model, got True")
     folder = _persistence.resolve_folder(path)
+    if is_diffusers_folder(folder):
+        return load_diffusers(folder)
     model_name = _persistence.read_description(folder).get("model")
     if model_name not in MODEL_CLASSES:
         raise ValueError(
