@@ -22,6 +22,25 @@ app = typer.Typer(
     add_completion=False,
 )
 
+ModelOption = Annotated[
+    str, typer.Option(help="Folder of a saved model, a released checkpoint, or a preset name.")
+]
+NameOption = Annotated[
+    str | None,
+    typer.Option(help="Preset, or released YAML file, that a released checkpoint belongs to."),
+]
+EmaOption = Annotated[
+    bool, typer.Option("--ema", help="Take a checkpoint's moving averages of the weights.")
+]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-checkpoint", help="Read a pickled checkpoint with torch < 2.6, which is unsafe."
+    ),
+]
+DeviceOption = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1; auto takes CUDA where it works.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
@@ -49,25 +68,19 @@ def demo(
 @app.command()
 def reconstruct(
     video: Annotated[Path, typer.Argument(help="Video file of any length and size.")],
-    model: Annotated[
-        str, typer.Option(help="Folder of a saved model, a released checkpoint, or a preset name.")
-    ],
+    model: ModelOption,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Video to write [default: NAME.vtok.mp4 here]."),
     ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="Preset that a released checkpoint belongs to.")
-    ] = None,
+    name: NameOption = None,
     side_by_side: Annotated[
         bool, typer.Option("--side-by-side/--no-side-by-side", help="Input left, output right.")
     ] = False,
     max_frames: Annotated[
         int | None, typer.Option(min=1, help="Stop after this many frames.")
     ] = None,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, cuda:1; auto takes CUDA where it works.")
-    ] = "auto",
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Encode a video and decode it again, frame by frame through a stream; print the quality."""
@@ -81,6 +94,32 @@ def reconstruct(
         side_by_side=side_by_side,
         max_frames=max_frames,
         device=device,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="Folder of a saved model, of diffusers, or a released checkpoint.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    to: Annotated[str, typer.Option(help="vtok, or diffusers for its AutoencoderVidTok.")] = "vtok",
+    name: NameOption = None,
+    ema: EmaOption = False,
+    trust_checkpoint: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Convert a model between released checkpoints, this package and diffusers."""
+    from .convert import run_convert
+
+    run_convert(
+        source=source,
+        out=out,
+        to=to,
+        name=name,
+        ema=ema,
+        trust_checkpoint=trust_checkpoint,
         as_json=as_json,
     )
 

@@ -39,6 +39,8 @@ class Encoding:
         losses: scalar training losses by name (`kl_loss`, `aux_loss`), for the whole batch.
         fps: frames per second of the clip, None when unknown.
         frame_rule: "preserve" or "reference", how frames and latents correspond; see `encode`.
+        model_id: `VideoTokenizer.model_id` of the model it is from, "" when unknown: `encode`
+            leaves it empty, files that the command line writes have it.
     """
 
     latent: Tensor | dict[str, Tensor]
@@ -49,6 +51,7 @@ class Encoding:
     losses: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     fps: float | None = None
     frame_rule: str = "preserve"
+    model_id: str = ""
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes everything but `losses` to `path`. Raises OSError when that is impossible."""
@@ -62,6 +65,7 @@ class Encoding:
             "size": list(self.size),
             "fps": self.fps,
             "frame_rule": self.frame_rule,
+            "model_id": self.model_id,
         }
         _save(path, "encoding", tensors, facts)
 
@@ -82,6 +86,7 @@ class Encoding:
                 moments=tensors.get("moments"),
                 fps=reader.fps(),
                 frame_rule=reader.frame_rule(),
+                model_id=reader.model_id(),
             )
 
 
@@ -136,14 +141,13 @@ class Tokens:
             grid = reader.integers("grid", len(reader.shapes["ids"]) - 1)
             if tuple(reader.shapes["ids"][1:]) != grid:
                 reader.fail(f"ids must have the grid {list(grid)}, got {reader.shapes['ids']}")
-            model_id = reader.facts.get("model_id")
             return cls(
                 ids=reader.tensor("ids"),
                 grid=grid,
                 num_frames=reader.integer("num_frames"),
                 size=reader.size(),
                 fps=reader.fps(),
-                model_id=model_id if isinstance(model_id, str) else "",
+                model_id=reader.model_id(),
                 frame_rule=reader.frame_rule(),
             )
 
@@ -235,6 +239,12 @@ class _Reader:
         value = self.facts.get("frame_rule", "preserve")
         if value not in FRAME_RULES:
             self.fail(f"frame_rule must be one of {FRAME_RULES}, got {value!r}")
+        return value
+
+    def model_id(self) -> str:
+        value = self.facts.get("model_id", "")
+        if not isinstance(value, str):
+            self.fail(f"model_id must be text, got {value!r}")
         return value
 
     def _header(self) -> dict[str, Any]:
