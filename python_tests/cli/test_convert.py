@@ -57,7 +57,7 @@ def test_released_checkpoint_by_its_yaml_file(vtok, tmp_path):
     options = ("--name", tmp_path / "small.yaml", "--ema", "--trust-checkpoint")
     result = vtok("convert", tmp_path / "last.ckpt", tmp_path / "model", *options)
     assert result.code == 0, result.err
-    assert "small, version 1.0, 0.1 M parameters" in result.out
+    assert result.out.startswith("small, version 1.0, ")
     assert same(vt.load_model(tmp_path / "model"), model)
 
 
