@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -30,10 +29,9 @@ def run_models(*, as_json: bool) -> None:
     for title in (*titles, *numbers):
         table.add_column(title, no_wrap=True, justify="right" if title in numbers else "left")
     for row in rows:
-        codebook = "-"
+        codebook = f"{row['codebook_size']:,}" if row["discrete"] else "-"
         if row["levels"]:
-            levels = "x".join(map(str, row["levels"]))
-            codebook = f"{row['codebook_size']:,} = {levels}"
+            codebook += " = " + "x".join(map(str, row["levels"]))
         table.add_row(
             row["name"],
             row["version"],
@@ -77,7 +75,7 @@ def model_rows() -> list[dict[str, Any]]:
                 "regularizer": getattr(config, "regularizer", type(model).__name__),
                 "latent_channels": getattr(model, "latent_channels", None),
                 "levels": levels,
-                "codebook_size": math.prod(levels) if levels else None,
+                "codebook_size": model.codebook_size,
                 "compression": [model.temporal_factor, spatial, spatial],
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "clip": clip,

@@ -1,4 +1,4 @@
-"""VidTok: a 3-D convolutional video autoencoder with a KL or an FSQ latent.
+"""VidTok: a 3-D convolutional video autoencoder with a continuous (KL) or a discrete latent.
 
     encoder  conv_in, per level [2-D block, 1-D temporal block] x R and halvings, middle, conv_out
     decoder  the mirror image with R + 1 block pairs per level and doublings
@@ -11,7 +11,6 @@ those of the released weights. Source: Tang et al., VidTok (arXiv 2412.13061), r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +19,8 @@ from torch import Tensor, nn
 
 from vtok_ext.layers import (
     FSQ,
+    LFQ,
+    VQ,
     FrameAttention,
     ResidualBlock1d,
     ResidualBlock2d,
@@ -174,6 +175,29 @@ class Decoder(nn.Module):
         return flow.result(flow("conv_out", self.conv_out, self.norm_out(x)))
 
 
+def _quantizer(config: VidTokConfig) -> FSQ | LFQ | VQ | None:
+    """Returns the layer that makes the latent discrete, None for KL."""
+    if config.regularizer == "kl":
+        return None
+    if config.regularizer == "vq":
+        return VQ(
+            config.codebook_size or 0,
+            config.latent_channels,
+            codebook=config.codebook,
+            restart_dead=config.restart_dead,
+            commitment_weight=config.commitment_weight,
+        )
+    options: dict[str, Any] = {
+        "entropy_weight": config.entropy_weight,
+        "entropy_annealing_steps": config.entropy_annealing_steps,
+        "entropy_annealing_factor": config.entropy_annealing_factor,
+        "commitment_weight": config.commitment_weight,
+    }
+    if config.regularizer == "lfq":
+        return LFQ(config.latent_channels, **options)
+    return FSQ(config.levels, **options)
+
+
 class VidTok(GridTokenizer):
     """Returns a VidTok; see `VideoTokenizer` and `GridTokenizer` for what it does.
 
@@ -196,15 +220,7 @@ class VidTok(GridTokenizer):
         super().__init__(config, name)
         self.video_channels = config.in_channels
         self.encoder, self.decoder = self._networks(config)
-        self.fsq = None
-        if config.is_discrete:
-            self.fsq = FSQ(
-                config.levels,
-                entropy_weight=config.entropy_weight,
-                entropy_annealing_steps=config.entropy_annealing_steps,
-                entropy_annealing_factor=config.entropy_annealing_factor,
-                commitment_weight=config.commitment_weight,
-            )
+        self.quantizer = _quantizer(config)
 
     @staticmethod
     def _networks(config: VidTokConfig) -> tuple[Encoder, Decoder]:
@@ -217,7 +233,7 @@ class VidTok(GridTokenizer):
     @property
     def codebook_size(self) -> int | None:
         """Number of codes, None for KL."""
-        return math.prod(self.config.levels) if self.is_discrete else None
+        return None if self.quantizer is None else self.quantizer.codebook_size
 
     @property
     def latent_channels(self) -> int:
@@ -324,13 +340,13 @@ class VidTok(GridTokenizer):
         compute_loss: bool = False,
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """Returns latent, indices (None for KL) and losses of a raw latent."""
-        if self.fsq is not None:
-            return self.fsq(raw, step, compute_loss)
+        if self.quantizer is not None:
+            return self.quantizer(raw, step, compute_loss)
         latent, losses = kl_posterior(raw, sample, generator)
         return latent, None, losses
 
     def indices_to_latent(self, indices: Tensor) -> Tensor:
         """Returns codes [B, C, t, h, w] of ids [B, t, h, w]."""
-        if self.fsq is None:
+        if self.quantizer is None:
             raise self._continuous("indices_to_latent")
-        return self.fsq.indices_to_codes(indices)
+        return self.quantizer.indices_to_codes(indices)
