@@ -36,9 +36,13 @@ from vtok_ext.layers._state import State, StateFlow
 from vtok_ext.layers.causal_conv3d import video_conv3d
 from vtok_ext.models._video_input import pad_front
 from vtok_ext.models.grid import GridTokenizer
-from vtok_ext.models.streaming import StreamDecoder
+from vtok_ext.models.streaming import StreamDecoder, StreamEncoder
 from vtok_ext.models.vidtok_config import PRESETS, VidTokConfig
-from vtok_ext.models.vidtok_published import published_chunks
+from vtok_ext.models.vidtok_published import (
+    CHUNK_FRAMES,
+    PublishedStreamEncoder,
+    published_chunks,
+)
 
 
 class Stage(nn.Module):
@@ -198,6 +202,11 @@ def _quantizer(config: VidTokConfig) -> FSQ | LFQ | VQ | None:
     return FSQ(config.levels, **options)
 
 
+def _check_streaming(op: str, streaming: str) -> None:
+    if streaming not in ("exact", "reference"):
+        raise ValueError(f"{op}: streaming must be 'exact' or 'reference', got {streaming!r}")
+
+
 class VidTok(GridTokenizer):
     """Returns a VidTok; see `VideoTokenizer` and `GridTokenizer` for what it does.
 
@@ -312,6 +321,27 @@ class VidTok(GridTokenizer):
         frames = self.decoder(latent)
         return frames if num_frames is None else frames[:, :, -num_frames:]
 
+    def stream_encoder(
+        self, output: str = "latent", *, streaming: str = "exact", chunk_frames: int = CHUNK_FRAMES
+    ) -> StreamEncoder:
+        """Returns a StreamEncoder: push frames in any portions, collect latents or ids.
+
+        Args:
+            output: "latent", or "tokens" for the ids of a discrete model.
+            streaming: "exact" equals the whole clip; "reference" equals the published encoding of
+                1.1 in chunks, see `vidtok_published`.
+            chunk_frames: frames per published chunk after the first one, a multiple of f.
+
+        Raises:
+            ValueError: another value of an option, a continuous or non-causal model where that does
+                not do, or "reference" with another version than 1.1.
+        """
+        exact = super().stream_encoder(output)
+        _check_streaming("stream_encoder", streaming)
+        if streaming == "exact":
+            return exact
+        return PublishedStreamEncoder(self, output, chunk_frames)
+
     def stream_decoder(self, *, streaming: str = "exact", **options) -> StreamDecoder:
         """Returns a StreamDecoder: push latents or ids in any portions, collect frames.
 
@@ -323,10 +353,7 @@ class VidTok(GridTokenizer):
         Raises:
             ValueError: another value of an option, or a non-causal model.
         """
-        if streaming not in ("exact", "reference"):
-            raise ValueError(
-                f"stream_decoder: streaming must be 'exact' or 'reference', got {streaming!r}"
-            )
+        _check_streaming("stream_decoder", streaming)
         model = self if streaming == "exact" else published_chunks(self)
         return super(VidTok, model).stream_decoder(**options)
 
