@@ -41,6 +41,16 @@ TrustOption = Annotated[
 DeviceOption = Annotated[
     str, typer.Option(help="cpu, cuda, cuda:1; auto takes CUDA where it works.")
 ]
+OutputOption = Annotated[
+    str | None, typer.Option(help="tokens or latent [default: tokens where the model has them].")
+]
+StreamingOption = Annotated[
+    str,
+    typer.Option(help="exact, or reference for the published chunks of VidTok 1.1."),
+]
+AnyWeightsOption = Annotated[
+    bool, typer.Option("--any-weights", help="Accept tokens that other weights made.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
@@ -80,6 +90,8 @@ def reconstruct(
     max_frames: Annotated[
         int | None, typer.Option(min=1, help="Stop after this many frames.")
     ] = None,
+    ema: EmaOption = False,
+    trust_checkpoint: TrustOption = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -93,6 +105,119 @@ def reconstruct(
         name=name,
         side_by_side=side_by_side,
         max_frames=max_frames,
+        ema=ema,
+        trust_checkpoint=trust_checkpoint,
+        device=device,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def encode(
+    video: Annotated[Path, typer.Argument(help="Video file of any length and size.")],
+    out: Annotated[Path, typer.Argument(help="Token or latent file to write (safetensors).")],
+    model: ModelOption,
+    name: NameOption = None,
+    ema: EmaOption = False,
+    trust_checkpoint: TrustOption = False,
+    output: OutputOption = None,
+    streaming: StreamingOption = "exact",
+    frames: Annotated[
+        str,
+        typer.Option(
+            help="preserve keeps every length; reference follows the published frame rule, with "
+            "the whole clip in memory."
+        ),
+    ] = "preserve",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Encode a video to a token or latent file, in constant memory."""
+    from .encode import EncodeOptions, run_encode
+
+    options = EncodeOptions(
+        source=video,
+        out=out,
+        model=model,
+        name=name,
+        ema=ema,
+        trust_checkpoint=trust_checkpoint,
+        device=device,
+        output=output,
+        streaming=streaming,
+        frames=frames,
+    )
+    run_encode(options, as_json=as_json)
+
+
+@app.command()
+def decode(
+    source: Annotated[Path, typer.Argument(help="Token or latent file.")],
+    out: Annotated[Path, typer.Argument(help="Video to write.")],
+    model: ModelOption,
+    name: NameOption = None,
+    ema: EmaOption = False,
+    trust_checkpoint: TrustOption = False,
+    any_weights: AnyWeightsOption = False,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Decode a token or latent file to a video, in constant memory."""
+    from .decode import run_decode
+
+    run_decode(
+        source=source,
+        out=out,
+        model_source=model,
+        name=name,
+        ema=ema,
+        trust_checkpoint=trust_checkpoint,
+        device=device,
+        any_weights=any_weights,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def stream(
+    source: Annotated[Path, typer.Argument(help="Video, or token or latent file.")],
+    out: Annotated[Path, typer.Argument(help="Token or latent file, or video, to write.")],
+    model: ModelOption,
+    name: NameOption = None,
+    ema: EmaOption = False,
+    trust_checkpoint: TrustOption = False,
+    output: OutputOption = None,
+    streaming: StreamingOption = "exact",
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Continue what an interrupted call left in OUT.partial and OUT.state, and leave "
+            "it if interrupted. Encoding only.",
+        ),
+    ] = False,
+    save_every: Annotated[
+        float, typer.Option(help="Seconds between saved states with --resume.")
+    ] = 60.0,
+    any_weights: AnyWeightsOption = False,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Encode, decode or reconstruct, file to file in constant memory; encoding can be resumed."""
+    from .stream import run_stream
+
+    run_stream(
+        source=source,
+        out=out,
+        model=model,
+        name=name,
+        ema=ema,
+        trust_checkpoint=trust_checkpoint,
+        output=output,
+        streaming=streaming,
+        resume=resume,
+        save_every_s=save_every,
+        any_weights=any_weights,
         device=device,
         as_json=as_json,
     )
@@ -152,8 +277,9 @@ def run(arguments: list[str]) -> int:
             return outcome if isinstance(outcome, int) else 0
         except SystemExit as stop:
             return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        except Interrupted:
-            print("vtok: interrupted, nothing was left behind", file=sys.stderr)
+        except Interrupted as interruption:
+            left = interruption.args[0] if interruption.args else "nothing was left behind"
+            print(f"vtok: interrupted, {left}", file=sys.stderr)
             return EXIT_INTERRUPTED
         except Exception as error:
             if wants_traceback():

@@ -23,6 +23,8 @@ from vtok_ext.models._persistence import atomic_path
 from vtok_ext.models._video_input import FRAME_RULES
 
 FORMAT_VERSION = 1
+# Layout of a latent that was written in portions: [t, C, h, w] of one clip.
+TIME_FIRST = "time_first"
 ID_DTYPES = (torch.int32, torch.int64)
 
 
@@ -72,11 +74,16 @@ class Encoding:
     @classmethod
     def load(cls, path: str | os.PathLike) -> Encoding:
         """Returns the Encoding saved at `path`, on the CPU. Raises ValueError when it is none."""
-        with _Reader(path, "encoding") as reader:
+        with _EncodingFile(path, "encoding") as reader:
             names = reader.shapes.keys() - {"indices", "moments"}
             if names != {"latent"} and not all(name.startswith("latent.") for name in names):
                 reader.fail(f"tensors must be latent, indices, moments, got {sorted(names)[:4]}")
             tensors = {name: reader.tensor(name) for name in reader.shapes}
+            if (
+                reader.facts.get("layout") == TIME_FIRST
+                and len(reader.shapes.get("latent", ())) == 4
+            ):
+                tensors["latent"] = tensors["latent"].transpose(0, 1)[None]
             planes = {name.partition(".")[2]: tensors[name] for name in sorted(names)}
             return cls(
                 latent=planes if "" not in planes else planes[""],
@@ -135,7 +142,7 @@ class Tokens:
     @classmethod
     def load(cls, path: str | os.PathLike) -> Tokens:
         """Returns the Tokens saved at `path`, on the CPU. Raises ValueError when it holds none."""
-        with _Reader(path, "tokens") as reader:
+        with _EncodingFile(path, "tokens") as reader:
             if set(reader.shapes) != {"ids"}:
                 reader.fail(f"the only tensor must be ids, got {sorted(reader.shapes)[:4]}")
             grid = reader.integers("grid", len(reader.shapes["ids"]) - 1)
@@ -174,13 +181,13 @@ def _save(path, kind: str, tensors: dict[str, Tensor], facts: dict[str, Any]) ->
         save_file(plain, temporary, metadata={"vtok_ext": json.dumps(header)})
 
 
-class _Reader:
+class _EncodingFile:
     """An open file of the given kind whose header has been checked."""
 
     def __init__(self, path: str | os.PathLike, kind: str) -> None:
         self.path, self.kind = os.fspath(path), kind
 
-    def __enter__(self) -> _Reader:
+    def __enter__(self) -> _EncodingFile:
         from safetensors import SafetensorError, safe_open
 
         if not os.path.isfile(self.path):
@@ -209,6 +216,13 @@ class _Reader:
 
     def tensor(self, name: str) -> Tensor:
         return self._file.get_tensor(name)
+
+    def part(self, name: str, axis: int, start: int, stop: int) -> Tensor:
+        """Returns the rows start..stop of an axis; only they are read."""
+        return self._file.get_slice(name)[(slice(None),) * axis + (slice(start, stop),)]
+
+    def chunk_frames(self) -> int | None:
+        return None if self.facts.get("chunk_frames") is None else self.integer("chunk_frames")
 
     def integer(self, name: str) -> int:
         value = self.facts.get(name)
