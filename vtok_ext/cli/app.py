@@ -249,6 +249,45 @@ def convert(
     )
 
 
+@app.command(name="eval")
+def evaluate(
+    videos: Annotated[list[Path], typer.Argument(help="Videos, or folders of videos.")],
+    model: ModelOption,
+    name: NameOption = None,
+    ema: EmaOption = False,
+    trust_checkpoint: TrustOption = False,
+    protocol: Annotated[
+        str, typer.Option(help="default, or reference for that of the published evaluation.")
+    ] = "default",
+    size: Annotated[
+        int | None,
+        typer.Option(min=8, help="Scale the shorter side to this and crop the centre square."),
+    ] = None,
+    max_frames: Annotated[
+        int | None, typer.Option(min=1, help="Frames of each video to look at.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of sampled latents (reference).")] = 42,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a model on videos: PSNR, SSIM, use of the codebook, visibility of chunk borders."""
+    from .evaluate import EvalOptions, run_eval
+
+    options = EvalOptions(
+        videos=videos,
+        model=model,
+        name=name,
+        ema=ema,
+        trust_checkpoint=trust_checkpoint,
+        protocol=protocol,
+        size=size,
+        max_frames=max_frames,
+        seed=seed,
+        device=device,
+    )
+    run_eval(options, as_json=as_json)
+
+
 @app.command()
 def models(as_json: JsonOption = False) -> None:
     """List the models that can be created by name."""
