@@ -26,6 +26,10 @@ def test_models_lists_every_name_with_its_facts(vtok):
     assert row["levels"] == [8] * 6 and row["codebook_size"] == 262144
     assert row["compression"] == [4, 8, 8] and row["causal"] and row["discrete"]
     assert rows["vidtok_kl_causal_288_8chn"]["codebook_size"] is None
+    # Multiply-adds of the published table, where they are called FLOPs.
+    row = rows["vidtok_kl_causal_488_4chn"]
+    assert row["clip"] == [17, 256, 256] and round(row["multiply_adds"] / 1e12, 2) == 10.35
+    assert row["flops"] == 2 * row["multiply_adds"]
 
 
 def test_models_table_never_cuts_a_name(vtok, monkeypatch):
@@ -34,6 +38,7 @@ def test_models_table_never_cuts_a_name(vtok, monkeypatch):
     for name in vt.list_models():
         assert name in out
     assert "262,144 = 8x8x8x8x8x8" in out
+    assert "10.35 T" in out and "20.69 T" in out and "multiply-adds to encode and decode" in out
 
 
 def test_doctor_reports_this_installation(vtok):
@@ -107,5 +112,6 @@ def test_command_line_starts_without_the_video_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().splitlines()[-1] == "0 False"
-    for command in ("demo", "reconstruct", "models", "doctor"):
+    commands = ("demo", "reconstruct", "encode", "decode", "stream", "eval", "convert", "models")
+    for command in (*commands, "doctor"):
         assert command in done.stdout

@@ -36,7 +36,8 @@ FACTORS = {"288": (2, 8), "444": (4, 4), "488": (4, 8), "888": (8, 8), "41616": 
 
 
 def test_every_preset_is_listed_with_its_published_size():
-    assert vt.list_models("vidtok_*") == sorted(PARAMETERS_M)
+    ablations = [n for n in vt.list_models() if n.endswith(("full_3d", "_blender", "without_3d"))]
+    assert vt.list_models("vidtok_*") == sorted([*PARAMETERS_M, *ablations]) and len(ablations) == 3
     assert vt.list_models(discrete=True) == sorted(n for n in PARAMETERS_M if "fsq" in n)
 
 
@@ -320,3 +321,33 @@ def test_replaced_config_keeps_defaults_that_follow_the_depth():
     assert config.steps("tempo_ds") == (0, 1) and config.steps("tempo_us") == (1, 2)
     deep = VidTokConfig("kl", 4, ch_mult=(1, 2, 4, 4, 4))
     assert deep.steps("tempo_ds") == (2, 3) and deep.steps("tempo_us") == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"regularizer": "lfq", "z_channels": 8},
+        {"regularizer": "vq", "z_channels": 4, "codebook_size": 64},
+        {"regularizer": "vq", "z_channels": 4, "codebook_size": 64, "codebook": "ema"},
+    ],
+)
+def test_other_quantizers(build, clip, tmp_path, fields):
+    """Tokens, streams, saving and training with every regulariser that has a codebook."""
+    model = build("vidtok_kl_causal_488_4chn", ch_mult=(1, 2, 2, 2), **fields)
+    video = clip(1, 6, 13, 18)
+    with torch.no_grad():
+        tokens = model.tokenize(video)
+        assert model.is_discrete and int(tokens.ids.max()) < model.codebook_size
+        restored = model.detokenize(tokens)
+        assert restored.shape == video.shape
+        assert torch.equal(restored, model(video).reconstruction)
+        stream = model.stream_encoder("tokens")
+        ids = [out for chunk in video.split(2, dim=2) for out in stream.push(chunk)]
+        assert torch.equal(torch.cat(ids + stream.flush(), dim=1), tokens.ids)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(vt.load_model(tmp_path).detokenize(tokens), restored)
+    out = model.train()(video)
+    (out.reconstruction.square().mean() + out.encoding.losses["aux_loss"]).backward()
+    for part in (model.encoder.conv_in, model.decoder.conv_out, *model.quantizer.parameters()):
+        parameters = [part] if isinstance(part, torch.nn.Parameter) else part.parameters()
+        assert all(p.grad.abs().max() > 0 for p in parameters)

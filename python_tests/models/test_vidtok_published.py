@@ -120,6 +120,48 @@ def test_single_frame(kl, clip):
         assert torch.allclose(found, whole, atol=ATOL)
 
 
+@pytest.mark.parametrize("num_frames", [1, 9, 20, 23])
+@pytest.mark.parametrize("plan", [1, 7, 100])
+@torch.no_grad()
+def test_encoder_stream_equals_the_published_encoding(kl, clip, num_frames, plan):
+    """Whatever the portions, the last chunk is padded at its own front."""
+    video = clip(1, num_frames, 17, 23)
+    expected = encode_published(kl, video, chunk_frames=8)
+    stream = kl.stream_encoder(streaming="reference", chunk_frames=8)
+    found = [out for chunk in video.split(plan, dim=2) for out in stream.push(chunk)]
+    latent = torch.cat(found + stream.flush(), dim=2)
+    assert torch.allclose(latent, expected.latent, atol=1e-5)
+    assert (stream.num_frames, stream.size) == (num_frames, expected.size)
+
+
+@torch.no_grad()
+def test_killed_and_resumed_encoder_stream_is_bit_identical(kl, clip):
+    chunks = clip(1, 23, 16, 16).split([3, 7, 9, 4], dim=2)
+    stream = kl.stream_encoder(streaming="reference", chunk_frames=8)
+    expected = [out for chunk in chunks for out in stream.push(chunk)] + stream.flush()
+    for kill_after in range(4):
+        stream = kl.stream_encoder(streaming="reference", chunk_frames=8)
+        found = [out for chunk in chunks[:kill_after] for out in stream.push(chunk)]
+        saved = load(save(stream.state_dict()))
+        for other in (kl.stream_encoder(), kl.stream_encoder(streaming="reference")):
+            with pytest.raises(ValueError, match="state must be that of"):
+                other.load_state_dict(saved)
+        stream = kl.stream_encoder(streaming="reference", chunk_frames=8)
+        stream.load_state_dict(saved)
+        found += [out for chunk in chunks[kill_after:] for out in stream.push(chunk)]
+        found += stream.flush()
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@torch.no_grad()
+def test_token_stream_of_published_chunks(build, clip):
+    model = build("vidtok_fsq_causal_488_32768_v1_1")
+    video = clip(1, 12, 16, 16)
+    stream = model.stream_encoder("tokens", streaming="reference", chunk_frames=4)
+    ids = torch.cat(stream.push(video) + stream.flush(), dim=1)
+    assert torch.equal(ids, encode_published(model, video, chunk_frames=4).indices)
+
+
 def test_refused_arguments(kl, kl_model, clip):
     with pytest.raises(ValueError, match="encode_published: model must be of version 1.1"):
         encode_published(kl_model, clip(1, 5, 16, 16))
@@ -130,3 +172,14 @@ def test_refused_arguments(kl, kl_model, clip):
             decode_published(kl, latent(2), chunk_frames=length)
     with pytest.raises(ValueError, match="streaming must be 'exact' or 'reference', got 'fast'"):
         kl.stream_decoder(streaming="fast")
+    with pytest.raises(
+        ValueError, match="stream_encoder: streaming must be 'exact' or 'reference'"
+    ):
+        kl.stream_encoder(streaming="fast")
+    with pytest.raises(ValueError, match="stream_encoder: model must be of version 1.1, got"):
+        kl_model.stream_encoder(streaming="reference")
+    with pytest.raises(ValueError, match="stream_encoder: chunk_frames must be a multiple of 4"):
+        kl.stream_encoder(streaming="reference", chunk_frames=6)
+    stream = kl.stream_encoder(streaming="reference")
+    with pytest.raises(ValueError, match=r"push: height and width must be >= 8, got \[7, 16\]"):
+        stream.push(clip(1, 5, 7, 16))

@@ -22,6 +22,35 @@ app = typer.Typer(
     add_completion=False,
 )
 
+ModelOption = Annotated[
+    str, typer.Option(help="Folder of a saved model, a released checkpoint, or a preset name.")
+]
+NameOption = Annotated[
+    str | None,
+    typer.Option(help="Preset, or released YAML file, that a released checkpoint belongs to."),
+]
+EmaOption = Annotated[
+    bool, typer.Option("--ema", help="Take a checkpoint's moving averages of the weights.")
+]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-checkpoint", help="Read a pickled checkpoint with torch < 2.6, which is unsafe."
+    ),
+]
+DeviceOption = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1; auto takes CUDA where it works.")
+]
+OutputOption = Annotated[
+    str | None, typer.Option(help="tokens or latent [default: tokens where the model has them].")
+]
+StreamingOption = Annotated[
+    str,
+    typer.Option(help="exact, or reference for the published chunks of VidTok 1.1."),
+]
+AnyWeightsOption = Annotated[
+    bool, typer.Option("--any-weights", help="Accept tokens that other weights made.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
@@ -49,25 +78,21 @@ def demo(
 @app.command()
 def reconstruct(
     video: Annotated[Path, typer.Argument(help="Video file of any length and size.")],
-    model: Annotated[
-        str, typer.Option(help="Folder of a saved model, a released checkpoint, or a preset name.")
-    ],
+    model: ModelOption,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Video to write [default: NAME.vtok.mp4 here]."),
     ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="Preset that a released checkpoint belongs to.")
-    ] = None,
+    name: NameOption = None,
     side_by_side: Annotated[
         bool, typer.Option("--side-by-side/--no-side-by-side", help="Input left, output right.")
     ] = False,
     max_frames: Annotated[
         int | None, typer.Option(min=1, help="Stop after this many frames.")
     ] = None,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, cuda:1; auto takes CUDA where it works.")
-    ] = "auto",
+    ema: EmaOption = False,
+    trust_checkpoint: TrustOption = False,
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Encode a video and decode it again, frame by frame through a stream; print the quality."""
@@ -80,9 +105,187 @@ def reconstruct(
         name=name,
         side_by_side=side_by_side,
         max_frames=max_frames,
+        ema=ema,
+        trust_checkpoint=trust_checkpoint,
         device=device,
         as_json=as_json,
     )
+
+
+@app.command()
+def encode(
+    video: Annotated[Path, typer.Argument(help="Video file of any length and size.")],
+    out: Annotated[Path, typer.Argument(help="Token or latent file to write (safetensors).")],
+    model: ModelOption,
+    name: NameOption = None,
+    ema: EmaOption = False,
+    trust_checkpoint: TrustOption = False,
+    output: OutputOption = None,
+    streaming: StreamingOption = "exact",
+    frames: Annotated[
+        str,
+        typer.Option(
+            help="preserve keeps every length; reference follows the published frame rule, with "
+            "the whole clip in memory."
+        ),
+    ] = "preserve",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Encode a video to a token or latent file, in constant memory."""
+    from .encode import EncodeOptions, run_encode
+
+    options = EncodeOptions(
+        source=video,
+        out=out,
+        model=model,
+        name=name,
+        ema=ema,
+        trust_checkpoint=trust_checkpoint,
+        device=device,
+        output=output,
+        streaming=streaming,
+        frames=frames,
+    )
+    run_encode(options, as_json=as_json)
+
+
+@app.command()
+def decode(
+    source: Annotated[Path, typer.Argument(help="Token or latent file.")],
+    out: Annotated[Path, typer.Argument(help="Video to write.")],
+    model: ModelOption,
+    name: NameOption = None,
+    ema: EmaOption = False,
+    trust_checkpoint: TrustOption = False,
+    any_weights: AnyWeightsOption = False,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Decode a token or latent file to a video, in constant memory."""
+    from .decode import run_decode
+
+    run_decode(
+        source=source,
+        out=out,
+        model_source=model,
+        name=name,
+        ema=ema,
+        trust_checkpoint=trust_checkpoint,
+        device=device,
+        any_weights=any_weights,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def stream(
+    source: Annotated[Path, typer.Argument(help="Video, or token or latent file.")],
+    out: Annotated[Path, typer.Argument(help="Token or latent file, or video, to write.")],
+    model: ModelOption,
+    name: NameOption = None,
+    ema: EmaOption = False,
+    trust_checkpoint: TrustOption = False,
+    output: OutputOption = None,
+    streaming: StreamingOption = "exact",
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Continue what an interrupted call left in OUT.partial and OUT.state, and leave "
+            "it if interrupted. Encoding only.",
+        ),
+    ] = False,
+    save_every: Annotated[
+        float, typer.Option(help="Seconds between saved states with --resume.")
+    ] = 60.0,
+    any_weights: AnyWeightsOption = False,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Encode, decode or reconstruct, file to file in constant memory; encoding can be resumed."""
+    from .stream import run_stream
+
+    run_stream(
+        source=source,
+        out=out,
+        model=model,
+        name=name,
+        ema=ema,
+        trust_checkpoint=trust_checkpoint,
+        output=output,
+        streaming=streaming,
+        resume=resume,
+        save_every_s=save_every,
+        any_weights=any_weights,
+        device=device,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="Folder of a saved model, of diffusers, or a released checkpoint.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    to: Annotated[str, typer.Option(help="vtok, or diffusers for its AutoencoderVidTok.")] = "vtok",
+    name: NameOption = None,
+    ema: EmaOption = False,
+    trust_checkpoint: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Convert a model between released checkpoints, this package and diffusers."""
+    from .convert import run_convert
+
+    run_convert(
+        source=source,
+        out=out,
+        to=to,
+        name=name,
+        ema=ema,
+        trust_checkpoint=trust_checkpoint,
+        as_json=as_json,
+    )
+
+
+@app.command(name="eval")
+def evaluate(
+    videos: Annotated[list[Path], typer.Argument(help="Videos, or folders of videos.")],
+    model: ModelOption,
+    name: NameOption = None,
+    ema: EmaOption = False,
+    trust_checkpoint: TrustOption = False,
+    protocol: Annotated[
+        str, typer.Option(help="default, or reference for that of the published evaluation.")
+    ] = "default",
+    size: Annotated[
+        int | None,
+        typer.Option(min=8, help="Scale the shorter side to this and crop the centre square."),
+    ] = None,
+    max_frames: Annotated[
+        int | None, typer.Option(min=1, help="Frames of each video to look at.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of sampled latents (reference).")] = 42,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a model on videos: PSNR, SSIM, use of the codebook, visibility of chunk borders."""
+    from .evaluate import EvalOptions, run_eval
+
+    options = EvalOptions(
+        videos=videos,
+        model=model,
+        name=name,
+        ema=ema,
+        trust_checkpoint=trust_checkpoint,
+        protocol=protocol,
+        size=size,
+        max_frames=max_frames,
+        seed=seed,
+        device=device,
+    )
+    run_eval(options, as_json=as_json)
 
 
 @app.command()
@@ -113,8 +316,9 @@ def run(arguments: list[str]) -> int:
             return outcome if isinstance(outcome, int) else 0
         except SystemExit as stop:
             return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        except Interrupted:
-            print("vtok: interrupted, nothing was left behind", file=sys.stderr)
+        except Interrupted as interruption:
+            left = interruption.args[0] if interruption.args else "nothing was left behind"
+            print(f"vtok: interrupted, {left}", file=sys.stderr)
             return EXIT_INTERRUPTED
         except Exception as error:
             if wants_traceback():

@@ -37,16 +37,23 @@ def resolve_device(name: str) -> torch.device:
 
 
 def load_model_for(
-    source: str, name: str | None, device: torch.device, console: Console
+    source: str,
+    name: str | None,
+    device: torch.device,
+    console: Console,
+    *,
+    ema: bool = False,
+    trust_checkpoint: bool = False,
 ) -> tuple[Any, bool]:
     """Returns (model in eval mode on `device`, whether its weights are random).
 
     Args:
         source: folder of a saved model, released checkpoint, hub id, or the name of a preset,
             which gives random weights and a warning.
-        name: preset that a checkpoint belongs to.
+        name: preset that a checkpoint belongs to, or its released YAML file.
         device: where the model goes.
         console: gets the warning.
+        ema, trust_checkpoint: as for `vt.load_model`.
 
     Raises:
         ValueError, OSError: there is no such model, or it is damaged.
@@ -61,5 +68,6 @@ def load_model_for(
         torch.manual_seed(0)
         model = vt.create_model(source)
     else:
-        model = vt.load_model(source, name=name)
+        options = {"ema": ema, "trust_checkpoint": trust_checkpoint}
+        model = vt.load_model(source, name=name, **options)
     return model.eval().to(device), is_random

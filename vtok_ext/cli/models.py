@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
 from .console import Console
+
+# The clip of published numbers: frames by causality, height and width in pixels.
+CLIP_FRAMES = {True: 17, False: 16}
+CLIP_SIZE = 256
 
 
 def run_models(*, as_json: bool) -> None:
@@ -21,14 +24,14 @@ def run_models(*, as_json: bool) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    titles = ("name", "version", "causal", "latent", "codebook", "t x h x w", "parameters")
-    for title in titles:
-        table.add_column(title, no_wrap=True, justify="right" if title == "parameters" else "left")
+    titles = ("name", "version", "causal", "latent", "codebook", "t x h x w")
+    numbers = ("parameters", "MACs", "FLOPs")
+    for title in (*titles, *numbers):
+        table.add_column(title, no_wrap=True, justify="right" if title in numbers else "left")
     for row in rows:
-        codebook = "-"
+        codebook = f"{row['codebook_size']:,}" if row["discrete"] else "-"
         if row["levels"]:
-            levels = "x".join(map(str, row["levels"]))
-            codebook = f"{row['codebook_size']:,} = {levels}"
+            codebook += " = " + "x".join(map(str, row["levels"]))
         table.add_row(
             row["name"],
             row["version"],
@@ -37,14 +40,22 @@ def run_models(*, as_json: bool) -> None:
             codebook,
             "x".join(map(str, row["compression"])),
             f"{row['parameters'] / 1e6:.1f} M",
+            f"{row['multiply_adds'] / 1e12:.2f} T",
+            f"{row['flops'] / 1e12:.2f} T",
         )
+    table.caption = (
+        f"MACs: multiply-adds to encode and decode one clip of {CLIP_FRAMES[True]} frames "
+        f"({CLIP_FRAMES[False]} without causality) of {CLIP_SIZE}x{CLIP_SIZE}; FLOPs: twice that."
+    )
+    table.caption_justify = "left"
     # Wide enough for every column: names must never be cut, whatever the terminal or the pipe.
-    RichConsole(width=max(140, RichConsole().width), soft_wrap=True).print(table)
+    RichConsole(width=max(160, RichConsole().width), soft_wrap=True).print(table)
 
 
 def model_rows() -> list[dict[str, Any]]:
-    """Returns one dict of plain values per model; nothing is allocated to count parameters."""
+    """Returns one dict of plain values per model; nothing is allocated to count."""
     import vtok_ext as vt
+    from vtok_ext.models.multiply_adds import count_multiply_adds
 
     rows = []
     for name in vt.list_models():
@@ -53,6 +64,8 @@ def model_rows() -> list[dict[str, Any]]:
         config = model.config
         levels = list(getattr(config, "levels", ())) if model.is_discrete else []
         spatial = model.spatial_factor
+        clip = [CLIP_FRAMES[model.is_causal], CLIP_SIZE, CLIP_SIZE]
+        work = count_multiply_adds(type(model), config, *clip)
         rows.append(
             {
                 "name": name,
@@ -62,9 +75,12 @@ def model_rows() -> list[dict[str, Any]]:
                 "regularizer": getattr(config, "regularizer", type(model).__name__),
                 "latent_channels": getattr(model, "latent_channels", None),
                 "levels": levels,
-                "codebook_size": math.prod(levels) if levels else None,
+                "codebook_size": model.codebook_size,
                 "compression": [model.temporal_factor, spatial, spatial],
                 "parameters": sum(p.numel() for p in model.parameters()),
+                "clip": clip,
+                "multiply_adds": work,
+                "flops": 2 * work,
             }
         )
     return rows

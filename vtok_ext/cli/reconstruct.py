@@ -38,6 +38,8 @@ def run_reconstruct(
     max_frames: int | None,
     device: str,
     as_json: bool,
+    ema: bool = False,
+    trust_checkpoint: bool = False,
 ) -> None:
     """Returns None after writing the reconstruction and printing its quality."""
     console = Console(as_json)
@@ -59,7 +61,9 @@ def run_reconstruct(
             time_base=info.time_base,
             pixel_aspect=info.pixel_aspect,
         ) as writer:
-            model, is_random = load_model_for(model_source, name, target, console)
+            model, is_random = load_model_for(
+                model_source, name, target, console, ema=ema, trust_checkpoint=trust_checkpoint
+            )
             total = _frames_expected(info, max_frames)
             console.say(
                 f"{video.name}: {info.width}x{info.height}, "
@@ -75,6 +79,14 @@ def run_reconstruct(
 def _frames_expected(info: VideoInfo, max_frames: int | None) -> int | None:
     known = [count for count in (info.num_frames, max_frames) if count is not None]
     return min(known) if known else None
+
+
+def frames_per_chunk(model: Any, height: int, width: int) -> int:
+    """Returns a multiple of the temporal factor within the memory limit."""
+    factor = model.temporal_factor or 1
+    frame_bytes = 4 * getattr(model.config, "ch", 128) * height * width
+    frames = min(_MOST_FRAMES_PER_CHUNK, _FEATURE_MAP_BYTES // frame_bytes)
+    return max(1, frames // factor) * factor
 
 
 @dataclass
@@ -129,20 +141,12 @@ class _Reconstruction:
     ) -> Iterator[tuple[torch.Tensor, list[int]]]:
         """Yields ([3, t, H, W] uint8, timestamps) up to max_frames in all."""
         left = math.inf if max_frames is None else max_frames
-        for chunk in reader.chunks(self._chunk_frames()):
+        for chunk in reader.chunks(frames_per_chunk(self.model, self.info.height, self.info.width)):
             count = int(min(left, len(chunk.timestamps)))
             yield chunk.frames[:, :count], chunk.timestamps[:count]
             left -= count
             if left <= 0:
                 return
-
-    def _chunk_frames(self) -> int:
-        """Returns frames per chunk: a multiple of the temporal factor, within the memory limit."""
-        factor = self.model.temporal_factor or 1
-        channels = getattr(self.model.config, "ch", 128)
-        frame_bytes = 4 * channels * self.info.height * self.info.width
-        frames = min(_MOST_FRAMES_PER_CHUNK, _FEATURE_MAP_BYTES // frame_bytes)
-        return max(1, frames // factor) * factor
 
     def _take(self, latents: list[torch.Tensor], decoded: list[torch.Tensor], start: float) -> None:
         """Returns None after counting latents, and measuring and writing decoded frames."""

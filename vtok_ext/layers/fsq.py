@@ -11,8 +11,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
+from vtok_ext.layers._auxiliary_loss import all_ranks, annealed
 from vtok_ext.ops.fsq import _check_levels, fsq, fsq_codes_to_indices, fsq_indices_to_codes
 from vtok_ext.ops.fsq_codebook_statistics import fsq_codebook_statistics
 from vtok_ext.ops.fsq_entropy import fsq_entropy_loss
@@ -75,10 +76,8 @@ class FSQ(nn.Module):
 
     def annealed_entropy_weight(self, step: int) -> float:
         """Weight of the entropy term after `step` optimiser steps."""
-        start = self.entropy_weight * self.entropy_annealing_factor
-        if self.entropy_annealing_steps <= 0 or step >= self.entropy_annealing_steps:
-            return self.entropy_weight
-        return start - step / self.entropy_annealing_steps * (start - self.entropy_weight)
+        steps, factor = self.entropy_annealing_steps, self.entropy_annealing_factor
+        return annealed(self.entropy_weight, step, steps, factor)
 
     def forward(
         self, z: Tensor, step: int = 0, compute_loss: bool | None = None
@@ -120,7 +119,7 @@ class FSQ(nn.Module):
             inverse_temperature=self.inverse_temperature,
             diversity_gamma=self.diversity_gamma,
             clamp_per_sample=self.clamp_per_sample,
-            process_group=self._process_group(),
+            process_group=all_ranks(self.synchronize and self.training),
         )
         statistics = fsq_codebook_statistics(terms.counts, self.levels)
         return {
@@ -131,12 +130,6 @@ class FSQ(nn.Module):
             "codebook_perplexity": statistics.perplexity,
             "dead_levels": statistics.dead_levels,
         }
-
-    def _process_group(self) -> distributed.ProcessGroup | None:
-        """All ranks in distributed training, else None."""
-        if not (self.synchronize and self.training and distributed.is_available()):
-            return None
-        return distributed.group.WORLD if distributed.is_initialized() else None
 
     def indices_to_codes(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Codes [B, num_codebooks * D, ...] of indices; see `fsq_indices_to_codes`."""

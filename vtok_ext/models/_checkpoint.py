@@ -14,7 +14,8 @@ from vtok_ext.models._persistence import read_safetensors
 PICKLED = (".ckpt", ".pth", ".pt")
 # Training state beside the model: loss networks, and shadow weights whose names have lost their
 # dots.
-IGNORED_PREFIXES = ("loss.", "model_ema.")
+EMA_PREFIX = "model_ema."
+IGNORED_PREFIXES = ("loss.", EMA_PREFIX)
 # torch.compile inserts this level into the names of what it wraps.
 COMPILED_LEVEL = "_orig_mod."
 # The first release whose weights_only loading is safe (CVE-2025-32434).
@@ -26,14 +27,15 @@ def is_checkpoint(path: str) -> bool:
     return not os.path.isdir(path) and path.lower().endswith((*PICKLED, ".safetensors"))
 
 
-def read_checkpoint(path: str, trust_checkpoint: bool = False) -> dict[str, Tensor]:
-    """Returns the model's tensors of a checkpoint by name.
+def read_checkpoint(
+    path: str, trust_checkpoint: bool = False, ema: bool = False
+) -> dict[str, Tensor]:
+    """Returns the model's tensors of a checkpoint by name, or with `ema` their moving averages.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a checkpoint, holds something other than tensors, or is a pickled one
-        that
-            this torch cannot read safely.
+        ValueError: it is not a checkpoint, holds something other than tensors, has no moving
+            average of some tensor, or is a pickled one that this torch cannot read safely.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"load_model: {path!r} must be a file, got none")
@@ -45,17 +47,32 @@ def read_checkpoint(path: str, trust_checkpoint: bool = False) -> dict[str, Tens
         raise ValueError(
             f"load_model: {path!r} must hold a state_dict, got {type(content).__name__}"
         )
-    weights = {
-        str(name).replace(COMPILED_LEVEL, ""): value
-        for name, value in content.items()
-        if not str(name).startswith(IGNORED_PREFIXES)
-    }
-    for name, value in weights.items():
+    kept = {str(k): v for k, v in content.items() if not str(k).startswith(IGNORED_PREFIXES)}
+    if ema:
+        kept = _moving_averages(kept, content, path)
+    weights: dict[str, Tensor] = {}
+    for raw_name, value in kept.items():
+        name = raw_name.replace(COMPILED_LEVEL, "")
         if not isinstance(value, Tensor):
             raise ValueError(
                 f"load_model: {name} must be a tensor, got {type(value).__name__} in {path!r}"
             )
+        if name in weights:
+            raise ValueError(f"load_model: {name} must occur once, got it twice in {path!r}")
+        weights[name] = value
     return weights
+
+
+def _moving_averages(kept: dict[str, Any], content: dict[Any, Any], path: str) -> dict[str, Any]:
+    """Returns for each name in `kept` its moving average, called as it is but without dots."""
+    averages = {name: EMA_PREFIX + name.replace(".", "") for name in kept}
+    missing = [name for name, average in averages.items() if average not in content]
+    if missing:
+        raise ValueError(
+            f"load_model: every tensor must have a moving average for ema=True, got none for "
+            f"{len(missing)} of {len(kept)} ({', '.join(missing[:3])}) in {path!r}"
+        )
+    return {name: content[average] for name, average in averages.items()}
 
 
 def _unpickle(path: str, trust_checkpoint: bool) -> Any:

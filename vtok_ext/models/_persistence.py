@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 FORMAT_VERSION = 1
+# In the header of a weights file: the version of the reference behaviour they were made for.
+VERSION_KEY = "reference_version"
 # A config.json is a few hundred bytes; more than this is not one.
 MAX_CONFIG_BYTES = 1 << 20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -87,7 +89,7 @@ def save_model(model: VideoTokenizer, folder: str | os.PathLike) -> None:
         ):
             text = json.dumps(description, indent=2) + "\n"
             Path(config_file).write_text(text, encoding="utf-8")
-            save_file(weights, weights_file)
+            save_file(weights, weights_file, {VERSION_KEY: model.reference_version})
     except BaseException:
         if is_new:
             with contextlib.suppress(OSError):
@@ -105,7 +107,7 @@ def resolve_folder(source: str | os.PathLike) -> str:
             f"(owner/name), got {os.fspath(source)!r}"
         )
     hub = require_hub("from_pretrained")
-    return hub.snapshot_download(str(source), allow_patterns=[CONFIG_NAME, WEIGHTS_NAME])
+    return hub.snapshot_download(str(source), allow_patterns=[CONFIG_NAME, "*.safetensors"])
 
 
 def require_hub(op: str):
@@ -153,6 +155,16 @@ def read_safetensors(path: str, op: str) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{op}: {path!r} must be a safetensors file, got {error}") from error
+
+
+def recorded_version(path: str) -> str | None:
+    """Returns the reference version that a weights file of `save_model` records, None elsewhere."""
+    from safetensors import safe_open
+
+    if not path.lower().endswith(".safetensors"):
+        return None
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get(VERSION_KEY)
 
 
 def load_weights(model: VideoTokenizer, weights: Mapping[str, Tensor], op: str) -> None:

@@ -10,6 +10,8 @@ from vtok_ext.models import _checkpoint, _persistence
 from vtok_ext.models._config import closest
 from vtok_ext.models.base import VideoTokenizer
 from vtok_ext.models.vidtok import VidTok
+from vtok_ext.models.vidtok_diffusers import is_diffusers_folder, load_diffusers
+from vtok_ext.models.vidtok_released import YAML_SUFFIXES, released_config
 
 # Class names as they stand in config.json; a file can name nothing outside this table.
 MODEL_CLASSES: dict[str, type[VideoTokenizer]] = {"VidTok": VidTok}
@@ -37,16 +39,21 @@ def list_models(pattern: str = "*", *, discrete: bool | None = None) -> list[str
     ]
 
 
-def create_model(name: str, **overrides: Any) -> VideoTokenizer:
+def create_model(name: str | os.PathLike, **overrides: Any) -> VideoTokenizer:
     """Returns a model with random weights, in training mode.
 
     Args:
-        name: one of `list_models()`.
+        name: one of `list_models()`, or the path of a released YAML file of VidTok.
         **overrides: fields of the configuration to change, such as `ch=16`.
 
     Raises:
+        FileNotFoundError: there is no such YAML file.
         ValueError: an unknown name or field (the message names the closest) or a rejected value.
     """
+    name = os.fspath(name)
+    if name.lower().endswith(YAML_SUFFIXES):
+        stem = os.path.splitext(os.path.basename(name))[0]
+        return VidTok(released_config(name).replace(**overrides), stem)
     presets = _presets()
     if name not in presets:
         raise ValueError(
@@ -59,27 +66,29 @@ def create_model(name: str, **overrides: Any) -> VideoTokenizer:
 
 def load_model(
     source: str | os.PathLike,
-    name: str | None = None,
+    name: str | os.PathLike | None = None,
     *,
+    ema: bool = False,
     trust_checkpoint: bool = False,
     **overrides: Any,
 ) -> VideoTokenizer:
     """Returns a model with weights, in eval mode.
 
     Args:
-        source: a folder of `save_pretrained`, a hub id `owner/name` of one, or, with `name`, a
-        released
-            checkpoint (.ckpt, .pth, .pt, .safetensors).
-        name: which of `list_models()` a checkpoint belongs to. Versions share names and shapes, so
-            the file itself cannot tell.
+        source: a folder of `save_pretrained` or of diffusers' AutoencoderVidTok, a hub id
+            `owner/name` of one, or, with `name`, a released checkpoint (.ckpt, .pth, .pt,
+            .safetensors).
+        name: which of `list_models()` a checkpoint belongs to, or the path of its released YAML
+            file. Versions share names and shapes, so the weights themselves cannot tell.
+        ema: take a checkpoint's moving averages (`model_ema.*`) instead of its last weights.
         trust_checkpoint: read a pickled checkpoint with torch < 2.6, whose `weights_only` loading
-        can
-            be made to run code (CVE-2025-32434).
+            can be made to run code (CVE-2025-32434).
         **overrides: configuration fields by which a checkpoint deviates from `name`.
 
     Raises:
         FileNotFoundError: there is no such folder or file.
-        ValueError: not a model, an unknown name or field, or weights with other names or shapes.
+        ValueError: not a model, an unknown name or field, weights with other names or shapes, of
+            another version as far as that can be known, or without moving averages.
     """
     path = os.fspath(source)
     if _checkpoint.is_checkpoint(path):
@@ -88,7 +97,7 @@ def load_model(
                 f"load_model: name must say which model the checkpoint {path!r} belongs to, "
                 "got None"
             )
-        weights = _checkpoint.read_checkpoint(path, trust_checkpoint)
+        weights = _checkpoint.read_checkpoint(path, trust_checkpoint, ema)
         model = create_model(name, **overrides)
         _check_version(path, model)
         _persistence.load_weights(model, weights, "load_model")
@@ -98,7 +107,11 @@ def load_model(
             f"load_model: name and overrides must be absent for a saved model, got {name!r}, "
             f"{overrides}"
         )
+    if ema:
+        raise ValueError("load_model: ema must be False for a saved model, got True")
     folder = _persistence.resolve_folder(path)
+    if is_diffusers_folder(folder):
+        return load_diffusers(folder)
     model_name = _persistence.read_description(folder).get("model")
     if model_name not in MODEL_CLASSES:
         raise ValueError(
@@ -108,13 +121,18 @@ def load_model(
 
 
 def _check_version(path: str, model: VideoTokenizer) -> None:
-    """Raises when the file's name says that its weights belong to another version than `model`.
+    """Raises when the file says that its weights belong to another version than `model`.
 
-    Released files carry the name of their configuration, to which 1.1 adds "v1_1".
+    Files saved by this package record it. Released files carry the name of their configuration, to
+    which 1.1 adds "v1_1".
     """
     stem = os.path.splitext(os.path.basename(path))[0].lower()
-    said = "1.1" if "v1_1" in stem else "1.0" if stem in _presets() else model.reference_version
-    if said != model.reference_version:
+    said = _persistence.recorded_version(path)
+    if said is None and "v1_1" in stem:
+        said = "1.1"
+    elif said is None and stem in _presets():
+        said = "1.0"
+    if said not in (None, model.reference_version):
         raise ValueError(
             f"load_model: name must be that of a version {said} model for the checkpoint {path!r}, "
             f"got {model.name}, version {model.reference_version}"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vtok_ext.models import _persistence
 from vtok_ext.models._config import ModelConfig
+from vtok_ext.models._fingerprint import weights_fingerprint
 from vtok_ext.models._video_input import to_uint8
 from vtok_ext.models.encoding import Encoding, Output, Tokens
 
@@ -46,6 +47,8 @@ class VideoTokenizer(nn.Module):
             )
         self.config = config
         self.name = name or type(self).__name__
+        # What the weights were when they were last fingerprinted, and the fingerprint.
+        self._fingerprint: tuple[list[tuple[int, int]], str] | None = None
 
     # What a model is.
 
@@ -81,12 +84,37 @@ class VideoTokenizer(nn.Module):
 
     @property
     def model_id(self) -> str:
-        """Name and configuration digest; equal ids mean that ids have the same layout and codebook.
+        """ "name@configuration+weights": equal ids mean that ids stand for the same thing.
 
-        It does not cover the weights: tokens of one training run are meaningless to another.
+        The last part is a fingerprint of the weights (see `_fingerprint`), computed when asked for
+        and kept until a weight changes in place or is replaced.
         """
+        weights = self.state_dict()
+        state = [(t.data_ptr(), t._version) for t in weights.values() if not t.is_inference()]
+        if self._fingerprint is None or self._fingerprint[0] != state:
+            self._fingerprint = (state, weights_fingerprint(weights))
         content = json.dumps([type(self).__name__, self.config.to_dict()], sort_keys=True)
-        return f"{self.name}@{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+        configuration = hashlib.sha256(content.encode()).hexdigest()[:12]
+        return f"{self.name}@{configuration}+{self._fingerprint[1]}"
+
+    def check_origin(self, op: str, model_id: str, any_weights: bool = False) -> None:
+        """Raises ValueError unless `model_id`, that of a file, is "" or the one of this model.
+
+        Args:
+            op: name in front of the message.
+            model_id: the id that tokens or latents carry; "" when unknown.
+            any_weights: accept other weights of the same configuration.
+        """
+        if not model_id or model_id == self.model_id:
+            return
+        theirs, ours = model_id.rpartition("+")[0], self.model_id.rpartition("+")[0]
+        if theirs != ours:
+            raise ValueError(f"{op}: tokens must come from {self.model_id}, got {model_id}")
+        if not any_weights:
+            raise ValueError(
+                f"{op}: tokens must come from the weights of {self.model_id}, got those of "
+                f"{model_id}: another training run; any_weights=True accepts them"
+            )
 
     @abstractmethod
     def token_grid(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
@@ -149,19 +177,23 @@ class VideoTokenizer(nn.Module):
             frame_rule=encoding.frame_rule,
         )
 
-    def detokenize(self, tokens: Tokens, *, output: str = "float") -> Tensor:
+    def detokenize(
+        self, tokens: Tokens, *, output: str = "float", any_weights: bool = False
+    ) -> Tensor:
         """Returns the video [B, 3, num_frames, H, W] of `tokens`.
 
+        Args:
+            tokens: of this model.
+            output: "float" or "uint8".
+            any_weights: accept tokens that other weights of the same configuration made.
+
         Raises:
-            ValueError: a continuous model, tokens of another model, ids outside the codebook, or a
-                grid that does not cover `num_frames` and `size`.
+            ValueError: a continuous model, tokens of another model or of other weights, ids outside
+                the codebook, or a grid that does not cover `num_frames` and `size`.
         """
         if not self.is_discrete:
             raise self._continuous("detokenize")
-        if tokens.model_id not in ("", self.model_id):
-            raise ValueError(
-                f"detokenize: tokens must come from {self.model_id}, got {tokens.model_id}"
-            )
+        self.check_origin("detokenize", tokens.model_id, any_weights)
         device = next(self.parameters()).device
         latent = self.indices_to_latent(tokens.ids.to(device))
         encoding = Encoding(latent, tokens.num_frames, tokens.size, frame_rule=tokens.frame_rule)

@@ -23,6 +23,8 @@ from vtok_ext.models._persistence import atomic_path
 from vtok_ext.models._video_input import FRAME_RULES
 
 FORMAT_VERSION = 1
+# Layout of a latent that was written in portions: [t, C, h, w] of one clip.
+TIME_FIRST = "time_first"
 ID_DTYPES = (torch.int32, torch.int64)
 
 
@@ -39,6 +41,8 @@ class Encoding:
         losses: scalar training losses by name (`kl_loss`, `aux_loss`), for the whole batch.
         fps: frames per second of the clip, None when unknown.
         frame_rule: "preserve" or "reference", how frames and latents correspond; see `encode`.
+        model_id: `VideoTokenizer.model_id` of the model it is from, "" when unknown: `encode`
+            leaves it empty, files that the command line writes have it.
     """
 
     latent: Tensor | dict[str, Tensor]
@@ -49,6 +53,7 @@ class Encoding:
     losses: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     fps: float | None = None
     frame_rule: str = "preserve"
+    model_id: str = ""
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes everything but `losses` to `path`. Raises OSError when that is impossible."""
@@ -62,17 +67,23 @@ class Encoding:
             "size": list(self.size),
             "fps": self.fps,
             "frame_rule": self.frame_rule,
+            "model_id": self.model_id,
         }
         _save(path, "encoding", tensors, facts)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Encoding:
         """Returns the Encoding saved at `path`, on the CPU. Raises ValueError when it is none."""
-        with _Reader(path, "encoding") as reader:
+        with _EncodingFile(path, "encoding") as reader:
             names = reader.shapes.keys() - {"indices", "moments"}
             if names != {"latent"} and not all(name.startswith("latent.") for name in names):
                 reader.fail(f"tensors must be latent, indices, moments, got {sorted(names)[:4]}")
             tensors = {name: reader.tensor(name) for name in reader.shapes}
+            if (
+                reader.facts.get("layout") == TIME_FIRST
+                and len(reader.shapes.get("latent", ())) == 4
+            ):
+                tensors["latent"] = tensors["latent"].transpose(0, 1)[None]
             planes = {name.partition(".")[2]: tensors[name] for name in sorted(names)}
             return cls(
                 latent=planes if "" not in planes else planes[""],
@@ -82,6 +93,7 @@ class Encoding:
                 moments=tensors.get("moments"),
                 fps=reader.fps(),
                 frame_rule=reader.frame_rule(),
+                model_id=reader.model_id(),
             )
 
 
@@ -130,20 +142,19 @@ class Tokens:
     @classmethod
     def load(cls, path: str | os.PathLike) -> Tokens:
         """Returns the Tokens saved at `path`, on the CPU. Raises ValueError when it holds none."""
-        with _Reader(path, "tokens") as reader:
+        with _EncodingFile(path, "tokens") as reader:
             if set(reader.shapes) != {"ids"}:
                 reader.fail(f"the only tensor must be ids, got {sorted(reader.shapes)[:4]}")
             grid = reader.integers("grid", len(reader.shapes["ids"]) - 1)
             if tuple(reader.shapes["ids"][1:]) != grid:
                 reader.fail(f"ids must have the grid {list(grid)}, got {reader.shapes['ids']}")
-            model_id = reader.facts.get("model_id")
             return cls(
                 ids=reader.tensor("ids"),
                 grid=grid,
                 num_frames=reader.integer("num_frames"),
                 size=reader.size(),
                 fps=reader.fps(),
-                model_id=model_id if isinstance(model_id, str) else "",
+                model_id=reader.model_id(),
                 frame_rule=reader.frame_rule(),
             )
 
@@ -170,13 +181,13 @@ def _save(path, kind: str, tensors: dict[str, Tensor], facts: dict[str, Any]) ->
         save_file(plain, temporary, metadata={"vtok_ext": json.dumps(header)})
 
 
-class _Reader:
+class _EncodingFile:
     """An open file of the given kind whose header has been checked."""
 
     def __init__(self, path: str | os.PathLike, kind: str) -> None:
         self.path, self.kind = os.fspath(path), kind
 
-    def __enter__(self) -> _Reader:
+    def __enter__(self) -> _EncodingFile:
         from safetensors import SafetensorError, safe_open
 
         if not os.path.isfile(self.path):
@@ -205,6 +216,13 @@ class _Reader:
 
     def tensor(self, name: str) -> Tensor:
         return self._file.get_tensor(name)
+
+    def part(self, name: str, axis: int, start: int, stop: int) -> Tensor:
+        """Returns the rows start..stop of an axis; only they are read."""
+        return self._file.get_slice(name)[(slice(None),) * axis + (slice(start, stop),)]
+
+    def chunk_frames(self) -> int | None:
+        return None if self.facts.get("chunk_frames") is None else self.integer("chunk_frames")
 
     def integer(self, name: str) -> int:
         value = self.facts.get(name)
@@ -235,6 +253,12 @@ class _Reader:
         value = self.facts.get("frame_rule", "preserve")
         if value not in FRAME_RULES:
             self.fail(f"frame_rule must be one of {FRAME_RULES}, got {value!r}")
+        return value
+
+    def model_id(self) -> str:
+        value = self.facts.get("model_id", "")
+        if not isinstance(value, str):
+            self.fail(f"model_id must be text, got {value!r}")
         return value
 
     def _header(self) -> dict[str, Any]:

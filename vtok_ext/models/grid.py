@@ -174,10 +174,12 @@ class GridTokenizer(VideoTokenizer):
             frames: the frame rule of `encode`; default what the Encoding records, and "preserve".
 
         Raises:
-            TypeError, ValueError: an argument is not as described, or asks for more than there is.
+            TypeError, ValueError: an argument is not as described, or asks for more than there is,
+                or an Encoding records another model.
         """
         latent = encoding
         if isinstance(encoding, Encoding):
+            self.check_origin("decode", encoding.model_id)
             latent = encoding.latent  # type: ignore[assignment]
             num_frames = encoding.num_frames if num_frames is None else num_frames
             size = encoding.size if size is None else size

@@ -147,13 +147,10 @@ class StreamEncoder(_Stream):
                 f"t, {self.height}, {self.width}] as before, got {list(chunk.shape)}"
             )
         self.num_frames += num_frames
-        frames = video_input.to_float(chunk, self.model.dtype)
-        frames = self._join(video_input.pad_size(frames, self.model.spatial_factor))
-        # The first latent covers the first frame alone, every other one f frames.
+        frames = self._join(self._fit(video_input.to_float(chunk, self.model.dtype)))
+        # The first latent covers the first frame alone.
         first = 1 if self._state is None else 0
-        complete = first + (frames.shape[2] - first) // self.model.temporal_factor * (
-            self.model.temporal_factor
-        )
+        complete = first + (frames.shape[2] - first) // self._unit * self._unit
         self._wait(frames[:, :, complete:])
         return self._encode(frames[:, :, :complete]) if complete else []
 
@@ -164,11 +161,21 @@ class StreamEncoder(_Stream):
         self.flushed = True
         if self._waiting is None:
             return []
-        missing = self.model.temporal_factor - self._waiting.shape[2]
-        last = self._waiting[:, :, -1:].expand(-1, -1, missing, -1, -1)
-        frames = torch.cat([self._waiting, last], dim=2)
-        self._waiting = None
+        frames, self._waiting = self._complete(self._waiting), None
         return self._encode(frames)
+
+    @property
+    def _unit(self) -> int:
+        """Frames that are encoded together, after the first one."""
+        return self.model.temporal_factor
+
+    def _fit(self, frames: Tensor) -> Tensor:
+        """Returns the frames in a size that the network takes."""
+        return video_input.pad_size(frames, self.model.spatial_factor)
+
+    def _complete(self, frames: Tensor) -> Tensor:
+        """Returns the last, unfinished group with what it lacks."""
+        return video_input.pad_tail(frames, self.model.temporal_factor, alone=0)
 
     def _encode(self, frames: Tensor) -> list[Tensor]:
         raw, self._state = self.model.encode_chunk(frames, self._state, return_state=True)

@@ -1,4 +1,4 @@
-"""VidTok: a 3-D convolutional video autoencoder with a KL or an FSQ latent.
+"""VidTok: a 3-D convolutional video autoencoder with a continuous (KL) or a discrete latent.
 
     encoder  conv_in, per level [2-D block, 1-D temporal block] x R and halvings, middle, conv_out
     decoder  the mirror image with R + 1 block pairs per level and doublings
@@ -11,7 +11,6 @@ those of the released weights. Source: Tang et al., VidTok (arXiv 2412.13061), r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +19,8 @@ from torch import Tensor, nn
 
 from vtok_ext.layers import (
     FSQ,
+    LFQ,
+    VQ,
     FrameAttention,
     ResidualBlock1d,
     ResidualBlock2d,
@@ -35,9 +36,13 @@ from vtok_ext.layers._state import State, StateFlow
 from vtok_ext.layers.causal_conv3d import video_conv3d
 from vtok_ext.models._video_input import pad_front
 from vtok_ext.models.grid import GridTokenizer
-from vtok_ext.models.streaming import StreamDecoder
+from vtok_ext.models.streaming import StreamDecoder, StreamEncoder
 from vtok_ext.models.vidtok_config import PRESETS, VidTokConfig
-from vtok_ext.models.vidtok_published import published_chunks
+from vtok_ext.models.vidtok_published import (
+    CHUNK_FRAMES,
+    PublishedStreamEncoder,
+    published_chunks,
+)
 
 
 class Stage(nn.Module):
@@ -99,8 +104,7 @@ class Encoder(nn.Module):
             self.down_temporal.append(Stage(blocks_1d, downsample=time))
         self.mid = Middle(widths[-1], norm, options)
         self.norm_out = norm_act(widths[-1], norm, across_time=not config.causal)
-        out_channels = config.latent_channels * (2 if config.regularizer == "kl" else 1)
-        self.conv_out = video_conv3d(widths[-1], out_channels, **options)
+        self.conv_out = video_conv3d(widths[-1], config.raw_channels, **options)
 
     def forward(self, x: Tensor, state: State | None = None, return_state: bool = False):
         """Returns the raw latent of `x`, or `(latent, state)`."""
@@ -175,6 +179,34 @@ class Decoder(nn.Module):
         return flow.result(flow("conv_out", self.conv_out, self.norm_out(x)))
 
 
+def _quantizer(config: VidTokConfig) -> FSQ | LFQ | VQ | None:
+    """Returns the layer that makes the latent discrete, None for KL."""
+    if config.regularizer == "kl":
+        return None
+    if config.regularizer == "vq":
+        return VQ(
+            config.codebook_size or 0,
+            config.latent_channels,
+            codebook=config.codebook,
+            restart_dead=config.restart_dead,
+            commitment_weight=config.commitment_weight,
+        )
+    options: dict[str, Any] = {
+        "entropy_weight": config.entropy_weight,
+        "entropy_annealing_steps": config.entropy_annealing_steps,
+        "entropy_annealing_factor": config.entropy_annealing_factor,
+        "commitment_weight": config.commitment_weight,
+    }
+    if config.regularizer == "lfq":
+        return LFQ(config.latent_channels, **options)
+    return FSQ(config.levels, **options)
+
+
+def _check_streaming(op: str, streaming: str) -> None:
+    if streaming not in ("exact", "reference"):
+        raise ValueError(f"{op}: streaming must be 'exact' or 'reference', got {streaming!r}")
+
+
 class VidTok(GridTokenizer):
     """Returns a VidTok; see `VideoTokenizer` and `GridTokenizer` for what it does.
 
@@ -196,22 +228,21 @@ class VidTok(GridTokenizer):
     def __init__(self, config: VidTokConfig, name: str | None = None) -> None:
         super().__init__(config, name)
         self.video_channels = config.in_channels
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
-        self.fsq = None
-        if config.is_discrete:
-            self.fsq = FSQ(
-                config.levels,
-                entropy_weight=config.entropy_weight,
-                entropy_annealing_steps=config.entropy_annealing_steps,
-                entropy_annealing_factor=config.entropy_annealing_factor,
-                commitment_weight=config.commitment_weight,
-            )
+        self.encoder, self.decoder = self._networks(config)
+        self.quantizer = _quantizer(config)
+
+    @staticmethod
+    def _networks(config: VidTokConfig) -> tuple[Encoder, Decoder]:
+        if config.architecture == "vidtok":
+            return Encoder(config), Decoder(config)
+        from vtok_ext.models.vidtok_ablations import ablated_networks  # it builds on this file
+
+        return ablated_networks(config)
 
     @property
     def codebook_size(self) -> int | None:
         """Number of codes, None for KL."""
-        return math.prod(self.config.levels) if self.is_discrete else None
+        return None if self.quantizer is None else self.quantizer.codebook_size
 
     @property
     def latent_channels(self) -> int:
@@ -290,6 +321,27 @@ class VidTok(GridTokenizer):
         frames = self.decoder(latent)
         return frames if num_frames is None else frames[:, :, -num_frames:]
 
+    def stream_encoder(
+        self, output: str = "latent", *, streaming: str = "exact", chunk_frames: int = CHUNK_FRAMES
+    ) -> StreamEncoder:
+        """Returns a StreamEncoder: push frames in any portions, collect latents or ids.
+
+        Args:
+            output: "latent", or "tokens" for the ids of a discrete model.
+            streaming: "exact" equals the whole clip; "reference" equals the published encoding of
+                1.1 in chunks, see `vidtok_published`.
+            chunk_frames: frames per published chunk after the first one, a multiple of f.
+
+        Raises:
+            ValueError: another value of an option, a continuous or non-causal model where that does
+                not do, or "reference" with another version than 1.1.
+        """
+        exact = super().stream_encoder(output)
+        _check_streaming("stream_encoder", streaming)
+        if streaming == "exact":
+            return exact
+        return PublishedStreamEncoder(self, output, chunk_frames)
+
     def stream_decoder(self, *, streaming: str = "exact", **options) -> StreamDecoder:
         """Returns a StreamDecoder: push latents or ids in any portions, collect frames.
 
@@ -301,10 +353,7 @@ class VidTok(GridTokenizer):
         Raises:
             ValueError: another value of an option, or a non-causal model.
         """
-        if streaming not in ("exact", "reference"):
-            raise ValueError(
-                f"stream_decoder: streaming must be 'exact' or 'reference', got {streaming!r}"
-            )
+        _check_streaming("stream_decoder", streaming)
         model = self if streaming == "exact" else published_chunks(self)
         return super(VidTok, model).stream_decoder(**options)
 
@@ -318,13 +367,13 @@ class VidTok(GridTokenizer):
         compute_loss: bool = False,
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """Returns latent, indices (None for KL) and losses of a raw latent."""
-        if self.fsq is not None:
-            return self.fsq(raw, step, compute_loss)
+        if self.quantizer is not None:
+            return self.quantizer(raw, step, compute_loss)
         latent, losses = kl_posterior(raw, sample, generator)
         return latent, None, losses
 
     def indices_to_latent(self, indices: Tensor) -> Tensor:
         """Returns codes [B, C, t, h, w] of ids [B, t, h, w]."""
-        if self.fsq is None:
+        if self.quantizer is None:
             raise self._continuous("indices_to_latent")
-        return self.fsq.indices_to_codes(indices)
+        return self.quantizer.indices_to_codes(indices)

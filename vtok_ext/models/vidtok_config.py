@@ -1,4 +1,4 @@
-"""VidTokConfig, and the configurations of all released VidTok models.
+"""VidTokConfig, and the configurations of all released VidTok models and the paper's ablations.
 
 Names say regularizer, causality, factors of time, height and width, latent channels or codes, and
 the version of the release where it is not 1.0.
@@ -9,10 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from vtok_ext.layers.lfq import MAX_BITS
 from vtok_ext.layers.norm_act import NORM_TYPES
 from vtok_ext.layers.temporal_resample import INTERPOLATIONS
+from vtok_ext.layers.vq import CODEBOOKS
 from vtok_ext.models._config import ModelConfig
 from vtok_ext.ops.fsq import MAX_LEVELS
+
+ARCHITECTURES = ("vidtok", "full_3d", "without_blender", "without_3d")
 
 
 @dataclass(frozen=True)
@@ -20,9 +24,11 @@ class VidTokConfig(ModelConfig):
     """Configuration of VidTok; ch * ch_mult[l] channels at level l, level 0 at full resolution.
 
     Attributes:
-        regularizer: "kl" or "fsq".
-        z_channels: latent channels (KL).
+        regularizer: "kl", "fsq", "lfq" or "vq".
+        z_channels: latent channels (KL, LFQ with 2^z_channels codes, VQ).
         levels: values per latent channel (FSQ); prod(levels) codes.
+        codebook_size, codebook, restart_dead: VQ's vectors, how they learn ("gradient" or "ema"),
+            and whether unused ones are moved.
         ch, ch_mult, num_res_blocks: width, width multiplier per level, block pairs per level.
         spatial_ds, spatial_us: levels whose down or up step halves or doubles H and W; default all.
         tempo_ds, tempo_us: those that change the frame rate as well; default two in the middle.
@@ -31,8 +37,10 @@ class VidTokConfig(ModelConfig):
         version: "1.0" or "1.1": whether zeros or copies of the first frame precede a clip in every
             causal convolution. Weights of both have the same names and shapes.
         interpolation: of the decoder in time, "nearest", or "linear" (1.1 only).
-        entropy_weight, entropy_annealing_steps, entropy_annealing_factor, commitment_weight: FSQ's
-            auxiliary loss.
+        architecture: "vidtok", or one of the paper's ablations, causal and 1.0 only: "full_3d",
+            "without_blender", "without_3d"; see `vidtok_ablations`.
+        entropy_weight, entropy_annealing_steps, entropy_annealing_factor, commitment_weight: the
+            auxiliary loss of FSQ and LFQ, the last one that of VQ too.
     """
 
     regularizer: str
@@ -55,30 +63,48 @@ class VidTokConfig(ModelConfig):
     causal: bool = True
     version: str = "1.0"
     interpolation: str = "nearest"
+    architecture: str = "vidtok"
+    codebook_size: int | None = None
+    codebook: str = "gradient"
+    restart_dead: bool = False
 
     def __post_init__(self) -> None:
         """Checks every field."""
-        self._require_choice("regularizer", ("kl", "fsq"))
+        self._require_choice("regularizer", ("kl", "fsq", "lfq", "vq"))
         self._require_choice("norm_type", NORM_TYPES)
         self._require_choice("causal", (True, False))
         self._require_choice("version", ("1.0", "1.1") if self.causal else ("1.0",))
         linear = self.version == "1.1"
         self._require_choice("interpolation", INTERPOLATIONS if linear else ("nearest",))
+        published = self.causal and self.version == "1.0"
+        self._require_choice("architecture", ARCHITECTURES if published else ARCHITECTURES[:1])
         for name in ("ch", "num_res_blocks", "in_channels", "out_ch"):
             self._require_int(name, 1)
         self._require_ints("ch_mult", 1, 1024, empty=False)
-        if self.regularizer == "kl":
-            self._require_int("z_channels", 1)
-            if self.levels != ():
-                raise self._error("levels", "empty for kl")
-        else:
-            self._require_ints("levels", 2, MAX_LEVELS, empty=False)
-            if self.z_channels not in (None, len(self.levels)):
-                raise self._error("z_channels", f"{len(self.levels)}, the number of levels")
+        self._check_regularizer()
         for name in ("entropy_weight", "entropy_annealing_factor", "commitment_weight"):
             self._require_number(name, 0.0)
         self._require_int("entropy_annealing_steps", 0)
         self._check_resampling()
+
+    def _check_regularizer(self) -> None:
+        kind = self.regularizer
+        if kind == "fsq":
+            self._require_ints("levels", 2, MAX_LEVELS, empty=False)
+            if self.z_channels not in (None, len(self.levels)):
+                raise self._error("z_channels", f"{len(self.levels)}, the number of levels")
+        else:
+            self._require_int("z_channels", 1)
+            if self.levels != ():
+                raise self._error("levels", f"empty for {kind}")
+        if kind == "lfq" and not 1 <= (self.z_channels or 0) <= MAX_BITS:
+            raise self._error("z_channels", f"in 1..{MAX_BITS} for lfq")
+        if kind == "vq":
+            self._require_int("codebook_size", 1)
+        elif self.codebook_size is not None:
+            raise self._error("codebook_size", f"None for {kind}")
+        self._require_choice("codebook", CODEBOOKS)
+        self._require_choice("restart_dead", (True, False))
 
     def _check_resampling(self) -> None:
         for name in ("spatial_ds", "spatial_us", "tempo_ds", "tempo_us"):
@@ -105,7 +131,7 @@ class VidTokConfig(ModelConfig):
     @property
     def is_discrete(self) -> bool:
         """Whether the latent is quantised."""
-        return self.regularizer == "fsq"
+        return self.regularizer != "kl"
 
     @property
     def time_options(self) -> dict[str, Any]:
@@ -124,6 +150,11 @@ class VidTokConfig(ModelConfig):
     def latent_channels(self) -> int:
         """Channels of the latent."""
         return self.z_channels or len(self.levels)
+
+    @property
+    def raw_channels(self) -> int:
+        """Channels of the encoder's output: mean and log variance for KL."""
+        return self.latent_channels * (2 if self.regularizer == "kl" else 1)
 
 
 _DEEP = (1, 2, 4, 4, 4)  # one level more: 16x16 pixels per latent position
@@ -158,4 +189,8 @@ PRESETS = {
     "vidtok_fsq_causal_41616_262144_v1_1": VidTokConfig(
         "fsq", levels=(8,) * 6, ch_mult=_DEEP, **_V1_1
     ),
+    **{
+        f"vidtok_kl_causal_488_4chn_{name}": VidTokConfig("kl", 4, architecture=name)
+        for name in ARCHITECTURES[1:]
+    },
 }

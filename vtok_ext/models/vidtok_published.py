@@ -29,6 +29,7 @@ from vtok_ext.layers._state import State, StateFlow, owned
 from vtok_ext.layers.alpha_blend import alpha_blend
 from vtok_ext.models import _video_input as video_input
 from vtok_ext.models.encoding import Encoding
+from vtok_ext.models.streaming import StreamEncoder
 
 if TYPE_CHECKING:
     from vtok_ext.models.vidtok import Decoder, VidTok
@@ -213,6 +214,52 @@ def encode_published(
         fps=fps,
         frame_rule="reference",
     )
+
+
+class PublishedStreamEncoder(StreamEncoder):
+    """`encode_published` of one video pushed in portions; state and calls as `StreamEncoder`.
+
+    Keeps up to `chunk_frames` frames: where the last chunk begins, and with it the copies that the
+    published encoding puts in the middle of a clip, is known at the end only.
+
+    Args:
+        model: a VidTok 1.1.
+        output: "latent" or "tokens".
+        chunk_frames: frames per chunk after the first one, a multiple of f.
+    """
+
+    def __init__(
+        self, model: VidTok, output: str = "latent", chunk_frames: int = CHUNK_FRAMES
+    ) -> None:
+        _check("stream_encoder", model, chunk_frames)
+        super().__init__(model, output)
+        self.chunk_frames = chunk_frames
+        self._role = (
+            f"encoder in published chunks of {chunk_frames} to {output} of {model.model_id}"
+        )
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(H, W) that the latents stand for, None before the first push."""
+        if self.height is None or self.width is None:
+            return None
+        s = self.model.spatial_factor
+        return self.height // s * s, self.width // s * s
+
+    @property
+    def _unit(self) -> int:
+        return self.chunk_frames
+
+    def _fit(self, frames: Tensor) -> Tensor:
+        if min(frames.shape[3:]) < self.model.spatial_factor:
+            raise ValueError(
+                f"stream_encoder.push: height and width must be >= {self.model.spatial_factor}, "
+                f"got {list(frames.shape[3:])}"
+            )
+        return frames
+
+    def _complete(self, frames: Tensor) -> Tensor:
+        return video_input.pad_front(frames, -frames.shape[2] % self.model.temporal_factor)
 
 
 def decode_published(

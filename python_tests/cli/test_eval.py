@@ -1,0 +1,140 @@
+"""`vtok eval`: what it says is what the library computes, under the protocol that it names."""
+
+import pytest
+import torch
+
+import vtok_ext as vt
+from vtok_ext.cli import reconstruct as reconstruct_module
+from vtok_ext.data.video import read_clip
+from vtok_ext.models.vidtok_published import decode_published, encode_published
+
+TINY = {"ch": 8, "ch_mult": (1, 1, 1, 1), "num_res_blocks": 1}
+
+
+@pytest.fixture
+def make_model(tmp_path):
+    def make(name):
+        torch.manual_seed(0)
+        vt.create_model(name, **TINY).save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+def source_of(video) -> torch.Tensor:
+    return read_clip(video)[0][None]
+
+
+def check(row, decoded, source) -> None:
+    target = source.float() / 127.5 - 1
+    assert row["frames"] == source.shape[2]
+    assert row["psnr"] == pytest.approx(vt.metrics.psnr(decoded, target).item(), abs=2e-3)
+    assert row["ssim"] == pytest.approx(vt.metrics.ssim(decoded, target).item(), abs=2e-4)
+    if source.shape[2] > 17:
+        jump = vt.metrics.boundary_jump(
+            decoded, target, chunk_frames=16, first_chunk_frames=1
+        ).item()
+        assert row["boundary_jump"] == pytest.approx(jump, abs=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["fsq", "kl"])
+@torch.no_grad()
+def test_default_is_the_whole_video_and_the_mode(vtok, make_video, saved_models, monkeypatch, kind):
+    monkeypatch.setattr(reconstruct_module, "_FEATURE_MAP_BYTES", 1)
+    videos = [make_video("a.mp4", 21, 37, 43), make_video("b.mp4", 6, 32, 32)]
+    result = vtok("eval", *videos, "--model", saved_models[kind], "--json")
+    assert result.code == 0, result.err
+    model, report = vt.load_model(saved_models[kind]), result.json
+    ids = []
+    for video, row in zip(videos, report["videos"], strict=True):
+        out = model(source_of(video))
+        check(row, out.reconstruction, source_of(video))
+        ids.append(out.encoding.indices)
+    assert report["psnr"] == pytest.approx(sum(r["psnr"] for r in report["videos"]) / 2, abs=2e-3)
+    assert report["frames"] == 27 and report["averaged_over"] == "videos"
+    named = [report[n] for n in ("protocol", "latents", "frame_rule", "passes", "seed")]
+    latents = "codes" if kind == "fsq" else "mode"
+    assert named == ["default", latents, "preserve", "exact stream", None]
+    if kind == "kl":
+        assert report["codebook_usage"] is None
+        return
+    usage = vt.metrics.codebook_usage(torch.cat([i.flatten() for i in ids]), model.codebook_size)
+    assert report["codebook_usage"]["num_used"] == usage.num_used
+    assert report["codebook_usage"]["num_tokens"] == usage.num_tokens
+
+
+@torch.no_grad()
+def test_reference_samples_and_takes_published_chunks(vtok, make_video, make_model):
+    folder = make_model("vidtok_kl_causal_488_4chn_v1_1")
+    video, short = make_video("a.mp4", 40, 35, 32), make_video("b.mp4", 16)
+    options = ("--model", folder, "--protocol", "reference", "--json")
+    result = vtok("eval", video, short, *options)
+    assert result.code == 0 and "b.mp4 is too short for this protocol" in result.err
+    model, source = vt.load_model(folder), source_of(video)[:, :, :33, :32]
+    generator = torch.Generator().manual_seed(42)
+    encoding = encode_published(model, source, sample=True, generator=generator)
+    check(result.json["videos"][0], decode_published(model, encoding), source)
+    named = [result.json[n] for n in ("latents", "frame_rule", "passes", "averaged_over", "seed")]
+    chunks = "overlapping chunks of 16 frames"
+    assert named == ["sample", "reference", chunks, "clips", 42]
+    mode = decode_published(model, encode_published(model, source))
+    assert vt.metrics.psnr(mode, source.float() / 127.5 - 1) != result.json["psnr"]
+    other = vtok("eval", video, *options, "--seed", 7).json
+    assert other["psnr"] != result.json["psnr"] and other["seed"] == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "clip_frames"),
+    [("vidtok_kl_causal_488_4chn", 17), ("vidtok_fsq_noncausal_488_262144", 16)],
+)
+@torch.no_grad()
+def test_reference_of_1_0_takes_clips(vtok, make_video, make_model, name, clip_frames):
+    folder, video = make_model(name), make_video("a.mp4", 20)
+    result = vtok("eval", video, "--model", folder, "--protocol", "reference", "--json")
+    assert result.code == 0, result.err
+    assert result.json["passes"] == f"clips of {clip_frames} frames"
+    model, source = vt.load_model(folder), source_of(video)
+    generator, values = torch.Generator().manual_seed(42), []
+    missing = 2 * clip_frames - 20
+    source = torch.cat([source, source[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
+    for clip in source.split(clip_frames, dim=2):
+        encoding = model.encode(clip, frames="reference", sample=True, generator=generator)
+        target = clip.float() / 127.5 - 1
+        values.append(vt.metrics.psnr(model.decode(encoding), target).item())
+    assert result.json["psnr"] == pytest.approx(sum(values) / 2, abs=2e-3)
+    assert result.json["frames"] == 2 * clip_frames
+
+
+@torch.no_grad()
+def test_models_without_causality_take_whole_clips(vtok, make_video, make_model):
+    folder, video = make_model("vidtok_fsq_noncausal_488_262144"), make_video("a.mp4", 7)
+    result = vtok("eval", video, "--model", folder, "--json")
+    assert result.code == 0 and result.json["passes"] == "whole clip"
+    source = source_of(video)
+    check(result.json["videos"][0], vt.load_model(folder)(source).reconstruction, source)
+
+
+def test_size_and_folders_and_frames(vtok, make_video, model_folder, tmp_path):
+    make_video("a.mp4", 9, 40, 64)
+    make_video("b.mp4", 5, 24, 24)
+    options = ("--model", model_folder, "--size", 32, "--max-frames", 6)
+    result = vtok("eval", tmp_path, *options, "--json")
+    assert result.code == 0, result.err
+    assert [row["frames"] for row in result.json["videos"]] == [6, 5]
+    assert result.json["size"] == 32 and result.json["codebook_usage"]["num_tokens"] == 5 * 16
+    out = vtok("eval", tmp_path / "a.mp4", *options).out
+    assert "mean over videos: PSNR" in out and "codes used, perplexity" in out
+    assert "protocol default: codes, exact stream, frames preserve" in out
+
+
+def test_refusals(vtok, make_video, model_folder, tmp_path):
+    video = make_video("a.mp4", 5)
+    (tmp_path / "empty").mkdir()
+    for arguments, words in (
+        ((video, "--model", model_folder, "--protocol", "paper"), "--protocol must be one of"),
+        ((tmp_path / "empty", "--model", model_folder), "a folder must hold videos, got none"),
+        ((tmp_path / "absent.mp4", "--model", model_folder), "must be an existing file"),
+        ((video, "--model", tmp_path / "empty"), "config.json"),
+    ):
+        result = vtok("eval", *arguments)
+        assert result.code == 2 and words in result.err, result.err

@@ -1,0 +1,120 @@
+"""`vtok decode`: a token or latent file to a video, in constant memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vtok_ext.data.video import VideoWriter
+
+from .console import Console, Progress
+from .freed_memory import keep_freed_memory
+from .model_source import load_model_for, resolve_device
+from .reconstruct import frames_per_chunk
+
+
+def run_decode(
+    *,
+    source: Path,
+    out: Path,
+    model_source: str,
+    name: str | None,
+    ema: bool,
+    trust_checkpoint: bool,
+    device: str,
+    any_weights: bool,
+    as_json: bool,
+) -> None:
+    """Returns None after writing the video; it appears complete or not at all."""
+    from vtok_ext.models.encoding_stream import EncodingReader
+
+    console = Console(as_json)
+    target = resolve_device(device)
+    keep_freed_memory()
+    with EncodingReader(source) as reader:
+        height, width = reader.size
+        options = {"height": height, "width": width, "fps": reader.fps or 30}
+        with VideoWriter(out, **options) as writer:  # type: ignore[arg-type]
+            model, is_random = load_model_for(
+                model_source, name, target, console, ema=ema, trust_checkpoint=trust_checkpoint
+            )
+            model.check_origin("decode", reader.model_id, any_weights)
+            _check_kind(reader, model)
+            start, num_frames = time.monotonic(), 0
+            with console.progress("decoding", reader.num_frames) as progress:
+                for frames in _decoded(reader, model, source):
+                    writer.write(frames[0].cpu())
+                    num_frames += frames.shape[2]
+                    _show(progress, num_frames, start)
+    report = {
+        "input": str(source),
+        "output": str(out),
+        "model": model.name,
+        "random_weights": is_random,
+        "device": str(target),
+        "frame_rule": reader.frame_rule,
+        "frames": num_frames,
+        "height": height,
+        "width": width,
+        "seconds": round(time.monotonic() - start, 3),
+    }
+    line = f"{num_frames} frames of {width}x{height} in {report['seconds']:.1f} s on {target}"
+    console.result(report, [line, f"wrote {out}"])
+
+
+def _show(progress: Progress, num_frames: int, start: float) -> None:
+    progress.update(num_frames, f"{num_frames / (time.monotonic() - start):.1f} frames/s")
+
+
+def _check_kind(reader: Any, model: Any) -> None:
+    if reader.kind == "tokens" and not model.is_discrete:
+        model.tokenize(None)  # refuses, naming the models that can
+
+
+def _decoded(reader: Any, model: Any, source: Path) -> Iterator[Any]:
+    """Yields frames [1, 3, t, H, W] uint8, all in all those that the file stands for."""
+    import torch
+
+    device = next(model.parameters()).device
+    if not model.is_causal or (reader.frame_rule == "reference" and reader.chunk_frames is None):
+        with torch.no_grad():
+            yield _decoded_whole(reader, model, source, device)
+        return
+    factor, total = model.temporal_factor, reader.num_frames
+    height, width = reader.size
+    options: dict[str, Any] = {"size": reader.size, "output": "uint8"}
+    skip = 0
+    if reader.chunk_frames is None:
+        options["num_frames"] = total
+    else:
+        # The published frames of a clip are the last ones of f per latent.
+        options["streaming"] = "reference"
+        skip = factor * reader.num_latents - (factor - 1) - total
+    decoder = model.stream_decoder(**options)
+    per_push = max(1, frames_per_chunk(model, height, width) // factor)
+    for latent in reader.chunks(per_push):
+        for frames in decoder.push(latent.to(device)):
+            skip, kept = _after(skip, frames)
+            yield from kept
+    for frames in decoder.flush():
+        skip, kept = _after(skip, frames)
+        yield from kept
+
+
+def _after(skip: int, frames: Any) -> tuple[int, list[Any]]:
+    """Returns how many frames remain to be skipped, and what is left of `frames`."""
+    rest = frames[:, :, skip:]
+    return max(0, skip - frames.shape[2]), [rest] if rest.shape[2] else []
+
+
+def _decoded_whole(reader: Any, model: Any, source: Path, device: Any) -> Any:
+    from vtok_ext.models.encoding import Encoding, Tokens
+
+    if reader.kind == "tokens":
+        return model.detokenize(Tokens.load(source), output="uint8", any_weights=True)
+    encoding = Encoding.load(source)
+    encoding.model_id = ""  # checked already
+    encoding.latent = encoding.latent.to(device)  # type: ignore[union-attr]
+    return model.decode(encoding, output="uint8")

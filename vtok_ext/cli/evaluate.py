@@ -1,0 +1,342 @@
+"""`vtok eval`: PSNR, SSIM, use of the codebook and seams of a model on videos.
+
+    default    exact stream over the whole video, posterior mode, every frame; mean over videos
+    reference  as the published evaluation: posterior samples; 1.1 on the longest 1 + 16 k frames in
+               overlapping chunks of 16, other versions on clips of 17 frames (16 without
+               causality), the last one completed by its last frame; mean over clips
+
+Quality is a mean over frames either way, so that grouping them by 16, as the published script does,
+changes memory only. Source of the second: scripts/inference_evaluate.py of microsoft/VidTok.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vtok_ext.data.video import VideoReader
+from vtok_ext.metrics import CodebookCounter, psnr, ssim
+
+from .console import Console
+from .freed_memory import keep_freed_memory
+from .model_source import load_model_for, resolve_device
+from .reconstruct import frames_per_chunk
+
+PROTOCOLS = ("default", "reference")
+CHUNK_FRAMES = 16
+_SSIM_WINDOW = 11
+_VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What `vtok eval` is asked for; see its options."""
+
+    videos: list[Path]
+    model: str
+    name: str | None = None
+    ema: bool = False
+    trust_checkpoint: bool = False
+    protocol: str = "default"
+    size: int | None = None
+    max_frames: int | None = None
+    seed: int = 42
+    device: str = "auto"
+
+
+def run_eval(options: EvalOptions, *, as_json: bool) -> None:
+    """Returns None after printing the quality of each video and of all."""
+    console = Console(as_json)
+    if options.protocol not in PROTOCOLS:
+        raise ValueError(
+            f"eval: --protocol must be one of {', '.join(PROTOCOLS)}, got {options.protocol}"
+        )
+    paths = _video_files(options.videos)
+    target = resolve_device(options.device)
+    keep_freed_memory()
+    model, is_random = load_model_for(
+        options.model,
+        options.name,
+        target,
+        console,
+        ema=options.ema,
+        trust_checkpoint=options.trust_checkpoint,
+    )
+    usage = CodebookCounter(model.codebook_size) if model.is_discrete else None
+    generator = torch.Generator().manual_seed(options.seed)
+    start, rows, units = time.monotonic(), [], []
+    with console.progress("evaluating", len(paths)) as progress:
+        for path in paths:
+            scores = _evaluated(path, options, model, usage, generator)
+            if not scores:
+                console.warn(f"{path} is too short for this protocol and was left out")
+            else:
+                rows.append({"video": str(path), **_mean(scores)})
+            units += scores if options.protocol == "reference" else scores[:1]
+            progress.update(len(rows))
+    if not units:
+        raise ValueError("eval: some video must be long enough, got none")
+    report = {
+        "model": model.name,
+        "model_id": model.model_id,
+        "version": model.reference_version,
+        "random_weights": is_random,
+        "device": str(target),
+        **_protocol_facts(options, model),
+        "size": options.size,
+        **_mean(units),
+        "codebook_usage": _usage(usage),
+        "videos": rows,
+        "seconds": round(time.monotonic() - start, 3),
+    }
+    console.result(report, _lines(report))
+
+
+def _protocol_facts(options: EvalOptions, model: Any) -> dict[str, Any]:
+    """Returns what the numbers mean."""
+    if options.protocol == "default":
+        passes = "exact stream" if model.is_causal else "whole clip"
+        latents = "codes" if model.is_discrete else "mode"
+        facts = {"latents": latents, "frame_rule": "preserve", "passes": passes}
+        return {"protocol": "default", **facts, "averaged_over": "videos", "seed": None}
+    passes = f"clips of {_clip_frames(model)} frames"
+    if _is_chunked(model):
+        passes = f"overlapping chunks of {CHUNK_FRAMES} frames"
+    latents = "codes" if model.is_discrete else "sample"
+    facts = {"latents": latents, "frame_rule": "reference", "passes": passes}
+    return {"protocol": "reference", **facts, "averaged_over": "clips", "seed": options.seed}
+
+
+def _video_files(given: list[Path]) -> list[Path]:
+    """Returns the files, and those in the folders, in order."""
+    found: list[Path] = []
+    for path in given:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in _VIDEO_SUFFIXES)
+            if not inside:
+                raise ValueError(f"eval: a folder must hold videos, got none in {path}")
+            found += inside
+        else:
+            found.append(path)
+    return found
+
+
+@dataclass
+class _Scores:
+    """Sums over the frames of one video or clip; frames may come in any portions."""
+
+    frames: int = 0
+    psnr: float = 0.0
+    ssim: float | None = 0.0
+    changes: list[float] = field(default_factory=list)  # of the error, from frame to frame
+    last: Tensor | None = None
+
+    def add(self, decoded: Tensor, source: Tensor) -> None:
+        """Returns None after measuring decoded [1, 3, t, H, W] against uint8 [1, 3, t, H, W]."""
+        decoded, target = decoded.float().cpu(), source.float() / 127.5 - 1
+        if not decoded.isfinite().all():
+            raise ValueError(
+                f"eval: the model must give finite frames, got NaN or infinity after "
+                f"{self.frames} frames"
+            )
+        self.frames += target.shape[2]
+        self.psnr += psnr(decoded, target, per_frame=True).sum().item()
+        if min(target.shape[3:]) < _SSIM_WINDOW:
+            self.ssim = None
+        elif self.ssim is not None:
+            self.ssim += ssim(decoded, target, per_frame=True).sum().item()
+        for error in (decoded - target).unbind(2):
+            if self.last is not None:
+                self.changes.append((error - self.last).abs().mean().item())
+            self.last = error
+
+    def result(self) -> dict[str, Any]:
+        """Returns means over frames; the jump at the borders of chunks of 16 behind the first."""
+        border = [c for t, c in enumerate(self.changes, 1) if t % CHUNK_FRAMES == 1]
+        inside = [c for t, c in enumerate(self.changes, 1) if t % CHUNK_FRAMES != 1]
+        jump = None
+        if border and inside and sum(inside) > 0:
+            jump = (sum(border) / len(border)) / (sum(inside) / len(inside))
+        return {
+            "frames": self.frames,
+            "psnr": self.psnr / self.frames,
+            "ssim": None if self.ssim is None else self.ssim / self.frames,
+            "boundary_jump": jump,
+        }
+
+
+def _mean(scores: list[_Scores]) -> dict[str, Any]:
+    """Returns the mean of each value over those that have one, and all frames."""
+    results = [score.result() for score in scores]
+    means: dict[str, Any] = {"frames": sum(result["frames"] for result in results)}
+    for name, digits in (("psnr", 3), ("ssim", 4), ("boundary_jump", 4)):
+        values = [result[name] for result in results if result[name] is not None]
+        means[name] = round(sum(values) / len(values), digits) if values else None
+    return means
+
+
+@torch.no_grad()
+def _evaluated(
+    path: Path, options: EvalOptions, model: Any, usage: Any, generator: torch.Generator
+) -> list[_Scores]:
+    """Returns the scores of a video: one, or in the reference protocol one per clip."""
+    with VideoReader(path) as reader:
+        if options.protocol == "default" and model.is_causal:
+            return [_streamed(reader, options, model, usage)]
+        video = torch.cat(list(_frames(reader, options, 64)), dim=2)
+    if options.protocol == "default":
+        return [_scores_of(model.encode(video.to(_device(model))), video, model, usage)]
+    s = model.spatial_factor
+    video = video[..., : video.shape[3] // s * s, : video.shape[4] // s * s]
+    if min(video.shape[3:]) < s:
+        raise ValueError(f"eval: {path} must be at least {s}x{s}, got {list(video.shape[3:])}")
+    if _is_chunked(model):
+        return _published(video, model, usage, generator)
+    scores = []
+    for clip in video.split(_clip_frames(model), dim=2):
+        missing = _clip_frames(model) - clip.shape[2]
+        clip = torch.cat([clip, clip[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
+        encoding = model.encode(
+            clip.to(_device(model)), frames="reference", sample=True, generator=generator
+        )
+        scores.append(_scores_of(encoding, clip, model, usage))
+    return scores
+
+
+def _streamed(reader: VideoReader, options: EvalOptions, model: Any, usage: Any) -> _Scores:
+    """Returns the scores of an exact stream; holds only frames that wait to be decoded."""
+    scores, waiting, device = _Scores(), None, _device(model)
+    encoder = model.stream_encoder("tokens" if model.is_discrete else "latent")
+    size = _size_of(reader, options)
+    decoder = model.stream_decoder(size=size)
+
+    def compare(latents: list[Tensor], end: bool) -> None:
+        nonlocal waiting
+        decoded = []
+        for latent in latents:
+            if usage is not None:
+                usage.update(latent)
+            decoded += decoder.push(latent)
+        if end:
+            decoded += decoder.flush(num_frames=encoder.num_frames)
+        for frames in decoded:
+            count = frames.shape[2]
+            scores.add(frames, waiting[:, :, :count])  # type: ignore[index]
+            waiting = waiting[:, :, count:]  # type: ignore[index]
+
+    for frames in _frames(reader, options, frames_per_chunk(model, *size)):
+        waiting = frames if waiting is None else torch.cat([waiting, frames], dim=2)
+        compare(encoder.push(frames.to(device)), end=False)
+    compare(encoder.flush(), end=True)
+    return scores
+
+
+def _published(video: Tensor, model: Any, usage: Any, generator: torch.Generator) -> list[_Scores]:
+    """Returns the scores of a video in the published chunks of 1.1; none if it is too short."""
+    from vtok_ext.models.vidtok_published import decode_published, encode_published
+
+    if video.shape[2] <= CHUNK_FRAMES:
+        return []
+    video = video[:, :, : 1 + (video.shape[2] - 1) // CHUNK_FRAMES * CHUNK_FRAMES]
+    encoding = encode_published(model, video.to(_device(model)), sample=True, generator=generator)
+    if usage is not None:
+        usage.update(encoding.indices)
+    scores = _Scores()
+    scores.add(decode_published(model, encoding), video)
+    return [scores]
+
+
+def _scores_of(encoding: Any, source: Tensor, model: Any, usage: Any) -> _Scores:
+    if usage is not None:
+        usage.update(encoding.indices)
+    scores = _Scores()
+    decoded = model.decode(encoding)
+    # The published rule loses frames of lengths that it does not fit.
+    scores.add(decoded, source[:, :, : decoded.shape[2]])
+    return scores
+
+
+def _device(model: Any) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _is_chunked(model: Any) -> bool:
+    return model.reference_version == "1.1"
+
+
+def _clip_frames(model: Any) -> int:
+    return CHUNK_FRAMES + int(model.is_causal)
+
+
+def _size_of(reader: VideoReader, options: EvalOptions) -> tuple[int, int]:
+    if options.size is None:
+        return reader.info.height, reader.info.width
+    return options.size, options.size
+
+
+def _frames(reader: VideoReader, options: EvalOptions, count: int) -> Iterator[Tensor]:
+    """Yields frames [1, 3, t, H, W] uint8, resized and cropped if asked for."""
+    left = math.inf if options.max_frames is None else options.max_frames
+    for chunk in reader.chunks(count):
+        frames = chunk.frames[:, : int(min(left, len(chunk.timestamps)))]
+        left -= frames.shape[1]
+        yield (frames if options.size is None else _cropped(frames, options.size))[None]
+        if left <= 0:
+            return
+
+
+def _cropped(frames: Tensor, size: int) -> Tensor:
+    """Returns [3, t, size, size]: the shorter side scaled to `size`, then the centre."""
+    height, width = frames.shape[2:]
+    scale = size / min(height, width)
+    scaled = (max(size, round(height * scale)), max(size, round(width * scale)))
+    images = frames.transpose(0, 1).float()
+    images = F.interpolate(images, scaled, mode="bilinear", antialias=True, align_corners=False)
+    top, left = (scaled[0] - size) // 2, (scaled[1] - size) // 2
+    images = images[:, :, top : top + size, left : left + size]
+    return images.round().clamp(0, 255).to(torch.uint8).transpose(0, 1)
+
+
+def _usage(usage: CodebookCounter | None) -> dict[str, Any] | None:
+    if usage is None:
+        return None
+    found = usage.result()
+    return {
+        "codebook_size": usage.codebook_size,
+        "num_tokens": found.num_tokens,
+        "num_used": found.num_used,
+        "fraction_used": found.fraction_used,
+        "perplexity": round(found.perplexity, 2),
+    }
+
+
+def _lines(report: dict[str, Any]) -> list[str]:
+    def line(title: str, row: dict[str, Any]) -> str:
+        ssim_text = "n/a" if row["ssim"] is None else f"{row['ssim']:.4f}"
+        jump = "n/a" if row["boundary_jump"] is None else f"{row['boundary_jump']:.3f}"
+        return (
+            f"{title}: PSNR {row['psnr']:.2f} dB, SSIM {ssim_text}, boundary jump {jump}, "
+            f"{row['frames']} frames"
+        )
+
+    lines = [line(row["video"], row) for row in report["videos"]]
+    lines.append(line(f"mean over {report['averaged_over']}", report))
+    if report["codebook_usage"] is not None:
+        usage = report["codebook_usage"]
+        lines.append(
+            f"{usage['num_used']} of {usage['codebook_size']:,} codes used, perplexity "
+            f"{usage['perplexity']:.0f}"
+        )
+    lines.append(
+        f"protocol {report['protocol']}: {report['latents']}, {report['passes']}, frames "
+        f"{report['frame_rule']}"
+    )
+    return lines

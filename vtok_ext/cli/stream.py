@@ -1,0 +1,106 @@
+"""`vtok stream`: file to file in constant memory, whatever the two files are.
+
+video -> tokens or latents    vtok encode, resumable
+tokens or latents -> video    vtok decode
+video -> video                vtok reconstruct
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")
+
+
+def direction_of(source: Path, out: Path) -> str:
+    """Returns "encode", "decode" or "reconstruct".
+
+    Raises:
+        FileNotFoundError: there is no file `source`.
+        ValueError: both are token or latent files.
+    """
+    from vtok_ext.models.encoding_stream import encoding_kind
+
+    to_video = out.suffix.lower() in VIDEO_SUFFIXES
+    try:
+        encoding_kind(source)
+    except ValueError:
+        return "reconstruct" if to_video else "encode"
+    if not to_video:
+        raise ValueError(
+            f"stream: output must end in {', '.join(VIDEO_SUFFIXES)} where the input is a token or "
+            f"latent file, got {out}"
+        )
+    return "decode"
+
+
+def run_stream(
+    *,
+    source: Path,
+    out: Path,
+    model: str,
+    name: str | None,
+    ema: bool,
+    trust_checkpoint: bool,
+    output: str | None,
+    streaming: str,
+    resume: bool,
+    save_every_s: float,
+    any_weights: bool,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Returns None after doing what the two files call for."""
+    direction = direction_of(source, out)
+    if direction == "encode":
+        from .encode import EncodeOptions, run_encode
+
+        options = EncodeOptions(
+            source=source,
+            out=out,
+            model=model,
+            name=name,
+            ema=ema,
+            trust_checkpoint=trust_checkpoint,
+            device=device,
+            output=output,
+            streaming=streaming,
+            resume=resume,
+            save_every_s=save_every_s,
+        )
+        run_encode(options, as_json=as_json)
+        return
+    if resume:
+        raise ValueError(
+            f"stream: --resume must come with a token or latent file as output, got {out}; video "
+            "containers cannot be continued"
+        )
+    if direction == "decode":
+        from .decode import run_decode
+
+        run_decode(
+            source=source,
+            out=out,
+            model_source=model,
+            name=name,
+            ema=ema,
+            trust_checkpoint=trust_checkpoint,
+            device=device,
+            any_weights=any_weights,
+            as_json=as_json,
+        )
+        return
+    from .reconstruct import run_reconstruct
+
+    run_reconstruct(
+        video=source,
+        model_source=model,
+        output=out,
+        name=name,
+        side_by_side=False,
+        max_frames=None,
+        device=device,
+        as_json=as_json,
+        ema=ema,
+        trust_checkpoint=trust_checkpoint,
+    )

@@ -1,0 +1,59 @@
+"""Multiply-adds of a model, counted by running it on tensors without memory.
+
+Convolutions and attention are counted, element-wise work is not. Publications write "FLOPs" for
+either unit; one multiply-add is two floating point operations.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from vtok_ext import _native
+from vtok_ext.models._config import ModelConfig
+
+# Two clips, halved at the end: for one clip some shapes take another path (see
+# Note [Small batches on the CPU] in `layers/_convolution.py`).
+_BATCH = 2
+
+
+def count_multiply_adds(
+    model_class: Any,  # a GridTokenizer
+    config: ModelConfig,
+    num_frames: int,
+    height: int,
+    width: int,
+) -> int:
+    """Returns the multiply-adds of encoding and decoding one clip, padding included.
+
+    The network is counted as it is written, without what a fast path may save. Deterministic;
+    takes about a quarter of a second and no memory to speak of.
+
+    Args:
+        model_class, config: the model.
+        num_frames, height, width: T, H, W of the clip; padded as `encode` does by default.
+    """
+    return _count(model_class, config, num_frames, height, width)
+
+
+@functools.lru_cache(maxsize=256)
+def _count(model_class, config, num_frames: int, height: int, width: int) -> int:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # Attention as its definition: matrix products, which the counter knows on every device.
+    definition = sdpa_kernel(SDPBackend.MATH)
+    with torch.no_grad(), FakeTensorMode(), _native.use_references(), definition:
+        model = model_class(config).eval()
+        grid = model.token_grid(num_frames, height, width)
+        f, s, alone = model.temporal_factor, model.spatial_factor, int(model.is_causal)
+        frames = alone + f * (grid[0] - alone)
+        video = torch.empty(_BATCH, model.video_channels, frames, s * grid[1], s * grid[2])
+        latent = torch.empty(_BATCH, model.latent_channels, *grid)
+        with FlopCounterMode(display=False) as counter:
+            model.encode_chunk(video)
+            model.decode_chunk(latent)
+    return counter.get_total_flops() // (2 * _BATCH)
