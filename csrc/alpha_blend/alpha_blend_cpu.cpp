@@ -17,27 +17,6 @@ namespace vtok::VTOK_ISA {
 // L1 cache.
 constexpr int64_t kSlice = 1024;
 
-template <typename T>
-using real = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-template <typename T>
-VTOK_FUNCTION real<T> load(const T* address) {
-  if constexpr (std::is_same_v<T, double>) {
-    return *address;
-  } else {
-    return to_float(*address);
-  }
-}
-
-template <typename T>
-VTOK_FUNCTION void store(T* address, real<T> value) {
-  if constexpr (std::is_same_v<T, double>) {
-    *address = value;
-  } else {
-    *address = from_float<T>(value);
-  }
-}
-
 // The factors of a slice and the running sums of g * (a - b), one per position in the slice.
 template <typename Real>
 struct SliceTables {

@@ -1,4 +1,5 @@
-// float16 and bfloat16 as storage types, and their conversions from and to float.
+// float16 and bfloat16 as storage types, their conversions from and to float, and loads and stores
+// that convert.
 // All arithmetic in this package is done in float: a half type is only ever loaded, converted and
 // stored. The host conversions are branch-free integer code, so that compilers vectorise them on
 // every instruction set.
@@ -98,6 +99,28 @@ VTOK_FUNCTION T from_float(float value) {
     return float_to_bfloat16(value);
   } else {
     return static_cast<T>(value);
+  }
+}
+
+// The type of the arithmetic on values that are stored as T: float, but double for double.
+template <typename T>
+using real = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename T>
+VTOK_FUNCTION real<T> load(const T* address) {
+  if constexpr (std::is_same_v<T, double>) {
+    return *address;
+  } else {
+    return to_float(*address);
+  }
+}
+
+template <typename T>
+VTOK_FUNCTION void store(T* address, real<T> value) {
+  if constexpr (std::is_same_v<T, double>) {
+    *address = value;
+  } else {
+    *address = from_float<T>(value);
   }
 }
 

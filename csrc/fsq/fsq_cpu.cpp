@@ -25,28 +25,6 @@ constexpr int kGroup = 16;
 // work).
 constexpr int64_t kGrainElements = 16384;
 
-// The type of the arithmetic.
-template <typename T>
-using real = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-template <typename T>
-VTOK_FUNCTION real<T> load(const T* address) {
-  if constexpr (std::is_same_v<T, double>) {
-    return *address;
-  } else {
-    return to_float(*address);
-  }
-}
-
-template <typename T>
-VTOK_FUNCTION void store(T* address, real<T> value) {
-  if constexpr (std::is_same_v<T, double>) {
-    *address = value;
-  } else {
-    *address = from_float<T>(value);
-  }
-}
-
 // Element offsets of a run of tokens along the innermost dimension.
 struct Run {
   int64_t z, code, index;
@@ -108,9 +86,13 @@ static void dispatch_method(const FsqLayout& layout, int first, int last,
     levels = channel.levels > levels ? channel.levels : levels;
     powers = powers && (channel.half_width & (channel.half_width - 1)) == 0;
   }
-  if (std::is_same_v<Real, double> || levels > kFsqMaxCompared) return function(Method<0, false>{});
-  if (levels > 8) return powers ? function(Method<15, true>{}) : function(Method<15, false>{});
-  return powers ? function(Method<7, true>{}) : function(Method<7, false>{});
+  if constexpr (std::is_same_v<Real, double>) {
+    return function(Method<0, false>{});
+  } else {
+    if (levels > kFsqMaxCompared) return function(Method<0, false>{});
+    if (levels > 8) return powers ? function(Method<15, true>{}) : function(Method<15, false>{});
+    return powers ? function(Method<7, true>{}) : function(Method<7, false>{});
+  }
 }
 
 // Channel constants of kGroup consecutive packed tokens, one entry per element.
@@ -243,12 +225,15 @@ static void forward_run(const FsqLayout& layout, const PackedTable<real<T>>* tab
   if (table != nullptr) {
     dispatch_method<real<T>>(layout, 0, layout.channels, [&](auto method) {
       using M = decltype(method);
-      switch (layout.channels) {
-        case 4: return forward_packed<M, 4>(layout, *table, z, codes, indices, count);
-        case 5: return forward_packed<M, 5>(layout, *table, z, codes, indices, count);
-        case 6: return forward_packed<M, 6>(layout, *table, z, codes, indices, count);
-        default: return forward_packed<M, 0>(layout, *table, z, codes, indices, count);
+      // Unrolled for the usual codebooks only: every instance is compiled for each instruction set.
+      if constexpr (sizeof(Index) == 4 && !std::is_same_v<T, double>) {
+        switch (layout.channels) {
+          case 4: return forward_packed<M, 4>(layout, *table, z, codes, indices, count);
+          case 5: return forward_packed<M, 5>(layout, *table, z, codes, indices, count);
+          case 6: return forward_packed<M, 6>(layout, *table, z, codes, indices, count);
+        }
       }
+      return forward_packed<M, 0>(layout, *table, z, codes, indices, count);
     });
   } else if (layout.tokens.z_strides[inner] == 1 && layout.tokens.code_strides[inner] == 1) {
     forward_strided<true>(layout, z, codes, indices, count);

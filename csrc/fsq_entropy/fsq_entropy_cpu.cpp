@@ -12,28 +12,6 @@ namespace vtok::VTOK_ISA {
 
 // Tokens below which a second thread costs more than it gains (about 0.5 us of work each).
 constexpr int64_t kGrain = 16;
-// The type of the arithmetic.
-template <typename T>
-using real = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-template <typename T>
-VTOK_FUNCTION real<T> load(const T* address) {
-  if constexpr (std::is_same_v<T, double>) {
-    return *address;
-  } else {
-    return to_float(*address);
-  }
-}
-
-template <typename T>
-VTOK_FUNCTION void store(T* address, real<T> value) {
-  if constexpr (std::is_same_v<T, double>) {
-    *address = value;
-  } else {
-    *address = from_float<T>(value);
-  }
-}
-
 // One token's distribution over the levels of each channel.
 template <typename Real>
 struct Assignment {

@@ -26,28 +26,6 @@
 
 namespace vtok::VTOK_ISA {
 
-// The type of the arithmetic.
-template <typename T>
-using real = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-template <typename T>
-VTOK_FUNCTION real<T> load(const T* address) {
-  if constexpr (std::is_same_v<T, double>) {
-    return *address;
-  } else {
-    return to_float(*address);
-  }
-}
-
-template <typename T>
-VTOK_FUNCTION void store(T* address, real<T> value) {
-  if constexpr (std::is_same_v<T, double>) {
-    *address = value;
-  } else {
-    *address = from_float<T>(value);
-  }
-}
-
 template <typename Real>
 VTOK_FUNCTION Real sum(const Real* row, int64_t count) {
   Real total = 0;

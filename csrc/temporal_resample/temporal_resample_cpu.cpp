@@ -26,27 +26,6 @@ constexpr int kMaxTaps = 4 + kResampleMaxPadding;
 // Pixels x frames that are worth a second thread: about 5 us of work.
 constexpr int64_t kGrainElements = 16384;
 
-template <typename T>
-using real = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-template <typename T>
-VTOK_FUNCTION real<T> load(const T* address) {
-  if constexpr (std::is_same_v<T, double>) {
-    return *address;
-  } else {
-    return to_float(*address);
-  }
-}
-
-template <typename T>
-VTOK_FUNCTION void store(T* address, real<T> value) {
-  if constexpr (std::is_same_v<T, double>) {
-    *address = value;
-  } else {
-    *address = from_float<T>(value);
-  }
-}
-
 // `count` pixels of one frame, `stride` elements apart.
 template <typename T>
 struct Pixels {
