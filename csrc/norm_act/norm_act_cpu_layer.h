@@ -94,6 +94,8 @@ static void for_each_block(const NormActLayout& layout, int64_t begin, int64_t e
       block.y += first * run.y_stride;
       block.first_row += first;
       block.count = run.count - first < most ? run.count - first : most;
+      const int64_t left = run.count - first - block.count;
+      block.following = left < block.count ? left : block.count;
       function(block);
     }
   });
@@ -124,6 +126,9 @@ static void layer_forward(const NormActForward& params) {
           }
           block.find_statistics(channels, subtract_mean, eps);
           if (stats != nullptr) block.store_statistics(stats + 2 * run.first_row);
+          for (int64_t i = 0; i < run.following; ++i) {
+            prefetch_row(x + run.x + (run.count + i) * run.x_stride, channels);
+          }
           normalise_block<kAct>(block, weight.data(), bias.data(), y + run.y, run.y_stride,
                                 channels);
           copy_to_front(layout.buffer, run, y, channels);
@@ -222,15 +227,20 @@ VTOK_FUNCTION void backward_rows(RowGradient<Real>* rows, const Real* __restrict
   }
 }
 
-template <bool kAct, typename Real>
+// `prefetch(i)` fetches row i of the following block: pair by pair, so that memory is asked for no
+// more at once than it answers meanwhile.
+template <bool kAct, typename Real, typename Prefetch>
 VTOK_NOINLINE void backward_block(RowGradient<Real>* rows, int64_t num_rows, const Real* weight,
                                   const Real* bias, Real* grad_weight, Real* grad_bias,
-                                  int64_t channels) {
+                                  int64_t channels, const Prefetch& prefetch) {
   int64_t i = 0;
   for (; i + 2 <= num_rows; i += 2) {
+    prefetch(i);
+    prefetch(i + 1);
     backward_rows<kAct, true>(rows + i, weight, bias, grad_weight, grad_bias, channels);
   }
   if (i < num_rows) {
+    prefetch(i);
     backward_rows<kAct, false>(rows + i, weight, bias, grad_weight, grad_bias, channels);
   }
 }
@@ -290,8 +300,13 @@ static void layer_backward_rows(const NormActBackward& params, const std::vector
       }
       gradients[i] = {block.rows[i], gradient, block.mean[i], block.rstd[i], weighted, 0, 0};
     }
+    const auto prefetch = [&](int64_t i) {
+      if (i >= run.following) return;
+      prefetch_row(x + run.x + (run.count + i) * run.x_stride, channels);
+      prefetch_row(grad_y + run.y + (run.count + i) * run.y_stride, channels);
+    };
     backward_block<kAct>(gradients, run.count, weight.data(), bias.data(),
-                         scratch.grad_weight.data(), scratch.grad_bias.data(), channels);
+                         scratch.grad_weight.data(), scratch.grad_bias.data(), channels, prefetch);
     for (int64_t i = 0; i < run.count && grad_x != nullptr; ++i) {
       store_grad_row(gradients[i], subtract_mean, grad_x + (run.first_row + i) * channels,
                      channels);
