@@ -224,19 +224,40 @@ def test_interruption_without_resume_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_sigterm_says_how_to_go_on(make_video, model_folder, tmp_path):
-    """A real process: the state survives it, and what it says is so."""
-    video, out = make_video("in.mp4", 1500, 64, 64), tmp_path / "out"
+def test_killed_processes_continue(vtok, make_video, model_folder, tmp_path, monkeypatch):
+    """Real processes: one killed outright, one told to stop, one that finishes the file."""
+    video, out = make_video("in.mp4", 900, 32, 32), tmp_path / "out"
+    state = tmp_path / "out.state"
     arguments = ["stream", video, out, "--model", model_folder, "--resume", "--save-every", 0]
-    command = [sys.executable, "-m", "vtok_ext.cli", *map(str, arguments)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "out.state").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 130
-    assert f"vtok: interrupted, --resume continues from {out}.state" in process.stderr.read()
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 130)):
+        before = state.read_bytes() if state.exists() else b""
+        command = [sys.executable, "-c", SLOWLY, *map(str, arguments)]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while not (state.exists() and state.read_bytes() != before):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == code
+        said = process.stderr.read()
+    assert f"vtok: interrupted, --resume continues from {state}" in said
     assert (tmp_path / "out.partial").exists() and not out.exists()
+    result = vtok(*arguments, "--json")
+    assert result.code == 0 and result.json["resumed_at_frame"] >= 128, result.err
+    monkeypatch.undo()  # portions as in the other processes
+    assert vtok("encode", video, tmp_path / "one go", "--model", model_folder).code == 0
+    assert out.read_bytes() == (tmp_path / "one go").read_bytes()
+
+
+# Waits a little at each portion, so that there is time to stop it in the middle.
+SLOWLY = """
+import sys, time
+from vtok_ext.cli import encode
+from vtok_ext.cli.app import run
+save = encode._Job._save
+encode._Job._save = lambda job: (save(job), time.sleep(0.3))
+sys.exit(run(sys.argv[1:]))
+"""
 
 
 def test_refusals(vtok, make_video, saved_models, tmp_path):
