@@ -24,7 +24,9 @@ void run_conv_tile(const ConvGemm& params, Stream stream) {
 template <ConvMath kMath>
 void run_conv_gemm(const ConvGemm& params, Stream stream) {
   if (params.vectors) return run_conv_tile<kMath, true>(params, stream);
-  run_conv_tile<kMath, false>(params, stream);
+  ConvGemm unaligned = params;
+  unaligned.tile = params.tile < 2 ? 2 : params.tile;
+  run_conv_tile<kMath, false>(unaligned, stream);
 }
 
 }  // namespace vtok

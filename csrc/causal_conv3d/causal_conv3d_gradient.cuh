@@ -376,8 +376,6 @@ void run_conv_weight_gradient(const ConvWeightGradient& params, Stream stream) {
       return launch_conv_weight_gradient<kMath, 0, true>(params, stream);
     }
   }
-  VTOK_CHECK_VALUE(params.tile == 1, "causal_conv3d: tile must be one of this format, got ",
-                   params.tile);
   if (params.vectors) return launch_conv_weight_gradient<kMath, 1, true>(params, stream);
   launch_conv_weight_gradient<kMath, 1, false>(params, stream);
 }

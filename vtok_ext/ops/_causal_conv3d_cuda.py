@@ -3,11 +3,15 @@
 An axis of a product is (taps, step, tap_step, offset, divisor, exact): output coordinate q and tap
 k read the source at floor((q * step + k * tap_step + offset) / divisor); see
 csrc/causal_conv3d/causal_conv3d.h.
+
+Workspaces are partial sums alone. A product that is split (small grids, never in a stream) takes
+splits * positions * O * 4 bytes, splits <= 16; the weight's gradient splits * O * (taps * C + 1) * 4
+bytes, 256 MiB at most or one split.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vtok_ext import _native
+from vtok_ext.ops import _causal_conv3d_folding as folding
 from vtok_ext.ops._causal_conv3d_geometry import Geometry
 
 _LAYOUT = torch.channels_last_3d
@@ -39,27 +44,66 @@ def forward(
     may_split: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns y [B, O, T', H', W'], and with `keep` what came before the activation."""
-    shape = g.output_shape(x.shape, weight.shape, None if state is None else state.shape[2])
+    state_frames = None if state is None else state.shape[2]
+    shape = g.output_shape(x.shape, weight.shape, state_frames)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_LAYOUT)
     preactivation = torch.empty_like(y) if keep else None
-    if y.numel() > 0:
-        _product(
-            _channels_side_by_side(x),
-            None if state is None else _channels_side_by_side(state),
-            weight.permute(0, 2, 3, 4, 1).contiguous(),
-            y,
-            _forward_axes(weight, state, g),
-            g,
-            bias=None if bias is None else bias.contiguous(),
-            residual=None if residual is None else residual.contiguous(memory_format=_LAYOUT),
-            other=None if other is None else other.contiguous(memory_format=_LAYOUT),
-            mix_factor=None if mix_factor is None else mix_factor.float().reshape(1),
-            silu=silu,
-            preactivation=preactivation,
-            replicate=bool(g.replicate) and state is None,
-            may_split=may_split,
-        )
+    if y.numel() == 0:
+        return y, x.new_empty(0) if preactivation is None else preactivation
+    outputs: dict[str, Any] = {
+        "out": y,
+        "residual": residual,
+        "other": other,
+        "preactivation": preactivation,
+    }
+    outputs = {name: _dense(tensor) for name, tensor in outputs.items()}
+    options: dict[str, Any] = {
+        "bias": None if bias is None else bias.contiguous(),
+        "mix_factor": None if mix_factor is None else mix_factor.float().reshape(1),
+        "silu": silu,
+        "replicate": bool(g.replicate) and state is None,
+        "may_split": may_split,
+    }
+    x = _channels_side_by_side(x)
+    state = None if state is None else _channels_side_by_side(state)
+    if not folding.folds(weight, state_frames, g):
+        taps = weight.permute(0, 2, 3, 4, 1).contiguous()
+        _product(x, state, taps, _forward_axes(weight, state, g), g, **outputs, **options)
+    else:
+        # Frames repeated in time come in pairs.
+        state = state if state is None or g.repeat_time == 1 else state[:, :, ::2]
+        front = g.front if state is None else state.shape[2]
+        for taps, axes, phase in _phases(weight, front, g):
+            views: dict[str, Any] = {
+                name: None if t is None else t[phase] for name, t in outputs.items()
+            }
+            _product(x, state, taps, axes, g, **views, **options)
     return y, x.new_empty(0) if preactivation is None else preactivation
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous(memory_format=_LAYOUT)
+
+
+def _phases(weight: Tensor, front: int, g: Geometry) -> Iterator[tuple[Tensor, list[Axis], Any]]:
+    """Yields weights, axes and outputs of each phase of an upsampling, see the folding."""
+    taps = folding.folded_weight(weight, g).permute(1, 0, 2, 4, 5, 6, 3).contiguous()
+    kernel = weight.shape[2:]
+    every = slice(None)
+    if g.repeat_time == 2:
+        space = [
+            (kernel[i], g.stride[i], g.dilation[i], -low, 1, 0)
+            for i, low in ((1, g.top), (2, g.left))
+        ]
+        for r in (0, 1):
+            yield taps[r], [(2, 1, 1, -1, 1, 0), *space], (every, every, slice(r, None, 2))
+        return
+    time = (kernel[0], g.stride_t, g.dilation_t, -front, 1, 0)
+    for r in (0, 1):
+        for s in (0, 1):
+            axes = [time, (2, 1, 1, r - 1, 1, 0), (2, 1, 1, s - 1, 1, 0)]
+            phase = (every, every, every, slice(r, None, 2), slice(s, None, 2))
+            yield taps[2 * r + s], axes, phase
 
 
 def input_gradient(
@@ -85,7 +129,7 @@ def input_gradient(
         found = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=_LAYOUT)
         if found.numel() > 0:
             axes = _input_gradient_axes(weight, first, g)
-            _product(grad, None, flipped, found, axes, g)
+            _product(grad, None, flipped, axes, g, out=found)
         if g.repeat_space > 1:
             found = found.unflatten(4, (width, 2)).unflatten(3, (height, 2)).sum((4, 6))
         return found
@@ -135,10 +179,10 @@ def _product(
     source: Tensor,  # [B, groups * channels, T, H, W]
     state: Tensor | None,  # [B, groups * channels, n, H, W]
     weight: Tensor,  # [groups, columns, taps, channels] in this order in memory
-    out: Tensor,  # [B, groups * columns, T', H', W']
     axes: list[Axis],
     g: Geometry,
     *,
+    out: Tensor,  # [B, groups * columns, T', H', W']
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     other: Tensor | None = None,
