@@ -14,6 +14,7 @@ namespace py = pybind11;
 namespace vtok {
 
 void bind_vectorized(py::module_& m);
+void bind_causal_conv3d(py::module_& m);
 void bind_fsq(py::module_& m);
 void bind_fsq_entropy(py::module_& m);
 void bind_alpha_blend(py::module_& m);
@@ -62,6 +63,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &vtok::build_info,
         "Version, compiler, CUDA version and architectures, CPU instruction set.");
   vtok::bind_vectorized(m);
+  vtok::bind_causal_conv3d(m);
   vtok::bind_fsq(m);
   vtok::bind_fsq_entropy(m);
   vtok::bind_alpha_blend(m);

@@ -16,6 +16,9 @@ import pytest
 import torch
 from emulated_cuda import THREAD_ORDERS, EmulatedCuda, load_emulated_module
 
+# Convolutions of float32 would else be compared at the precision of tf32.
+torch.backends.cudnn.allow_tf32 = False
+
 REPOSITORY = Path(__file__).parent.parent
 EMULATION_SEED = int(os.environ.get("VTOK_EMULATION_SEED", int(time.time()) % 100_000))
 

@@ -4,6 +4,51 @@ import torch
 
 def build_info() -> dict[str, Any]: ...
 def evaluate(name: str, x: torch.Tensor, y: torch.Tensor) -> None: ...
+def causal_conv3d_gemm(
+    source: torch.Tensor,
+    state: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    other: torch.Tensor | None,
+    mix_factor: torch.Tensor | None,
+    out: torch.Tensor,
+    preactivation: torch.Tensor | None,
+    partial: torch.Tensor | None,
+    axes: list[tuple[int, int, int, int, int, int]],
+    options: tuple[int, bool, bool, bool, int, int],
+    context: tuple[int, int],
+) -> None: ...
+def causal_conv3d_weight_gradient(
+    source: torch.Tensor,
+    state: torch.Tensor | None,
+    grad: torch.Tensor,
+    grad_weight: torch.Tensor,
+    grad_bias: torch.Tensor | None,
+    partial: torch.Tensor,
+    axes: list[tuple[int, int, int, int, int, int]],
+    options: tuple[int, bool, bool, int, int],
+    context: tuple[int, int],
+) -> None: ...
+def causal_conv3d_gemm_plan(
+    positions: int,
+    columns: int,
+    groups: int,
+    depth: int,
+    is_half: bool,
+    tf32: bool,
+    may_split: bool,
+    device_index: int,
+) -> tuple[int, int]: ...
+def causal_conv3d_weight_gradient_plan(
+    positions: int,
+    columns: int,
+    groups: int,
+    depth: int,
+    is_half: bool,
+    tf32: bool,
+    device_index: int,
+) -> tuple[int, int]: ...
 def fsq_forward(
     z: torch.Tensor,
     codes: torch.Tensor,

@@ -41,6 +41,11 @@ def is_enabled() -> bool:
     return _enabled
 
 
+def is_cuda_emulated() -> bool:
+    """Whether CUDA kernels run on CPU tensors, as tests of them do."""
+    return _active is not _C and _active.build_info()["cuda_emulation"]
+
+
 @contextmanager
 def use_module(replacement: ModuleType) -> Iterator[None]:
     """Runs ops on another build of the compiled module, such as the CUDA emulation, for a while."""

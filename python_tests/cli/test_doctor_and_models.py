@@ -6,6 +6,7 @@ import sys
 import torch
 
 import vtok_ext as vt
+from vtok_ext.cli.conv3d_advice import known_problems
 from vtok_ext.cli.doctor import _warnings, examine, loaded_openmp_runtimes
 
 
@@ -92,6 +93,20 @@ def test_doctor_warns():
     assert "no libx264" in text
     report["video"] = {"usable": False, "reason": "No module named 'av'"}
     assert "cannot be read: No module named 'av'" in "\n".join(_warnings(report))
+
+
+def test_doctor_names_torch_and_cudnn_pairs_with_bad_convolutions(vtok):
+    assert known_problems("2.13.0+cpu", None) == []
+    assert known_problems("2.10.0+cu130", 91501) == []
+    assert known_problems("2.9.1+cu128", 91501) == []
+    assert "memory" in known_problems("2.9.1+cu128", 91002)[0]
+    assert "wrong results" in known_problems("2.8.0+cu128", 91002)[0]
+    assert known_problems("2.8.0+cu128", 90701) == []
+    report = vtok("doctor", "--json").json
+    assert report["conv3d"]["path_on_cpu"] == "oneDNN through torch"
+    assert report["conv3d"]["path_on_cuda"] == "kernels of vtok_ext, no cuDNN"
+    report["conv3d"]["known_of_torch_conv3d"] = ["slow"]
+    assert "torch.nn.Conv3d: slow" in _warnings(report)
 
 
 def test_importing_the_package_is_light():

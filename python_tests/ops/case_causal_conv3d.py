@@ -81,7 +81,7 @@ CAUSAL_CONV3D = OpCase(
             lambda: (
                 *(torch.randn(1, 4, 3, 4, 5), torch.randn(6, 4, 3, 3, 3), torch.randn(6)),
                 *(torch.randn(1, 4, 2, 4, 5), None, None, None),
-                *([1, 1, 1, 1, 1, 1, 1, 2, 0, 1, 1, 1, 1, 1, 1, 0], True, True),
+                *([1, 1, 1, 1, 1, 1, 1, 2, 0, 1, 1, 1, 1, 1, 1, 0], True, True, True),
             ),
         ),
         (

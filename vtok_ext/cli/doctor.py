@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .console import Console
+from .conv3d_advice import conv3d_state
 
 # One process with two OpenMP runtimes oversubscribes the cores and may deadlock after fork.
 _OPENMP_LIBRARY = re.compile(r"/(lib(?:gomp|iomp5|omp)[^/]*\.so[^/]*)$")
@@ -40,6 +41,7 @@ def examine() -> dict[str, Any]:
         },
         "vtok_ext": {"version": getattr(vtok_ext, "__version__", "unknown"), "build": build},
         "cuda": _cuda_state(),
+        "conv3d": conv3d_state(),
         "openmp_runtimes": openmp,
         "video": _video_state(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("VTOK_")},
@@ -125,6 +127,7 @@ def _warnings(report: dict[str, Any]) -> list[str]:
             f"{len(openmp)} OpenMP runtimes are loaded, which compete for the same cores; "
             f"import torch before other packages: {', '.join(openmp)}"
         )
+    warnings += [f"torch.nn.Conv3d: {line}" for line in report["conv3d"]["known_of_torch_conv3d"]]
     video = report["video"]
     if not video["usable"]:
         warnings.append(f"video files cannot be read: {video['reason']}")

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtok_ext.ops import _causal_conv3d_folding as folding
 from vtok_ext.ops._causal_conv3d_geometry import Geometry
 
 _LAYOUT = torch.channels_last_3d
@@ -49,7 +50,9 @@ def forward(
     shape = g.output_shape(x.shape, weight.shape, None if state is None else state.shape[2])
     h = torch.empty(shape, dtype=real, device=x.device, memory_format=_LAYOUT)
     with _without_autocast():
-        if h.numel() > 0:
+        if h.numel() > 0 and folding.folds(weight, None if state is None else state.shape[2], g):
+            _convolve_folded(x.to(real), weight.to(real), _as(bias, real), _as(state, real), h, g)
+        elif h.numel() > 0:
             frames, padding = padded_frames(x, weight, state, g)
             h = _convolve(frames.to(real), weight.to(real), _as(bias, real), padding, g)
             h = channels_last(h)
@@ -252,6 +255,24 @@ def _convolve(
         )
         return _video(y, frames.shape[0])
     return _by_name_if_small(frames, weight, bias, padding, g.stride, g.dilation, g.groups)
+
+
+def _convolve_folded(
+    x: Tensor,  # [B, C, T, H, W]
+    weight: Tensor,  # [O, C / groups, kt, kh, kw]
+    bias: Tensor | None,  # [O]
+    state: Tensor | None,  # [B, C, n, H, W]
+    out: Tensor,  # [B, O, T', H', W']
+    g: Geometry,
+) -> None:
+    """Writes the convolution of upsampled x; all phases are channels of one convolution."""
+    phases = folding.folded_weight(weight, g)
+    bias = None if bias is None else bias.view(g.groups, 1, -1).expand(phases.shape[:3]).flatten()
+    small, smaller = phases.flatten(0, 2), folding.folded_geometry(g)
+    # Frames repeated in time come in pairs.
+    state = state if state is None or g.repeat_time == 1 else state[:, :, ::2]
+    frames, padding = padded_frames(x, small, state, smaller)
+    folding.unfold(channels_last(_convolve(frames, small, bias, padding, smaller)), out, g)
 
 
 def _by_name_if_small(

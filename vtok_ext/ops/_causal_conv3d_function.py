@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtok_ext import _native
 from vtok_ext.ops import _causal_conv3d_cpu as cpu
+from vtok_ext.ops import _causal_conv3d_cuda as cuda
 from vtok_ext.ops._causal_conv3d_geometry import Geometry
 from vtok_ext.ops._library import OpFunction, register
 
@@ -30,6 +32,7 @@ def _empty_outputs(
     geometry: Sequence[int],
     silu: bool,
     keep: bool,
+    may_split: bool,
 ) -> tuple[Tensor, Tensor]:
     shape = Geometry(*geometry).output_shape(x.shape, weight.shape, _frames_of(state))
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_LAYOUT)
@@ -47,9 +50,14 @@ def _forward(
     geometry: list[int],
     silu: bool,
     keep: bool,
+    may_split: bool,
 ) -> tuple[Tensor, Tensor]:
-    _refuse_cuda(x)
     g = Geometry(*geometry)
+    if _runs_kernels(x):
+        return cuda.forward(
+            *(x, weight, bias, state, residual, other, mix_factor),
+            *(g, silu, keep, may_split),
+        )
     return cpu.forward(x, weight, bias, state, residual, other, mix_factor, g, silu, keep)
 
 
@@ -70,12 +78,12 @@ def _empty_input_gradient(
 def _input_gradient(
     grad: Tensor, weight: Tensor, x_shape: list[int], state_frames: int, geometry: list[int]
 ) -> tuple[Tensor, Tensor]:
-    _refuse_cuda(grad)
     if grad.numel() == 0:
         empty = _empty_input_gradient(grad, weight, x_shape, state_frames, geometry)
         return empty[0].zero_(), empty[1].zero_()
     before = None if state_frames < 0 else state_frames
-    grad_x, grad_state = cpu.input_gradient(grad, weight, x_shape, before, Geometry(*geometry))
+    run = cuda.input_gradient if _runs_kernels(grad) else cpu.input_gradient
+    grad_x, grad_state = run(grad, weight, x_shape, before, Geometry(*geometry))
     return grad_x, grad.new_empty(0) if grad_state is None else grad_state
 
 
@@ -88,7 +96,9 @@ def _empty_weight_gradient(
     geometry: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     grad_bias = grad.new_empty(weight.shape[0] if has_bias else 0)
-    return torch.empty_like(weight, memory_format=torch.contiguous_format), grad_bias
+    is_plain = weight.is_contiguous()
+    memory_format = torch.contiguous_format if is_plain else torch.channels_last_3d
+    return torch.empty_like(weight, memory_format=memory_format), grad_bias
 
 
 def _weight_gradient(
@@ -99,24 +109,28 @@ def _weight_gradient(
     has_bias: bool,
     geometry: list[int],
 ) -> tuple[Tensor, Tensor]:
-    _refuse_cuda(grad)
+    grad_weight, grad_bias = _empty_weight_gradient(grad, x, weight, state, has_bias, geometry)
     if grad.numel() == 0:
-        empty = _empty_weight_gradient(grad, x, weight, state, has_bias, geometry)
-        return empty[0].zero_(), empty[1].zero_()
-    grad_weight, grad_bias = cpu.weight_gradient(
-        grad, x, weight, state, has_bias, Geometry(*geometry)
-    )
-    return grad_weight.contiguous(), grad.new_empty(0) if grad_bias is None else grad_bias
+        return grad_weight.zero_(), grad_bias.zero_()
+    g = Geometry(*geometry)
+    if _runs_kernels(grad):
+        cuda.weight_gradient(grad, x, grad_weight, state, grad_bias if has_bias else None, g)
+        return grad_weight, grad_bias
+    found, found_bias = cpu.weight_gradient(grad, x, weight, state, has_bias, g)
+    if found.stride() != grad_weight.stride():
+        found = grad_weight.copy_(found)
+    return found, grad_bias if found_bias is None else found_bias
 
 
-def _refuse_cuda(x: Tensor) -> None:
-    if x.is_cuda:
-        raise RuntimeError("causal_conv3d: x must be on cpu in this build, got cuda")
+def _runs_kernels(x: Tensor) -> bool:
+    """Whether this package's CUDA kernels run; the CPU has oneDNN."""
+    return x.is_cuda or _native.is_cuda_emulated()
 
 
 _causal_conv3d_forward = register(
     "causal_conv3d_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? state, "
-    "Tensor? residual, Tensor? other, Tensor? mix_factor, int[] geometry, bool silu, bool keep) "
+    "Tensor? residual, Tensor? other, Tensor? mix_factor, int[] geometry, bool silu, bool keep, "
+    "bool may_split) "
     "-> (Tensor, Tensor)",
     _forward,
     _empty_outputs,
@@ -150,17 +164,19 @@ class CausalConv3dFunction(OpFunction):
         geometry: list[int],
         silu: bool,
         keep: bool,
+        may_split: bool,
     ) -> tuple[Tensor, Tensor]:
         """y, and what came before activation and blend when it is kept."""
         return _causal_conv3d_forward(
-            x, weight, bias, state, residual, other, mix_factor, geometry, silu, keep
+            *(x, weight, bias, state, residual, other, mix_factor),
+            *(geometry, silu, keep, may_split),
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Keeps what the backward pass reads."""
         x, weight, bias, state, residual, other, mix_factor, *_ = inputs
-        ctx.geometry, ctx.silu, ctx.keep = inputs[7:]
+        ctx.geometry, ctx.silu, ctx.keep, _ = inputs[7:]
         ctx.has_bias, ctx.x_shape = bias is not None, x.shape
         ctx.state_frames = -1 if state is None else state.shape[2]
         preactivation = output[1] if ctx.keep else None
@@ -173,7 +189,7 @@ class CausalConv3dFunction(OpFunction):
     def backward(ctx: Any, grad_y: Tensor | None, grad_keep: None) -> tuple[Any, ...]:
         """Gradients of all seven tensors; those that nobody needs are not computed."""
         if grad_y is None:
-            return (None,) * 10
+            return (None,) * 11
         x, weight, state, other, mix_factor, preactivation = ctx.saved_tensors
         needs = ctx.needs_input_grad
         grad, grad_other, grad_mix = grad_y, None, None
@@ -193,7 +209,7 @@ class CausalConv3dFunction(OpFunction):
                 grad, x, weight, state, ctx.has_bias, ctx.geometry
             )
         found = (grad_x, grad_weight, grad_bias, grad_state, grad, grad_other, grad_mix)
-        return (*(g if n else None for g, n in zip(found, needs, strict=False)), None, None, None)
+        return (*(g if n else None for g, n in zip(found, needs, strict=False)), *(None,) * 4)
 
 
 def _blend_backward(

@@ -93,16 +93,20 @@ def _cast(
     blend: Blend | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Blend | None]:
     """The tensors in the dtype of autocast where that is on; the state always in that of x."""
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
-        if x.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-            residual = None if residual is None else residual.to(dtype)
-            blend = None if blend is None else (blend[0].to(dtype), blend[1])
+    if isinstance(x, Tensor) and x.dtype != torch.float64 and _is_autocast_on(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        residual = None if residual is None else residual.to(dtype)
+        blend = None if blend is None else (blend[0].to(dtype), blend[1])
     if state is not None and isinstance(x, Tensor):
         state = state.to(x.dtype)
     return x, weight, bias, state, residual, blend
+
+
+def _is_autocast_on(device_type: str) -> bool:
+    available = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
+    return available and torch.is_autocast_enabled(device_type)
 
 
 def _check_weight(weight: Tensor) -> None:
@@ -377,5 +381,6 @@ def causal_conv3d(
     y = CausalConv3dFunction.apply(
         *(x, weight, bias, state, residual, other, mix_factor),
         *(list(g), activation == "silu", _keeps_preactivation(activation, blend)),
+        state is None and not return_state,  # see Note [Bits do not depend on the tile], csrc/
     )[0]
     return (y, next_state(x, state, g, kernel)) if return_state else y

@@ -1,0 +1,9 @@
+// Kernels of the weight's gradient in one format, see causal_conv3d_gradient.cuh.
+#include "causal_conv3d_gradient.cuh"
+
+namespace vtok {
+
+template void run_conv_weight_gradient<ConvMath::kFloat32>(const ConvWeightGradient& params,
+                                                           Stream stream);
+
+}  // namespace vtok

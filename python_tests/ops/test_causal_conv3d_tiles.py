@@ -1,0 +1,125 @@
+"""Every kernel of the convolution on CUDA: each tile in each format, aligned or not, split or not,
+forwards and for both gradients."""
+
+import pytest
+import torch
+from helpers import assert_close
+
+import vtok_ext as vt
+from vtok_ext import _native
+from vtok_ext.ops import _causal_conv3d_cuda as cuda
+from vtok_ext.ops.causal_conv3d import causal_conv3d_reference
+
+NUM_TILES = 5
+# float32 without tensor cores has only the tiles from 128 x 64 on, unaligned loads too.
+SMALL_TILES = (2, 3, 4)
+HALF = (torch.bfloat16, torch.float16)
+# tf32 rounds both factors to 11 bits (4.9e-4); errors of the products average out.
+TF32_FACTOR = 300.0
+
+
+@pytest.fixture
+def kernels(backend):
+    if not backend.is_cuda_kernel:
+        pytest.skip("kernels of CUDA")
+    return backend
+
+
+def video(*shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+FORMATS = [
+    pytest.param(torch.bfloat16, False, id="bf16"),
+    pytest.param(torch.float16, False, id="fp16"),
+    pytest.param(torch.float32, True, id="tf32"),
+    pytest.param(torch.float32, False, id="fp32"),
+]
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("channels", [16, 13])  # 13 has no aligned vector
+@pytest.mark.parametrize("tile", range(NUM_TILES))
+@pytest.mark.parametrize("dtype, tf32", FORMATS)
+def test_every_tile(dtype, tf32, tile, channels, splits, kernels, monkeypatch):
+    """138 positions and 70 channels: more than one tile of most shapes, and a multiple of none."""
+    exact = dtype == torch.float32 and not tf32
+    if tile not in SMALL_TILES and (exact or channels % 8):
+        pytest.skip("this format has no such tile")
+    monkeypatch.setattr(cuda, "forced_tile", tile)
+    monkeypatch.setattr(cuda, "forced_splits", splits)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+    columns = 70 if tile < 4 else 20
+    x = video(2, channels, 3, 23, 1, dtype=dtype).to(kernels.device)
+    weight = (video(columns, channels, 3, 3, 1) / (9 * channels) ** 0.5).to(dtype)
+    weight, bias = weight.to(kernels.device), video(columns, dtype=dtype).to(kernels.device)
+    residual = video(2, columns, 3, 23, 1, dtype=dtype, seed=1).to(kernels.device)
+    options = {"residual": residual, "activation": "silu", "temporal": "replicate"}
+    expected = causal_conv3d_reference(x, weight, bias, **options)
+    actual = vt.causal_conv3d(x, weight, bias, **options)
+    assert_close(actual, expected, "y", TF32_FACTOR if tf32 else 2.0)
+
+
+@pytest.mark.parametrize("channels", [(16, 72), (13, 70), (64, 8)])
+@pytest.mark.parametrize("tile", [0, 1])
+@pytest.mark.parametrize("dtype, tf32", FORMATS)
+def test_every_gradient_tile(dtype, tf32, tile, channels, kernels, monkeypatch):
+    exact = dtype == torch.float32 and not tf32
+    if tile == 0 and (exact or channels[0] % 8):
+        pytest.skip("this format has no such tile")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+    monkeypatch.setattr(cuda, "_weight_gradient_plan", lambda *_: (tile, 2))
+    x = video(2, channels[0], 3, 11, 2, dtype=dtype).to(kernels.device)
+    weight = (video(channels[1], channels[0], 3, 3, 1) / 30).to(dtype).to(kernels.device)
+    bias = video(channels[1], dtype=dtype).to(kernels.device)
+    leaves = [x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
+    direction = video(2, channels[1], 3, 11, 2, dtype=dtype, seed=1).to(kernels.device)
+    expected = torch.autograd.grad(causal_conv3d_reference(*leaves), leaves, direction)
+    actual = torch.autograd.grad(vt.causal_conv3d(*leaves), leaves, direction)
+    for name, a, e in zip(("x", "weight", "bias"), actual, expected, strict=True):
+        assert_close(a, e, f"grad_{name}", TF32_FACTOR if tf32 else 4.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_do_not_depend_on_chunks_or_tiles(dtype, kernels, monkeypatch):
+    """A stream never splits its sums, so that every tile and any chunks give the same bits."""
+    x = video(1, 16, 5, 6, 7, dtype=dtype).to(kernels.device)
+    weight = video(24, 16, 3, 3, 3, dtype=dtype).to(kernels.device)
+    results = []
+    for tile, plan in ((3, [5]), (2, [1, 3, 1]), (4, [2, 3])):
+        monkeypatch.setattr(cuda, "forced_tile", tile)
+        state, chunks = None, []
+        for chunk in x.split(plan, 2):
+            y, state = vt.causal_conv3d(chunk, weight, state=state, return_state=True)
+            chunks.append(y)
+        results.append(torch.cat(chunks, 2))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_the_plan_splits_small_grids_only(kernels):
+    module, sizes = _native.module(), (8, 1, 27 * 512)
+    for may_split in (True, False):
+        small = module.causal_conv3d_gemm_plan(64, *sizes, True, False, may_split, 0)
+        large = module.causal_conv3d_gemm_plan(10**7, *sizes, True, False, may_split, 0)
+        assert (small[1] > 1) == may_split and large[1] == 1
+
+
+def test_slices_are_read_in_place(kernels):
+    """Any strides with neighbouring channels: a slice in time, height and width."""
+    large = video(2, 16, 6, 7, 9).contiguous(memory_format=torch.channels_last_3d)
+    x = large.to(kernels.device)[:, :, 1:4, 2:6, 1:8]
+    weight = video(8, 16, 3, 3, 3).to(kernels.device)
+    assert cuda._channels_side_by_side(x) is x
+    assert_close(vt.causal_conv3d(x, weight), causal_conv3d_reference(x, weight), "y", 2.0)
+
+
+def test_tf32_rounds_and_float32_does_not(kernels, monkeypatch):
+    x, weight = video(1, 16, 2, 4, 4).to(kernels.device), video(8, 16, 3, 3, 3).to(kernels.device)
+    exact = causal_conv3d_reference(x.double().cpu(), weight.double().cpu())
+    errors = []
+    for tf32 in (True, False):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+        difference = vt.causal_conv3d(x, weight).double().cpu() - exact
+        errors.append((difference.abs().max() / exact.abs().max()).item())
+    assert 1e-5 < errors[0] < 6e-4 and errors[1] < 2e-6
