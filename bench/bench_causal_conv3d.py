@@ -4,9 +4,10 @@ Providers: what PyTorch offers (F.pad + F.conv3d in contiguous and in channels_l
 compiled), diffusers' causal convolution of a video autoencoder where it is installed, and native:
 once on a bare clip and once on a buffer that already holds its front frames, as norm_act writes it.
 
-"default" rows leave allocation to torch. A CPU has no row with preallocated outputs: oneDNN
-allocates its result inside torch. Its "preallocated" rows run with an allocator that reuses memory
-instead (VTOK_BENCH_ALLOCATOR=tuned, see the README), which all providers share.
+"default" rows leave allocation to torch. Convolutions allocate their result inside torch, so that
+there are no rows with outputs made beforehand; run under an allocator that keeps freed memory (a
+preloaded jemalloc or tcmalloc) with VTOK_BENCH_ALLOCATOR=tuned, which labels the rows
+"preallocated". Upsampling rows include the upsampling.
 """
 
 import os
@@ -54,11 +55,15 @@ class Problem:
         weight = weight / (shape.channels * 27) ** 0.5
         self.weight = weight.to(device, dtype)
         self.bias = torch.randn(shape.columns, generator=generator).to(device, dtype)
-        self.buffer = F.pad(self.x, (0, 0, 0, 0, shape.front, 0)).contiguous(memory_format=LAYOUT)
+        front = 0 if shape.upsample else shape.front
+        self.buffer = F.pad(self.x, (0, 0, 0, 0, front, 0)).contiguous(memory_format=LAYOUT)
         self.compiled = torch.compile(self.eager, fullgraph=True)
 
     def eager(self, x, weight):
         """As published: pad in time, convolve with spatial padding; one sided padding by hand."""
+        time, space = self.shape.repeats
+        if self.shape.upsample:
+            x = F.interpolate(x, scale_factor=(time, space, space), mode="nearest")
         (top, bottom), (left, right) = self.shape.spatial_padding
         one_sided = (left, right, top, bottom) if self.shape.one_sided else (0, 0, 0, 0)
         if self.shape.front or self.shape.one_sided:
@@ -75,10 +80,13 @@ class Problem:
             stride=self.shape.stride,
             front=self.shape.front,
             spatial_padding=self.shape.spatial_padding,
+            upsample=self.shape.upsample,
         )
 
     def native(self, buffer, weight):
-        """The op on a buffer with its front frames."""
+        """The op on a buffer with its front frames; upsampling adds them by itself."""
+        if self.shape.upsample:
+            return self.bare(buffer, weight)
         return vt.causal_conv3d(
             buffer,
             weight,
@@ -91,7 +99,9 @@ class Problem:
     def diffusers(self):
         """A causal convolution of diffusers with the same weights, or None."""
         shape = self.shape
-        if shape.front != shape.kernel[0] - 1 or shape.stride != (1, 1, 1) or shape.one_sided:
+        if shape.front != shape.kernel[0] - 1 or shape.stride != (1, 1, 1):
+            return None
+        if shape.one_sided or shape.upsample:
             return None
         try:
             from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
@@ -180,7 +190,8 @@ def bench_causal_conv3d_gradient(name, shape, count, which, device, record, benc
         expected = results["pad + conv, contiguous"]
         agree(results["native, bare clip"], expected)
         found = results["native"]
-        agree(found[:, :, shape.front :] if which == "input gradient" else found, expected)
+        is_buffer = which == "input gradient" and not shape.upsample
+        agree(found[:, :, shape.front :] if is_buffer else found, expected)
         case = make_case(name, shape, count, dtype, which)
         record(measure(case, providers, device, BUDGET_S))
         benchmark.pedantic(providers["native", ALLOCATION], rounds=1)

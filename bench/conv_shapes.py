@@ -26,6 +26,7 @@ class ConvShape:
     stride: tuple[int, int, int] = (1, 1, 1)
     front: int = 0
     one_sided: bool = False  # zeros at the right and the bottom only
+    upsample: str | None = None  # "space" or "time", before the convolution
 
     @property
     def name(self) -> str:
@@ -35,7 +36,13 @@ class ConvShape:
             f"{self.channels}->{self.columns} {self.frames}x{self.height}x{self.width} k{kernel}"
             + (f" s{stride}" if self.stride != (1, 1, 1) else "")
             + (f" front {self.front}" if self.front else "")
+            + (f" after 2x {self.upsample}" if self.upsample else "")
         )
+
+    @property
+    def repeats(self) -> tuple[int, int]:
+        """How often a frame and a row are repeated."""
+        return (2 if self.upsample == "time" else 1), (2 if self.upsample == "space" else 1)
 
     @property
     def spatial_padding(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -47,7 +54,8 @@ class ConvShape:
     @property
     def output(self) -> tuple[int, int, int]:
         """(T', H', W')."""
-        sizes = (self.frames + self.front, self.height, self.width)
+        time, space = self.repeats
+        sizes = (self.frames * time + self.front, self.height * space, self.width * space)
         pads = (0, *(sum(side) for side in self.spatial_padding))
         return tuple(
             (size + pad - k) // s + 1
@@ -56,7 +64,7 @@ class ConvShape:
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions of one item."""
+        """Multiplications and additions of one item, without folding taps on equal values."""
         t, h, w = self.output
         kt, kh, kw = self.kernel
         return 2 * self.channels * self.columns * kt * kh * kw * t * h * w
@@ -70,19 +78,16 @@ def vidtok_shapes(size: int, num_frames: int = 17) -> Counter[ConvShape]:
     def note(x, weight, bias=None, **options):
         kernel, steps = tuple(weight.shape[2:]), options.get("stride", 1)
         steps = (steps, 1, 1) if isinstance(steps, int) else tuple(steps)
+        # The model is causal: a buffer ("valid") holds these front frames already.
         front = options.get("front")
-        causal = options.get("temporal", "zeros") in ("zeros", "replicate")
-        front = max(0, kernel[0] - steps[0]) if front is None and causal else front or 0
-        space = 2 if options.get("upsample") == "space" else 1
-        padded = options.get("spatial_padding", "same")
+        front = max(0, kernel[0] - steps[0]) if front is None else front
+        held = front if options.get("temporal") == "valid" else 0
+        one_sided = options.get("spatial_padding", "same") == ((0, 1), (0, 1))
         if x.shape[2] > 0:
-            found[
-                ConvShape(
-                    *(weight.shape[1], weight.shape[0], x.shape[2]),
-                    *(x.shape[3] * space, x.shape[4] * space),
-                    *(kernel, steps, front, padded == ((0, 1), (0, 1))),
-                )
-            ] += 1
+            sizes = (x.shape[2] - held, x.shape[3], x.shape[4])
+            channels = (weight.shape[1], weight.shape[0])
+            upsample = options.get("upsample")
+            found[ConvShape(*channels, *sizes, kernel, steps, front, one_sided, upsample)] += 1
         return original(x, weight, bias, **options)
 
     layers.causal_conv3d = note

@@ -141,6 +141,36 @@ bool is_aligned(const TensorView& view, int bytes) {
   return aligned;
 }
 
+// Checks and collects what follows the sum of products.
+ConvEpilogue epilogue_of(const TensorView& bias, const TensorView& residual,
+                         const TensorView& other, const TensorView& mix_factor,
+                         const OutputView& out, const OutputView& preactivation, bool silu) {
+  check_vector("bias", bias, out.shape[1], out.dtype);
+  check_vector("mix_factor", mix_factor, 1, DType::kFloat32);
+  check_same_layout("residual", residual, out);
+  check_same_layout("other", other, out);
+  check_same_layout("preactivation", preactivation, out);
+  VTOK_CHECK_VALUE((other.data == nullptr) == (mix_factor.data == nullptr),
+                   "causal_conv3d: other and mix_factor must come together");
+  ConvEpilogue epilogue;
+  epilogue.bias = bias.data;
+  epilogue.residual = residual.data;
+  epilogue.other = other.data;
+  epilogue.mix_factor = static_cast<const float*>(mix_factor.data);
+  epilogue.silu = silu;
+  epilogue.preactivation = preactivation.data;
+  epilogue.out = out.data;
+  epilogue.strides = strides_of(out);
+  return epilogue;
+}
+
+void check_partial(const WorkspaceView& partial, int splits, int64_t elements_per_split) {
+  const int64_t elements = int64_t{splits} * elements_per_split;
+  VTOK_CHECK_VALUE(splits >= 1 && splits < 65536 && partial.num_elements() >= elements,
+                   "causal_conv3d: partial must have ", elements, " elements, got ",
+                   shape_string(partial));
+}
+
 void gemm(const TensorView& source, const TensorView& state, const TensorView& weight,
           const TensorView& bias, const TensorView& residual, const TensorView& other,
           const TensorView& mix_factor, const OutputView& out, const OutputView& preactivation,
@@ -151,39 +181,21 @@ void gemm(const TensorView& source, const TensorView& state, const TensorView& w
   ConvGemm params;
   params.math = math_of(source.dtype, tf32);
   params.source = source_of(source, state, out, axes, groups, replicate);
-  VTOK_CHECK_VALUE(out.shape[1] % groups == 0, "causal_conv3d: out ", shape_string(out),
-                   " does not match ", groups, " groups");
   params.columns = to_int(out.shape[1] / groups);
-  VTOK_CHECK_VALUE(weight.num_elements() == out.shape[1] * params.source.depth,
-                   "causal_conv3d: weight must have ", out.shape[1] * params.source.depth,
-                   " elements, got ", shape_string(weight));
+  VTOK_CHECK_VALUE(
+      out.shape[1] % groups == 0 && weight.num_elements() == out.shape[1] * params.source.depth,
+      "causal_conv3d: weight must have ", out.shape[1] * params.source.depth, " elements, got ",
+      shape_string(weight));
   VTOK_CHECK_TYPE(weight.dtype == source.dtype, "causal_conv3d: weight must be ",
                   name_of(source.dtype), ", got ", name_of(weight.dtype));
-  check_vector("bias", bias, out.shape[1], source.dtype);
-  check_vector("mix_factor", mix_factor, 1, DType::kFloat32);
-  check_same_layout("residual", residual, out);
-  check_same_layout("other", other, out);
-  check_same_layout("preactivation", preactivation, out);
+  params.epilogue = epilogue_of(bias, residual, other, mix_factor, out, preactivation, silu);
   check_same_device("causal_conv3d", source, state, weight, bias, residual, other, mix_factor, out,
                     preactivation, partial);
-  VTOK_CHECK_VALUE((other.data == nullptr) == (mix_factor.data == nullptr),
-                   "causal_conv3d: other and mix_factor must come together");
   VTOK_CHECK_VALUE(tile >= 0 && tile < kNumConvTiles, "causal_conv3d: tile must be in 0..",
                    kNumConvTiles - 1, ", got ", tile);
-  const int64_t partials = int64_t{splits} * params.source.positions * out.shape[1];
-  VTOK_CHECK_VALUE(
-      splits == 1 || (splits > 1 && splits < 65536 && partial.num_elements() >= partials),
-      "causal_conv3d: partial must have ", partials, " elements, got ", shape_string(partial));
+  if (splits != 1) check_partial(partial, splits, params.source.positions * out.shape[1]);
   if (out.num_elements() == 0) return;
   params.weight = weight.data;
-  params.epilogue.bias = bias.data;
-  params.epilogue.residual = residual.data;
-  params.epilogue.other = other.data;
-  params.epilogue.mix_factor = static_cast<const float*>(mix_factor.data);
-  params.epilogue.silu = silu;
-  params.epilogue.preactivation = preactivation.data;
-  params.epilogue.out = out.data;
-  params.epilogue.strides = strides_of(out);
   params.splits = splits;
   params.partial = splits > 1 ? partial.data_as<float>() : nullptr;
   params.tile = tile;
@@ -232,10 +244,7 @@ void weight_gradient(const TensorView& source, const TensorView& state, const Te
   check_same_device("causal_conv3d", source, state, grad, grad_weight, grad_bias, partial);
   VTOK_CHECK_VALUE(tile >= 0 && tile < kNumConvGradientTiles, "causal_conv3d: tile must be in 0..",
                    kNumConvGradientTiles - 1, ", got ", tile);
-  const int64_t partials = int64_t{splits} * grad.shape[1] * (params.source.depth + 1);
-  VTOK_CHECK_VALUE(splits >= 1 && splits < 65536 && partial.num_elements() >= partials,
-                   "causal_conv3d: partial must have ", partials, " elements, got ",
-                   shape_string(partial));
+  check_partial(partial, splits, grad.shape[1] * (params.source.depth + 1));
   if (grad_weight.num_elements() == 0) return;
   params.grad = grad.data;
   params.grad_weight = grad_weight.data;

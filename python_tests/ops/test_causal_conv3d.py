@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import vtok_ext as vt
 from vtok_ext.ops import _causal_conv3d_cpu as cpu
+from vtok_ext.ops._causal_conv3d_geometry import make_geometry
 from vtok_ext.ops.causal_conv3d import causal_conv3d_reference
 
 LAYOUT = torch.channels_last_3d
@@ -82,6 +83,24 @@ def test_epilogue():
     )
     p, mix = torch.tensor(2.5), torch.sigmoid(torch.tensor(1.0))
     assert y.item() == pytest.approx((mix * 10 + (1 - mix) * p * torch.sigmoid(p)).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("upsample", ["space", "time"])
+@pytest.mark.parametrize("temporal", ["zeros", "replicate"])
+def test_folded_upsampling(upsample, temporal, groups, batch, monkeypatch):
+    """The CPU adds up taps of large inputs only; here of small ones, with and without a state."""
+    x = video(batch, 8, 3, 4, 5, dtype=torch.float64)
+    weight, bias = video(6, 8 // groups, 3, 3, 3, dtype=torch.float64), video(6).double()
+    options = {"upsample": upsample, "temporal": temporal, "groups": groups}
+    monkeypatch.setattr(cpu, "FOLDING_PAYS_POSITIONS", 0)
+    sizes = ((3, 3, 3), 1, 1, groups, temporal, None, "same", upsample)
+    assert cpu._folds(x, weight, None, make_geometry(*sizes))
+    whole = causal_conv3d_reference(x, weight, bias, **options)
+    assert torch.allclose(vt.causal_conv3d(x, weight, bias, **options), whole, atol=1e-10)
+    chunked, _ = run_in_chunks(x, weight, bias, [1, 2], {}, **options)
+    assert torch.allclose(chunked, whole, atol=1e-10)
 
 
 def run_in_chunks(x, weight, bias, plan, outputs, **options):

@@ -25,11 +25,15 @@ _LAYOUT = torch.channels_last_3d
 # torch sends a 3-D convolution to im2col and GEMM instead of oneDNN. Measured, two cores, ms:
 #     16 -> 3 channels, 19x64x64: im2col 81, oneDNN 3.0; with gradients 201, as a batch of two 29
 #     3 -> 128, 22x128x128: im2col 190, oneDNN 76; with gradients 562, as a batch of two 986
-# Forwards oneDNN is therefore called by name. Gradients would be sent back to im2col; there the
-# item is doubled, with a gradient of zero for the copy, which selects oneDNN and pays from about 16
-# channels on. bfloat16 always takes oneDNN.
+# So is a kernel of width 1 on one thread. Forwards oneDNN is therefore called by name. Gradients
+# would be sent back to im2col; there the item is doubled, with a gradient of zero for the copy,
+# which selects oneDNN and pays from about 16 channels on. bfloat16 always takes oneDNN.
 SMALL_ELEMENTS = 20480
 DOUBLING_PAYS_CHANNELS = 16
+# Adding up taps at every call pays from about so many values per channel on. Measured, two cores,
+# time without folding / with it: 5x16x16, 512 channels in space 0.4; 5x32x32 in space 1.05 and in
+# time 0.9; 10x64x64, 256 channels 1.3 in space and in time.
+FOLDING_PAYS_POSITIONS = 8192
 
 
 def forward(
@@ -50,7 +54,7 @@ def forward(
     shape = g.output_shape(x.shape, weight.shape, None if state is None else state.shape[2])
     h = torch.empty(shape, dtype=real, device=x.device, memory_format=_LAYOUT)
     with _without_autocast():
-        if h.numel() > 0 and folding.folds(weight, None if state is None else state.shape[2], g):
+        if h.numel() > 0 and _folds(x, weight, state, g):
             _convolve_folded(x.to(real), weight.to(real), _as(bias, real), _as(state, real), h, g)
         elif h.numel() > 0:
             frames, padding = padded_frames(x, weight, state, g)
@@ -250,11 +254,15 @@ def _convolve(
 ) -> Tensor:
     if _runs_as_images(weight, g):
         images, kernel = _images(frames), weight[:, :, 0]
-        y = _by_name_if_small(
-            images, kernel, bias, padding[1:], g.stride[1:], g.dilation[1:], g.groups
-        )
+        y = _by_name(images, kernel, bias, padding[1:], g.stride[1:], g.dilation[1:], g.groups)
         return _video(y, frames.shape[0])
-    return _by_name_if_small(frames, weight, bias, padding, g.stride, g.dilation, g.groups)
+    return _by_name(frames, weight, bias, padding, g.stride, g.dilation, g.groups)
+
+
+def _folds(x: Tensor, weight: Tensor, state: Tensor | None, g: Geometry) -> bool:
+    if math.prod(x.shape) < FOLDING_PAYS_POSITIONS * x.shape[1]:
+        return False
+    return folding.folds(weight, None if state is None else state.shape[2], g)
 
 
 def _convolve_folded(
@@ -275,7 +283,7 @@ def _convolve_folded(
     folding.unfold(channels_last(_convolve(frames, small, bias, padding, smaller)), out, g)
 
 
-def _by_name_if_small(
+def _by_name(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -284,7 +292,7 @@ def _by_name_if_small(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    if _is_small(x):
+    if x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return torch.mkldnn_convolution(x, weight, bias, padding, stride, dilation, groups)
     return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0], groups)
 

@@ -5,8 +5,8 @@ k read the source at floor((q * step + k * tap_step + offset) / divisor); see
 csrc/causal_conv3d/causal_conv3d.h.
 
 Workspaces are partial sums alone. A product that is split (small grids, never in a stream) takes
-splits * positions * O * 4 bytes, splits <= 16; the weight's gradient splits * O * (taps * C + 1) * 4
-bytes, 256 MiB at most or one split.
+splits * positions * O * 4 bytes, splits <= 16; the weight's gradient takes
+splits * O * (taps * C + 1) * 4 bytes, at most 256 MiB unless one split is larger.
 """
 
 from __future__ import annotations

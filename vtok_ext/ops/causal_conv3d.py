@@ -56,15 +56,17 @@ def causal_conv3d_reference(
         x, weight, bias, g, temporal, state, return_state, residual, blend, activation
     )
     real = torch.promote_types(x.dtype, torch.float32)
-    frames = x.repeat_interleave(g.repeat_time, 2)
+    frames = x if g.repeat_time == 1 else x.repeat_interleave(g.repeat_time, 2)
     if state is not None:
         frames = torch.cat([state, frames], 2)
-    elif g.replicate:
+    elif g.replicate and g.front > 0:
         frames = torch.cat([frames[:, :, :1]] * g.front + [frames], 2)
-    else:
+    elif g.front > 0:
         frames = F.pad(frames, (0, 0, 0, 0, g.front, 0))
     outputs = g.num_frames(weight.shape[2:], x.shape[2], None if state is None else state.shape[2])
-    h = frames.repeat_interleave(g.repeat_space, 3).repeat_interleave(g.repeat_space, 4).to(real)
+    h = frames.to(real)
+    if g.repeat_space > 1:
+        h = h.repeat_interleave(g.repeat_space, 3).repeat_interleave(g.repeat_space, 4)
     # A clip shorter than a window is made as long, so that it too has gradients (zeros).
     missing = max(0, g.reach(weight.shape[2:])[0] - h.shape[2] - g.back)
     h = F.pad(h, (g.left, g.right, g.top, g.bottom, 0, g.back + missing))
