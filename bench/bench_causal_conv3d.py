@@ -132,6 +132,7 @@ def make_case(name: str, shape: ConvShape, count: int, dtype: torch.dtype, direc
         str(dtype).removeprefix("torch."),
         direction,
         elements * (2 if dtype == torch.bfloat16 else 4),
+        weight=count,
     )
 
 

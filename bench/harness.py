@@ -47,6 +47,7 @@ class Case:
     dtype: str
     direction: str
     bytes_moved: int  # least bytes that any implementation reads and writes
+    weight: int = 1  # how often a model runs it; sums over shapes count it so
     measurements: list[Measurement] = field(default_factory=list)
 
     def ratio(self, provider: str, against: str, allocation: str) -> float:

@@ -1,20 +1,33 @@
-"""Writes the benchmark tables of README.md from the JSON under bench/results.
+"""Writes the benchmark tables of README.md and bench/RESULTS.md from the JSON under bench/results.
 
 python bench/report.py           rewrite the tables between the <!-- bench:NAME --> markers
 python bench/report.py --check   exit 1 when they are not what the JSON says
+
+NAME is a benchmark, for all its cases, or "summary", for a line per op and direction.
 """
 
 import argparse
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", ROOT / "bench" / "RESULTS.md"]
 RESULTS = ROOT / "bench" / "results"
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
-BASELINES = ("eager", "eager in place", "compiled", "vector-quantize-pytorch")
+# What users run today. A convolution has no "eager": the best of its two forms stands for it.
+EAGER = ("eager", "pad + conv, contiguous", "pad + conv, channels last")
+BASELINES = (
+    *EAGER,
+    "eager in place",
+    "compiled",
+    "vector-quantize-pytorch",
+    "diffusers",
+    "gemm",
+)
+NO_GPU = "GPU: not measured yet."
 
 
 def load(name: str) -> list[dict]:
@@ -25,18 +38,25 @@ def load(name: str) -> list[dict]:
     return [json.loads(path.read_text()) for path in paths]
 
 
+def times(case: dict) -> dict[tuple[str, str], dict]:
+    """Measurements of a case by (provider, allocation)."""
+    return {(m["provider"], m["allocation"]): m for m in case["measurements"]}
+
+
 def row(case: dict) -> str:
     """One line of a table: times of the native op and how many times faster it is than each
     baseline."""
-    by_name = {(m["provider"], m["allocation"]): m for m in case["measurements"]}
+    by_name = times(case)
     cells = []
     for allocation in ("preallocated", "default"):
         native = by_name.get(("native", allocation))
+        found = False
         for baseline in BASELINES:
             other = by_name.get((baseline, allocation))
             if native and other:
                 cells.append(f"{other['median_ms'] / native['median_ms']:.1f}x {baseline}")
-        if native and cells:
+                found = True
+        if found:
             cells[-1] += f" ({allocation})"
     native = by_name.get(("native", "preallocated")) or by_name["native", "default"]
     return (
@@ -45,28 +65,98 @@ def row(case: dict) -> str:
     )
 
 
+def source(result: dict) -> str:
+    """Where and with what a result was measured."""
+    e = result["environment"]
+    return f"{e['device']} ({e['cpu_isa']}), torch {e['torch']}, commit {e['commit']}, {e['date']}"
+
+
+def is_gpu(result: dict) -> bool:
+    """Whether a result was measured on a GPU."""
+    return not result["environment"]["device"].startswith("cpu")
+
+
 def table(name: str) -> str:
     """The Markdown of one benchmark."""
     lines = []
     results = load(name)
     for result in results:
-        e = result["environment"]
         lines += [
-            f"{e['device']} ({e['cpu_isa']}), torch {e['torch']}, commit {e['commit']}, "
-            f"{e['date']}:",
+            f"{source(result)}:",
             "",
             "| direction | shape | dtype | native | faster than | of copy speed |",
             "|---|---|---|---|---|---|",
             *(row(case) for case in result["cases"]),
             "",
         ]
-    if not any(not r["environment"]["device"].startswith("cpu") for r in results):
-        lines += ["GPU: not measured yet.", ""]
+    if not any(is_gpu(r) for r in results):
+        lines += [NO_GPU, ""]
+    return "\n".join(lines)
+
+
+def ratios(cases: Iterable[dict], baselines: tuple[str, ...], allocation: str) -> str:
+    """The fastest baseline's time over the native op's, least to most (summed); "-" where no case
+    has both."""
+    found, theirs, ours = [], 0.0, 0.0
+    for case in cases:
+        by_name = times(case)
+        others = [
+            by_name[name, allocation]["median_ms"]
+            for name in baselines
+            if (name, allocation) in by_name
+        ]
+        native = by_name.get(("native", allocation))
+        if native is None or not others:
+            continue
+        found.append(min(others) / native["median_ms"])
+        theirs += case.get("weight", 1) * min(others)
+        ours += case.get("weight", 1) * native["median_ms"]
+    if not found:
+        return "-"
+    return f"{min(found):.2g}x to {max(found):.2g}x ({theirs / ours:.2g}x)"
+
+
+def summary_rows(result: dict) -> list[str]:
+    """A line per direction and dtype of one benchmark on one device."""
+    groups: dict[tuple[str, str, str], list[dict]] = {}
+    for case in result["cases"]:
+        groups.setdefault((case["op"], case["direction"], case["dtype"]), []).append(case)
+    rows = []
+    for (op, direction, dtype), cases in groups.items():
+        prepared = any(("native", "preallocated") in times(case) for case in cases)
+        allocation = "preallocated" if prepared else "default"
+        cells = [ratios(cases, EAGER, allocation), ratios(cases, ("compiled",), allocation)]
+        default = ratios(cases, EAGER, "default") if prepared else cells[0]
+        rows.append(f"| {op} | {direction} | {dtype} | {cells[0]} | {cells[1]} | {default} |")
+    return rows
+
+
+def summary() -> str:
+    """One table for every device."""
+    names = sorted({path.stem for path in RESULTS.glob("*/*.json")} - {"threads"})
+    by_device: dict[str, list[dict]] = {}
+    for name in names:
+        for result in load(name):
+            by_device.setdefault(result["environment"]["device"], []).append(result)
+    lines = []
+    for device, results in by_device.items():
+        environment = results[0]["environment"]
+        lines += [
+            f"{device} ({environment['cpu_isa']}), torch {environment['torch']}:",
+            "",
+            "| op | direction | dtype | against eager | against torch.compile "
+            "| against eager, default allocator |",
+            "|---|---|---|---|---|---|",
+            *(line for result in results for line in summary_rows(result)),
+            "",
+        ]
+    if all(device.startswith("cpu") for device in by_device):
+        lines += [NO_GPU, ""]
     return "\n".join(lines)
 
 
 def main() -> int:
-    """Rewrites or checks the README."""
+    """Rewrites or checks the pages."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -74,16 +164,19 @@ def main() -> int:
         "--check", action="store_true", help="change nothing; exit 1 if out of date"
     )
     arguments = parser.parse_args()
-    before = README.read_text()
-    after = BLOCK.sub(lambda m: m[1] + table(m[2]) + m[3], before)
-    if arguments.check:
-        if before != after:
-            print(
-                "README.md: benchmark tables differ from bench/results; run python bench/report.py"
-            )
-        return int(before != after)
-    README.write_text(after)
-    return 0
+    status = 0
+    for page in PAGES:
+        before = page.read_text()
+        after = BLOCK.sub(
+            lambda m: m[1] + (summary() if m[2] == "summary" else table(m[2])) + m[3], before
+        )
+        if not arguments.check:
+            page.write_text(after)
+        elif before != after:
+            where = page.relative_to(ROOT)
+            print(f"{where}: tables differ from bench/results; run python bench/report.py")
+            status = 1
+    return status
 
 
 if __name__ == "__main__":
