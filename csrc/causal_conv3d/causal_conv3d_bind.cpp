@@ -175,7 +175,8 @@ void gemm(const TensorView& source, const TensorView& state, const TensorView& w
           const TensorView& bias, const TensorView& residual, const TensorView& other,
           const TensorView& mix_factor, const OutputView& out, const OutputView& preactivation,
           const WorkspaceView& partial, const Axes& axes,
-          const std::tuple<int, bool, bool, bool, int, int>& options, const CallContext& context) {
+          const std::tuple<int, bool, bool, bool, int, int>& options,
+          [[maybe_unused]] const CallContext& context) {
   const auto [groups, replicate, silu, tf32, tile, splits] = options;
   check_video("out", out, source.dtype);
   ConvGemm params;
@@ -217,7 +218,7 @@ void weight_gradient(const TensorView& source, const TensorView& state, const Te
                      const OutputView& grad_weight, const OutputView& grad_bias,
                      const WorkspaceView& partial, const Axes& axes,
                      const std::tuple<int, bool, bool, int, int>& options,
-                     const CallContext& context) {
+                     [[maybe_unused]] const CallContext& context) {
   const auto [groups, replicate, tf32, tile, splits] = options;
   check_video("grad", grad, source.dtype);
   ConvWeightGradient params;

@@ -105,7 +105,7 @@ class ConvLoader {
   }
 
   __device__ __forceinline__ void load_elements(char* stage) {
-#pragma unroll 1
+#pragma unroll  // rows_ indexed at run time would lie in local memory, and params with it
     for (int i = 0; i < Traits::kRowLoads; ++i) {
       Vector<T, kWidth> word;
       ConvTap tap = tap_;

@@ -2,7 +2,8 @@
 
 Padding that is equal on both sides is left to oneDNN, which makes no copy. Front frames and one
 sided padding are joined to x in one copied buffer; a caller that passes a buffer with its front
-frames (temporal="valid") avoids it. Convolutions within frames run as a batch of images.
+frames (temporal="valid") avoids it. Gradients within frames run as a batch of images, which torch
+sends to oneDNN more often than a video.
 """
 
 from __future__ import annotations
@@ -252,11 +253,11 @@ def _convolve(
     padding: tuple[int, int, int],
     g: Geometry,
 ) -> Tensor:
-    if _runs_as_images(weight, g):
-        images, kernel = _images(frames), weight[:, :, 0]
-        y = _by_name(images, kernel, bias, padding[1:], g.stride[1:], g.dilation[1:], g.groups)
-        return _video(y, frames.shape[0])
-    return _by_name(frames, weight, bias, padding, g.stride, g.dilation, g.groups)
+    """Returns the convolution with equal padding; see Note [Small batches on the CPU]."""
+    stride, dilation = g.stride, g.dilation
+    if frames.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return torch.mkldnn_convolution(frames, weight, bias, padding, stride, dilation, g.groups)
+    return torch.convolution(frames, weight, bias, stride, padding, dilation, False, [0], g.groups)
 
 
 def _folds(x: Tensor, weight: Tensor, state: Tensor | None, g: Geometry) -> bool:
@@ -281,20 +282,6 @@ def _convolve_folded(
     state = state if state is None or g.repeat_time == 1 else state[:, :, ::2]
     frames, padding = padded_frames(x, small, state, smaller)
     folding.unfold(channels_last(_convolve(frames, small, bias, padding, smaller)), out, g)
-
-
-def _by_name(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    padding: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    if x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        return torch.mkldnn_convolution(x, weight, bias, padding, stride, dilation, groups)
-    return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0], groups)
 
 
 def _backward(
