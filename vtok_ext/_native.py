@@ -57,17 +57,6 @@ def use_module(replacement: ModuleType) -> Iterator[None]:
         _active = previous
 
 
-@contextmanager
-def use_references() -> Iterator[None]:
-    """Runs ops on their plain PyTorch references for a while, as after `VTOK_NATIVE=0`."""
-    global _enabled
-    previous, _enabled = _enabled, False
-    try:
-        yield
-    finally:
-        _enabled = previous
-
-
 def call_context(tensor: torch.Tensor) -> tuple[int, int]:
     """(number of CPU threads, CUDA stream handle) for a kernel that works on `tensor`."""
     if tensor.is_cuda:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vtok_ext.layers._ownership import may_overwrite
 from vtok_ext.layers.causal_conv3d import pad_front
+from vtok_ext.ops._library import autocast_dtype
 from vtok_ext.ops.norm_act import norm_act as fused_norm_act
 
 EPS = 1e-6
@@ -63,8 +64,7 @@ def _finish(
     """Returns what the op makes of the normalised `y` that `norm` returned, in plain PyTorch."""
     if act:
         y = F.silu(y, inplace=may_overwrite(norm))
-    if torch.is_autocast_enabled(y.device.type):  # normalisations may have left it in float32
-        y = y.to(torch.get_autocast_dtype(y.device.type))
+    y = y.to(autocast_dtype(y.device.type) or y.dtype)  # normalisations may have left it in float32
     y = pad_front(y, front, state, temporal)
     return F.pad(y, (0, border[1], 0, border[0])) if any(border) else y
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from vtok_ext import _native
 from vtok_ext.ops._causal_conv3d_function import CausalConv3dFunction
 from vtok_ext.ops._causal_conv3d_geometry import Geometry, SpatialPadding, make_geometry
-from vtok_ext.ops._library import FUNCTIONS_TRACE
+from vtok_ext.ops._library import FUNCTIONS_TRACE, autocast_dtype
 
 _FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 ACTIVATIONS = (None, "silu")
@@ -95,8 +95,8 @@ def _cast(
     blend: Blend | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Blend | None]:
     """The tensors in the dtype of autocast where that is on; the state always in that of x."""
-    if isinstance(x, Tensor) and x.dtype != torch.float64 and _is_autocast_on(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x.device.type) if isinstance(x, Tensor) else None
+    if dtype is not None and x.dtype != torch.float64:
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         residual = None if residual is None else residual.to(dtype)
@@ -104,11 +104,6 @@ def _cast(
     if state is not None and isinstance(x, Tensor):
         state = state.to(x.dtype)
     return x, weight, bias, state, residual, blend
-
-
-def _is_autocast_on(device_type: str) -> bool:
-    available = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
-    return available and torch.is_autocast_enabled(device_type)
 
 
 def _check_weight(weight: Tensor) -> None:

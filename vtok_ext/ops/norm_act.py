@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtok_ext import _native
-from vtok_ext.ops._library import OpFunction
+from vtok_ext.ops._library import OpFunction, autocast_dtype
 from vtok_ext.ops._norm_act_kernels import LAYOUT, NORMS, norm_act_backward, norm_act_forward
 
 TEMPORAL_PADDINGS = ("zeros", "replicate")
@@ -76,9 +76,7 @@ def _result_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """`dtype`, else that of autocast where it is on, else that of x."""
     if dtype is not None or x.dtype == torch.float64:
         return dtype or x.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    return autocast_dtype(x.device.type) or x.dtype
 
 
 def _check_x(x: Tensor, norm: str, num_groups: int) -> None:
