@@ -124,13 +124,13 @@ def bench_norm_act_forward(shape, dtype, front, device, record, benchmark):
 
 @FRONTS
 @SHAPES
-def bench_norm_act_backward(shape, dtype, front, device, record, benchmark, monkeypatch):
-    # A compiled backward otherwise reuses saved tensors, and can run once only.
-    monkeypatch.setattr("torch._functorch.config.donated_buffer", False)
+def bench_norm_act_backward(shape, dtype, front, device, record, benchmark):
     leaves = [t.requires_grad_() for t in inputs(shape, dtype, device)]
+    with torch._functorch.config.patch(donated_buffer=False):  # its graph is used many times
+        compiled = torch.compile(eager, fullgraph=True)(*leaves, front)
     results = {
         "eager": eager(*leaves, front),
-        "compiled": torch.compile(eager, fullgraph=True)(*leaves, front),
+        "compiled": compiled,
         "native": vt.norm_act(*leaves, front=front),
     }
     grad = torch.randn_like(results["native"])
