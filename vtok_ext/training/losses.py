@@ -184,6 +184,11 @@ class TokenizerLoss(nn.Module):
         seen |= dict(regularization)
         return loss, {name: value.detach() for name, value in seen.items()}
 
+    def reconstruction_loss(self, video: Tensor, reconstruction: Tensor) -> Tensor:
+        """Returns the mean of rec, a scalar: pixel loss plus weighted LPIPS."""
+        pixel, perceptual = self._reconstruction_terms(video.float(), reconstruction.float())
+        return pixel + self.config.perceptual_weight * perceptual
+
     def _reconstruction_terms(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         difference = x - y
         pixel = difference.abs() if self.config.pixel == "l1" else difference.square()
@@ -199,10 +204,11 @@ class TokenizerLoss(nn.Module):
 
     def _generator_adversarial(self, reconstruction: Tensor) -> Tensor:
         assert self.discriminator is not None  # checked by is_adversarial
-        logits = self.discriminator(self._as_seen(reconstruction)).float()
+        logits = self.discriminator(self.as_seen(reconstruction)).float()
         return generator_loss(logits, self.config.generator_cross_entropy)
 
-    def _as_seen(self, video: Tensor) -> Tensor:
+    def as_seen(self, video: Tensor) -> Tensor:
+        """Returns what the discriminator sees of a video: its frames, or itself."""
         return _frames(video) if self.config.discriminator == "2d" else video
 
     def discriminator_terms(
@@ -231,8 +237,8 @@ class TokenizerLoss(nn.Module):
         active = self.is_adversarial(batch)
         with torch.set_grad_enabled(active and torch.is_grad_enabled()):
             # Two calls: real and fake are normalised each by their own statistics.
-            real = run(self._as_seen(video.detach().float()).contiguous()).float()
-            fake = run(self._as_seen(reconstruction.detach().float()).contiguous()).float()
+            real = run(self.as_seen(video.detach().float()).contiguous()).float()
+            fake = run(self.as_seen(reconstruction.detach().float()).contiguous()).float()
             self.lecam.update(real, fake)
             lecam = self.lecam(real, fake)
             base = discriminator_loss(real, fake, self.config.discriminator_loss)
