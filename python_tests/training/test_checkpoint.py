@@ -136,6 +136,6 @@ def test_failing_to_write_leaves_the_earlier_ones(tmp_path, monkeypatch):
 
 def test_states_that_are_not_finite_are_refused(tmp_path):
     state = {"model": {"a": torch.ones(2), "b.weight": torch.tensor([1.0, float("nan")])}}
-    with pytest.raises(ValueError, match=r"got a NaN or inf in model\.b\.weight"):
+    with pytest.raises(ValueError, match=r"got NaN or inf in model\.b\.weight"):
         save_checkpoint(tmp_path / "root", 1, state, device=CPU)
     assert not (tmp_path / "root").exists()

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vtok_ext.training.distributed import rank, wait_for_all, world_size
+from vtok_ext.training.distributed import any_rank, rank, wait_for_all, world_size
 from vtok_ext.training.tensor_tree import first_non_finite, read_tree, write_tree
 
 FORMAT = 1
@@ -73,8 +73,9 @@ def save_checkpoint(
         OSError: writing failed; earlier checkpoints are as they were.
     """
     bad = first_non_finite(state)
-    if bad is not None:
-        raise ValueError(f"save_checkpoint: every tensor must be finite, got a NaN or inf in {bad}")
+    if any_rank(bad is not None, device):
+        where = bad or "another process"
+        raise ValueError(f"save_checkpoint: every tensor must be finite, got NaN or inf in {where}")
     final = root / f"step-{step:08d}"
     partial = root / f"{_PARTIAL}{final.name}"
     if rank() == 0:

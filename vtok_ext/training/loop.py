@@ -255,6 +255,7 @@ class _Run:
             generators = checkpoints.random_generators(self.device)
             good = is_finite(torch.tensor(list(validate(self.training, self.held_out).values())))
             checkpoints.set_random_generators(generators, self.device)
+        good = not any_rank(not good, self.device)
         if good and (self.saved is None or self.saved.name != f"step-{number:08d}"):
             # Nothing is removed for it: older states may be wanted now.
             self.saved = checkpoints.save_checkpoint(self.folder, number, state, device=self.device)
