@@ -123,6 +123,11 @@ def test_generator_losses_differ_in_what_they_average():
     torch.testing.assert_close(generator_loss(logits, cross_entropy=False), torch.tensor(-0.5))
 
 
+def test_smallest_images_and_clips_give_logits():
+    assert PatchDiscriminator2d(2)(torch.zeros(2, 3, 24, 24)).shape == (2, 1, 1, 1)
+    assert PatchDiscriminator3d(2)(torch.zeros(2, 3, 1, 2, 1)).shape == (2, 1, 1, 1, 1)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -132,6 +137,10 @@ def test_generator_losses_differ_in_what_they_average():
         (lambda: TokenizerLoss(LossConfig()), r"perceptual must be a network .* got None"),
         (lambda: discriminator_loss(*pair(), "soft"), r"kind must be one of .*, got 'soft'"),
         (lambda: PatchDiscriminator2d(0), r"width and in_channels must be at least 1, got 0, 3"),
+        (
+            lambda: PatchDiscriminator2d(4)(torch.zeros(2, 3, 24, 23)),
+            r"PatchDiscriminator2d: input must be \[N, 3, H, W\] with H, W >= 24, got .* 24, 23\]",
+        ),
         (
             lambda: PatchDiscriminator3d(4)(torch.zeros(1, 3, 8, 8)),
             r"PatchDiscriminator3d: input must be \[B, 3, T, H, W\], got \[1, 3, 8, 8\]",

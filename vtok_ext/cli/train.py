@@ -33,7 +33,10 @@ def run_train(
 
             def show(now: TrainProgress) -> None:
                 note = f"loss {now.terms['loss']:.4g}, rec {now.terms['rec_loss']:.4f}"
-                progress.update(now.step, f"{note}, {now.clips_per_s:.1f} clips/s")
+                # The bar shows what this call has to do, or the ETA of a resumed run were wrong.
+                here = (now.step - now.first_step) / (now.num_steps - now.first_step)
+                note = f"step {now.step}, {note}, {now.clips_per_s:.1f} clips/s"
+                progress.update(here * now.num_steps, note)
 
             result = train(
                 settings, out, device=place, resume=resume, warn=console.warn, on_step=show

@@ -26,6 +26,7 @@ class _PatchDiscriminator(nn.Module):
     _strides: tuple[Any, ...]
     _dimensions: int
     _layout: str
+    _smallest: int  # of H and W: each layer must leave a pixel
 
     def __init__(self, width: int = 64, in_channels: int = 3) -> None:
         super().__init__()
@@ -59,14 +60,15 @@ class _PatchDiscriminator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the logits, one channel; see the class."""
-        if x.dim() != self._dimensions or x.shape[1] != self.in_channels:
-            layout = self._layout.replace("C", str(self.in_channels))
+        fits = x.dim() == self._dimensions and x.shape[1] == self.in_channels
+        if not fits or min(x.shape[-2:]) < self._smallest:
+            layout = self._layout.replace("C,", f"{self.in_channels},")
             raise ValueError(f"{type(self).__name__}: input must be {layout}, got {list(x.shape)}")
         return self.main(x)
 
 
 class PatchDiscriminator2d(_PatchDiscriminator):
-    """Returns logits [N, 1, h, w] of images [N, C, H, W]; a logit sees 70 x 70 pixels.
+    """Returns logits [N, 1, h, w] of images [N, C, H, W]; a logit sees 70 x 70 pixels; H, W >= 24.
 
     Args:
         width: channels of the first layer; doubled three times.
@@ -78,7 +80,7 @@ class PatchDiscriminator2d(_PatchDiscriminator):
 
     _conv, _norm, _kernel = nn.Conv2d, nn.BatchNorm2d, 4
     _strides = (2, 2, 2, 1, 1)
-    _dimensions, _layout = 4, "[N, C, H, W]"
+    _dimensions, _layout, _smallest = 4, "[N, C, H, W] with H, W >= 24", 24
 
 
 class PatchDiscriminator3d(_PatchDiscriminator):
@@ -94,4 +96,4 @@ class PatchDiscriminator3d(_PatchDiscriminator):
 
     _conv, _norm, _kernel = nn.Conv3d, nn.BatchNorm3d, 3
     _strides = (2, 2, (1, 2, 2), 1, 1)
-    _dimensions, _layout = 5, "[B, C, T, H, W]"
+    _dimensions, _layout, _smallest = 5, "[B, C, T, H, W]", 1

@@ -36,8 +36,12 @@ RESUME = ("auto", "never")
 
 @dataclass(frozen=True)
 class TrainProgress:
-    """State after a step, for whoever shows it: loss terms and clips per second over all ranks."""
+    """State after a step, for whoever shows it: loss terms and clips per second over all ranks.
 
+    `first_step` are the steps that were done before this call.
+    """
+
+    first_step: int
     step: int
     num_steps: int
     terms: dict[str, float]
@@ -193,7 +197,7 @@ class _Run:
                 rates = {"lr": self.training.optimizer.param_groups[0]["lr"]}
                 self.log.write("train", step, **terms, **rates, clips_per_s=round(speed, 3))
                 if on_step is not None:
-                    on_step(TrainProgress(step, settings.steps, terms, speed))
+                    on_step(TrainProgress(self.first_step, step, settings.steps, terms, speed))
             stopped = any_rank(request.signal_name is not None, self.device)
             self._mark(step, stopped)
             if stopped and step < settings.steps:
