@@ -289,6 +289,36 @@ def evaluate(
 
 
 @app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="YAML file, or a built-in recipe: smoke_fsq, ...")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Single values, such as run.steps=100.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder of the run: log, checkpoints, model.")
+    ] = Path("vtok-run"),
+    resume: Annotated[
+        str, typer.Option(help="auto continues the newest undamaged checkpoint; or never.")
+    ] = "never",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Train a tokenizer by a recipe; the same under torchrun. SIGTERM saves and ends it."""
+    from .train import run_train
+
+    left = run_train(
+        recipe=recipe,
+        overrides=overrides or [],
+        out=out,
+        resume=resume,
+        device=device,
+        as_json=as_json,
+    )
+    if left is not None:
+        raise Interrupted(left)
+
+
+@app.command()
 def models(as_json: JsonOption = False) -> None:
     """List the models that can be created by name."""
     from .models import run_models

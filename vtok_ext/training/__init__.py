@@ -1,1 +1,2 @@
-"""Training: an overfit loop for one clip, and the Muon optimiser it uses."""
+"""Training: losses, the loop with checkpoints that survive a kill, recipes; the overfit loop of the
+demo and its Muon optimiser."""

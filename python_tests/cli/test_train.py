@@ -1,0 +1,57 @@
+"""`vtok train` from the command line."""
+
+import pytest
+
+import vtok_ext as vt
+
+SMALL = [
+    "model.overrides.ch=4",
+    "model.overrides.ch_mult=[1,1,1,1]",
+    "data.num_frames=5",
+    "data.height=16",
+    "data.width=16",
+    "loss.perceptual_weight=0",
+    "loss.discriminator=none",
+    "run.steps=2",
+]
+
+
+def test_built_in_recipe(vtok, tmp_path):
+    out = tmp_path / "run"
+    done = vtok("train", "smoke_fsq", *SMALL, "--out", out, "--json", "--device", "cpu")
+    assert done.code == 0, done.err
+    assert done.json["step"] == 2 and done.json["stopped_by"] is None
+    assert done.json["model"] == str(out / "model")
+    assert vt.load_model(out / "model").is_discrete
+    again = vtok("train", "smoke_fsq", *SMALL, "-o", out, "--resume", "auto", "--device", "cpu")
+    assert again.code == 0 and "2 steps, model in" in again.out and "psnr" not in again.out
+    assert vtok("train", "smoke_fsq", *SMALL, "--out", out).code == 2
+
+
+def test_folder_of_videos(vtok, tmp_path, make_video):
+    (tmp_path / "clips").mkdir()
+    make_video("clips/a.mp4")
+    make_video("clips/b.mp4", num_frames=3)
+    folder = [f"data.folder={tmp_path / 'clips'}", "run.batch_size=1"]
+    refused = vtok("train", "smoke_kl", *SMALL, *folder, "-o", tmp_path / "run")
+    assert refused.code == 2 and "data.validation_folder must be given" in refused.err
+    both = [*folder, f"data.validation_folder={tmp_path / 'clips'}", "data.validation_clips=1"]
+    done = vtok("train", "smoke_kl", *SMALL, *both, "-o", tmp_path / "run", "--device", "cpu")
+    assert done.code == 0, done.err
+    assert "left out" in done.err and "b.mp4 has 3 of 5 frames" in done.err
+    assert "psnr" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "must be a YAML file or one of"),
+        (["smoke_fsq", "run.step=1"], "did you mean 'steps'?"),
+        (["smoke_fsq", "--resume", "maybe"], "resume must be one of"),
+        (["smoke_fsq", "model.overrides.chs=1"], "did you mean 'ch'?"),
+    ],
+)
+def test_bad_input_is_one_line(vtok, tmp_path, arguments, message):
+    failed = vtok("train", *arguments, "-o", tmp_path / "run", "--device", "cpu")
+    assert failed.code == 2 and message in failed.err and failed.err.count("\n") <= 2
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,54 @@
+"""A training run that kills itself: python killed_run.py OUT KILL_AT [recipe overrides].
+
+KILL_AT: "never"; "step N" after the log line of step N; "state N" while the checkpoint of step N is
+being written; "rename N" when it is complete but not yet in place.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tiny_recipe import tiny
+
+from vtok_ext.training import checkpoint, loop
+from vtok_ext.training.run_log import RunLog
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(kind: str, number: int) -> None:
+    write, replace, write_tree = RunLog.write, os.replace, checkpoint.write_tree
+
+    def write_log(self, line_kind, step, **values):
+        write(self, line_kind, step, **values)
+        if kind == "step" and line_kind == "train" and step == number:
+            die()
+
+    def write_state(tree, stem):
+        write_tree(tree, stem)
+        if kind == "state" and stem.name == "state" and tree["step"] == number:
+            stem.with_suffix(".safetensors").write_bytes(b"half")
+            die()
+
+    def rename(source, target):
+        if kind == "rename" and Path(target).name == f"step-{number:08d}":
+            die()
+        replace(source, target)
+
+    RunLog.write, checkpoint.write_tree, checkpoint.os.replace = write_log, write_state, rename
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    out, kill_at, *overrides = sys.argv[1:]
+    if kill_at != "never":
+        kind, number = kill_at.split()
+        arm(kind, int(number))
+    loop.train(tiny(*overrides), Path(out), resume="auto")

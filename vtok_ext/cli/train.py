@@ -1,0 +1,56 @@
+"""`vtok train`: runs a recipe, alone or in every process of torchrun."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from vtok_ext.training.distributed import process_group, rank
+from vtok_ext.training.loop import TrainProgress, train
+from vtok_ext.training.recipe import load_recipe
+
+from .console import Console
+from .model_source import resolve_device
+
+
+def run_train(
+    *,
+    recipe: str,
+    overrides: Sequence[str],
+    out: Path,
+    resume: str,
+    device: str,
+    as_json: bool,
+) -> str | None:
+    """Returns None after training, or where the state is if a signal ended it early."""
+    settings = load_recipe(recipe, overrides)
+    start = time.monotonic()
+    with process_group(resolve_device(device)) as place:
+        leads = rank() == 0
+        console = Console(as_json or not leads)
+        with console.progress("training", settings.run.steps) as progress:
+
+            def show(now: TrainProgress) -> None:
+                note = f"loss {now.terms['loss']:.4g}, rec {now.terms['rec_loss']:.4f}"
+                # The bar shows what this call has to do, or the ETA of a resumed run were wrong.
+                here = (now.step - now.first_step) / (now.num_steps - now.first_step)
+                note = f"step {now.step}, {note}, {now.clips_per_s:.1f} clips/s"
+                progress.update(here * now.num_steps, note)
+
+            result = train(
+                settings, out, device=place, resume=resume, warn=console.warn, on_step=show
+            )
+    if result.stopped_by is not None:
+        return (
+            f"the state after step {result.step} is in {result.checkpoint}, --resume auto goes on"
+        )
+    if leads:
+        values = {
+            **{k: str(v) if isinstance(v, Path) else v for k, v in vars(result).items()},
+            "seconds": round(time.monotonic() - start, 1),
+        }
+        quality = ", ".join(f"{name} {v:.4g}" for name, v in result.validation.items())
+        lines = [f"{result.step} steps, model in {result.model}"]
+        console.result(values, lines + ([f"held-out clips: {quality}"] if quality else []))
+    return None

@@ -1,0 +1,99 @@
+"""Which clips make up which batch: a function of the batch's number, so there is no state to save.
+
+The clips of all epochs, each shuffled by itself, form one endless row; step n takes the next
+`global batch` of it, the micro-batches and ranks of a step take consecutive parts. The same global
+batch therefore holds the same clips for any number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch.utils.data import DataLoader
+
+from vtok_ext.data.clips import Clips
+
+
+@dataclass
+class ClipOrder:
+    """Places (epoch, index) of the clips of every micro-batch of one process.
+
+    Attributes:
+        num_clips: clips of an epoch.
+        batch_size: clips of one micro-batch of one process.
+        accumulate: micro-batches of a step.
+        rank, world_size: which process this is, of how many.
+        seed: of the shuffles.
+    """
+
+    num_clips: int
+    batch_size: int
+    accumulate: int = 1
+    rank: int = 0
+    world_size: int = 1
+    seed: int = 0
+    _shuffles: dict[int, list[int]] = field(default_factory=dict, repr=False)
+
+    def places(self, step: int, part: int) -> list[tuple[int, int]]:
+        """Returns the places of micro-batch `part` of step `step`, both from 0."""
+        per_part = self.batch_size * self.world_size
+        first = (step * self.accumulate + part) * per_part + self.rank * self.batch_size
+        row = (divmod(n, self.num_clips) for n in range(first, first + self.batch_size))
+        return [(epoch, self._shuffled(epoch)[position]) for epoch, position in row]
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        if epoch not in self._shuffles:
+            self._shuffles = {e: s for e, s in self._shuffles.items() if e == epoch - 1}
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            order = torch.randperm(self.num_clips, generator=generator)
+            self._shuffles[epoch] = order.tolist()
+        return self._shuffles[epoch]
+
+    def all_places(self, first_step: int, last_step: int) -> Iterator[list[tuple[int, int]]]:
+        """Yields the micro-batches of steps `first_step` to before `last_step`."""
+        for step in range(first_step, last_step):
+            for part in range(self.accumulate):
+                yield self.places(step, part)
+
+
+class _Batches:
+    """What a DataLoader takes for a batch sampler."""
+
+    def __init__(self, order: ClipOrder, first_step: int, last_step: int) -> None:
+        self.order, self.first_step, self.last_step = order, first_step, last_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self.order.all_places(self.first_step, self.last_step)
+
+    def __len__(self) -> int:
+        return max(0, self.last_step - self.first_step) * self.order.accumulate
+
+
+def step_batches(
+    clips: Clips, order: ClipOrder, first_step: int, last_step: int, num_workers: int = 0
+) -> Iterator[list[torch.Tensor]]:
+    """Yields for each step its micro-batches, [B, 3, T, H, W] uint8 each.
+
+    Args:
+        clips: where they come from.
+        order: which ones.
+        first_step, last_step: steps `first_step` to before `last_step`.
+        num_workers: processes that prepare them; 0 for this one.
+    """
+    loader: Any = DataLoader(
+        cast(Any, clips),
+        batch_sampler=cast(Any, _Batches(order, first_step, last_step)),
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        # Its own, so that a loader draws nothing from the generator that the model uses.
+        generator=torch.Generator().manual_seed(0),
+    )
+    parts: list[torch.Tensor] = []
+    for part in loader:
+        parts.append(part)
+        if len(parts) == order.accumulate:
+            yield parts
+            parts = []

@@ -1,0 +1,300 @@
+"""The training loop: steps, validation, log, checkpoints, and how it ends.
+
+    OUT/recipe.yaml     the effective recipe
+    OUT/log.jsonl       every step's loss terms, validations, checkpoints
+    OUT/checkpoints/    see `checkpoint`
+    OUT/model/          the trained tokenizer, its moving averages if there are any
+
+A run that was killed at any moment and is resumed gives, with the same number of processes and
+threads, the very numbers of a run that was not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vtok_ext.data.atomic_output import output_file
+from vtok_ext.training import checkpoint as checkpoints
+from vtok_ext.training.clip_order import ClipOrder, step_batches
+from vtok_ext.training.distributed import any_rank, rank, wait_for_all, world_size
+from vtok_ext.training.recipe import Recipe
+from vtok_ext.training.run_log import RunLog
+from vtok_ext.training.sentinel import NonFiniteLossError, is_finite
+from vtok_ext.training.setup import build_clips, build_training
+from vtok_ext.training.step import NonFiniteStep, Stepper
+from vtok_ext.training.stop_request import StopRequest, stop_requests
+from vtok_ext.training.validation import validate
+
+RESUME = ("auto", "never")
+
+
+@dataclass(frozen=True)
+class TrainProgress:
+    """State after a step, for whoever shows it: loss terms and clips per second over all ranks.
+
+    `first_step` are the steps that were done before this call.
+    """
+
+    first_step: int
+    step: int
+    num_steps: int
+    terms: dict[str, float]
+    clips_per_s: float
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        step: steps done.
+        resumed_from: steps that were done before, 0 for a new run.
+        stopped_by: name of the signal that ended it early, else None.
+        model: folder of the trained tokenizer, None if stopped early.
+        checkpoint: folder of the last checkpoint.
+        validation: `rec_loss` and `psnr` of the last validation, {} without one.
+    """
+
+    step: int
+    resumed_from: int
+    stopped_by: str | None
+    model: Path | None
+    checkpoint: Path
+    validation: dict[str, float]
+
+
+def train(
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: torch.device | str = "cpu",
+    resume: str = "never",
+    warn: Callable[[str], None] = print,
+    on_step: Callable[[TrainProgress], None] | None = None,
+) -> TrainResult:
+    """Returns how the run ended, after writing its folder; all processes call this together.
+
+    SIGTERM or Ctrl-C end it after the present step, with a checkpoint.
+
+    Args:
+        recipe: all settings.
+        out: folder of the run.
+        device: where to train.
+        resume: "auto" continues the newest undamaged checkpoint of `out`, if there is one;
+            "never" wants a folder without checkpoints.
+        warn: called with lines that the user should read.
+        on_step: called after every logged step, on rank 0.
+
+    Raises:
+        NonFiniteLossError: a loss or gradient was NaN or infinite; says where first, and which
+            checkpoint is good.
+        ValueError, OSError: the recipe asks for what is not there, `out` holds another run, or
+            all checkpoints are damaged.
+    """
+    if resume not in RESUME:
+        raise ValueError(f"train: resume must be one of {RESUME}, got {resume!r}")
+    with stop_requests() as request:
+        run = _Run(recipe, out, torch.device(device), resume, warn if rank() == 0 else _nothing)
+        return run.loop(request, on_step if rank() == 0 else None)
+
+
+def _nothing(line: str) -> None:
+    """Returns None: what ranks other than 0 do with messages."""
+
+
+class _Run:
+    """One call of `train`."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        device: torch.device,
+        resume: str,
+        warn: Callable[[str], None],
+    ) -> None:
+        self.recipe, self.out, self.device, self.warn = recipe, out, device, warn
+        self.folder = out / "checkpoints"
+        found = self._found(resume)
+        self.training = build_training(recipe, device)
+        self.clips, self.held_out = build_clips(recipe.data, recipe.run.seed, warn)
+        self.validation: dict[str, float] = {}
+        self.saved: Path | None = None
+        if found is not None:
+            self._load(found)
+        self.first_step = self.training.step
+        if rank() == 0:
+            self._write_recipe()
+        self.log = RunLog(out / "log.jsonl", self.first_step, active=rank() == 0)
+        self.step = Stepper(self.training)
+        # After everything that draws random numbers: noise of this run begins or goes on here.
+        if found is None or not checkpoints.restore_generators(found, device):
+            torch.manual_seed(_noise_seed(recipe.run.seed, self.first_step))
+            if found is not None:
+                warn(
+                    f"the checkpoint is of {found.world_size} processes and these are "
+                    f"{world_size()}: the clips stay the same, random noise does not"
+                )
+
+    def _found(self, resume: str) -> checkpoints.Checkpoint | None:
+        """Returns the checkpoint to continue."""
+        if resume == "auto":
+            return checkpoints.latest_checkpoint(self.folder, self.warn)
+        if any(self.folder.glob("step-*")):
+            raise ValueError(
+                f"train: out must be a folder without checkpoints, got {self.out}; "
+                "--resume auto continues its run"
+            )
+        return None
+
+    def _load(self, found: checkpoints.Checkpoint) -> None:
+        state = checkpoints.read_state(found)
+        for line in _differences(state["recipe"], self.recipe.to_dict()):
+            self.warn(f"resuming with another recipe: {line}")
+        self.training.load_state_dict(state)
+        self.saved = found.folder
+
+    def _write_recipe(self) -> None:
+        import yaml
+
+        self.out.mkdir(parents=True, exist_ok=True)
+        with output_file(self.out / "recipe.yaml", "train") as partial:
+            text = yaml.safe_dump(self.recipe.to_dict(), sort_keys=False)
+            partial.write_text(text, encoding="utf-8")
+
+    def loop(
+        self, request: StopRequest, on_step: Callable[[TrainProgress], None] | None
+    ) -> TrainResult:
+        """Returns how the run ended."""
+        settings = self.recipe.run
+        order = ClipOrder(
+            len(self.clips),
+            settings.batch_size,
+            settings.accumulate,
+            rank(),
+            world_size(),
+            settings.seed,
+        )
+        batches = step_batches(
+            self.clips, order, self.first_step, settings.steps, self.recipe.data.num_workers
+        )
+        clips_per_step = settings.batch_size * settings.accumulate * world_size()
+        start, logged = time.monotonic(), self.first_step
+        stopped = False
+        for clips in batches:
+            terms = self._take(clips)
+            step = self.training.step
+            if step % settings.log_every == 0 or step == settings.steps:
+                now = time.monotonic()
+                speed = (step - logged) * clips_per_step / max(now - start, 1e-9)
+                start, logged = now, step
+                rates = {"lr": self.training.optimizer.param_groups[0]["lr"]}
+                self.log.write("train", step, **terms, **rates, clips_per_s=round(speed, 3))
+                if on_step is not None:
+                    on_step(TrainProgress(self.first_step, step, settings.steps, terms, speed))
+            stopped = any_rank(request.signal_name is not None, self.device)
+            self._mark(step, stopped)
+            if stopped and step < settings.steps:
+                break
+        stopped = self.training.step < settings.steps
+        assert self.saved is not None  # the last step is always saved
+        return TrainResult(
+            step=self.training.step,
+            resumed_from=self.first_step,
+            stopped_by=(request.signal_name or "another process") if stopped else None,
+            model=None if stopped else self._write_model(),
+            checkpoint=self.saved,
+            validation=self.validation,
+        )
+
+    def _mark(self, step: int, stopped: bool) -> None:
+        """Validates and saves after a step, if it is time."""
+        settings = self.recipe.run
+        last = step == settings.steps
+        saving = last or stopped or step % settings.checkpoint_every == 0
+        metric = None
+        # A process that was told to stop may have seconds only.
+        if self.held_out and not (stopped and not last):
+            if saving or step % settings.validate_every == 0:
+                self.validation = validate(self.training, self.held_out)
+                self.log.write("validation", step, **self.validation)
+                metric = self.validation["rec_loss"]
+        if saving:
+            self._save(metric if metric is not None and metric == metric else None)
+
+    def _save(self, metric: float | None) -> None:
+        self.saved = checkpoints.save_checkpoint(
+            self.folder,
+            self.training.step,
+            self.training.state_dict(),
+            device=self.device,
+            metric=metric,
+            keep_last=self.recipe.run.keep_last,
+        )
+        self.log.write("checkpoint", self.training.step, folder=self.saved.name)
+
+    def _take(self, clips: list[torch.Tensor]) -> dict[str, float]:
+        """Returns the loss terms of one step."""
+        try:
+            return self.step(clips)
+        except NonFiniteStep as event:
+            raise self._not_finite(event.where) from None
+
+    def _not_finite(self, where: str) -> NonFiniteLossError:
+        """Returns what to raise, after keeping the state before the bad step if it is good.
+
+        It is when held-out clips still have a finite loss: then the batch was at fault, else the
+        weights. Without held-out clips, finite weights must do.
+        """
+        number = self.training.step
+        state = self.training.state_dict()
+        good = is_finite(state)
+        if good and self.held_out:
+            generators = checkpoints.random_generators(self.device)
+            good = is_finite(torch.tensor(list(validate(self.training, self.held_out).values())))
+            checkpoints.set_random_generators(generators, self.device)
+        good = not any_rank(not good, self.device)
+        if good and (self.saved is None or self.saved.name != f"step-{number:08d}"):
+            # Nothing is removed for it: older states may be wanted now.
+            self.saved = checkpoints.save_checkpoint(self.folder, number, state, device=self.device)
+        wait_for_all()
+        kept = f"is in {self.saved}" if self.saved else "is none: no checkpoint was written before"
+        self.log.write("non_finite", number, where=where)
+        return NonFiniteLossError(
+            f"train: the loss of step {number + 1} must be finite, got NaN or inf first in "
+            f"{where}; the last good state {kept}"
+        )
+
+    def _write_model(self) -> Path:
+        folder, averages = self.out / "model", self.training.averages
+        if rank() == 0:
+            model = self.training.model.eval()
+            if averages is None:
+                model.save_pretrained(folder)
+            else:
+                with averages.applied():
+                    model.save_pretrained(folder)
+        wait_for_all()
+        return folder
+
+
+def _noise_seed(seed: int, first_step: int) -> int:
+    """Returns another seed for every process and place of beginning."""
+    return (seed * 1_000_003 + first_step * 1_009 + rank() + 1) % 2**63
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Returns "run.steps was 10, is 20" for every value of two recipes that differs."""
+    lines = []
+    for section, values in new.items():
+        for name, value in values.items():
+            was = old.get(section, {}).get(name)
+            if was != value:
+                lines.append(f"{section}.{name} was {was!r}, is {value!r}")
+    return lines
