@@ -20,7 +20,7 @@ _BATCH = 2
 
 
 def count_multiply_adds(
-    model_class: Any,  # a GridTokenizer
+    model_class: Any,  # a VideoTokenizer
     config: ModelConfig,
     num_frames: int,
     height: int,
@@ -47,13 +47,7 @@ def _count(model_class, config, num_frames: int, height: int, width: int) -> int
     # Attention as its definition: matrix products, which the counter knows on every device.
     definition = sdpa_kernel(SDPBackend.MATH)
     with torch.no_grad(), FakeTensorMode(), _native.use_references(), definition:
-        model = model_class(config).eval()
-        grid = model.token_grid(num_frames, height, width)
-        f, s, alone = model.temporal_factor, model.spatial_factor, int(model.is_causal)
-        frames = alone + f * (grid[0] - alone)
-        video = torch.empty(_BATCH, model.video_channels, frames, s * grid[1], s * grid[2])
-        latent = torch.empty(_BATCH, model.latent_channels, *grid)
+        model = model_class(config).eval().requires_grad_(False)
         with FlopCounterMode(display=False) as counter:
-            model.encode_chunk(video)
-            model.decode_chunk(latent)
+            model.run_networks(_BATCH, num_frames, height, width)
     return counter.get_total_flops() // (2 * _BATCH)
