@@ -20,3 +20,5 @@ def test_snippets_run_and_do_what_their_comments_say():
     assert scope["restored"].shape == scope["video"].shape
     assert sum(frames.shape[2] for frames in scope["frames"]) == scope["video"].shape[2]
     assert list(scope["indices"].shape) == [2, 3, 16, 16]
+    assert list(scope["pictures"].shape) == [1, 3, 2, 128, 128]
+    assert list(scope["corner"].shape) == [1, 3, 1, 20, 30]

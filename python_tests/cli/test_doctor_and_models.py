@@ -31,6 +31,11 @@ def test_models_lists_every_name_with_its_facts(vtok):
     row = rows["vidtok_kl_causal_488_4chn"]
     assert row["clip"] == [17, 256, 256] and round(row["multiply_adds"] / 1e12, 2) == 10.35
     assert row["flops"] == 2 * row["multiply_adds"]
+    row = rows["coordtok_large_128"]
+    assert row["clip"] == [128, 128, 128] and row["compression"] is None
+    # Attention among 32,768 points of 1,024 numbers in 24 layers is most of the work.
+    attention = 24 * 2 * 1024 * 32768**2
+    assert 0.8 < attention / row["multiply_adds"] < 0.9
 
 
 def test_models_table_never_cuts_a_name(vtok, monkeypatch):

@@ -54,6 +54,28 @@ def source_of(video) -> torch.Tensor:
     return read_clip(video)[0][None]
 
 
+@torch.no_grad()
+def test_planes_of_a_model_for_whole_clips(vtok, make_video, tmp_path, written):
+    """CoordTok: what is not a grid of latents goes through files all the same."""
+    torch.manual_seed(0)
+    width = {"enc_embed_dim": 16, "dec_embed_dim": 16, "enc_num_heads": 2, "dec_num_heads": 2}
+    depth = {"enc_num_layers": 1, "dec_num_layers": 1, "enc_patch_num_layers": 1}
+    shape = {"video_shape": (16, 32, 48), "latent_patch_size": (16, 16, 16)}
+    model = vt.create_model("coordtok_large_128", **width, **depth, **shape).eval()
+    model.save_pretrained(tmp_path / "model")
+    video, out = make_video(num_frames=9), tmp_path / "planes"
+    report = vtok("encode", video, out, "--model", tmp_path / "model", "--json").json
+    assert report["kind"] == "encoding" and report["grid"] == [1280]
+    encoding = vt.Encoding.load(out)
+    expected = model.encode(source_of(video)).latent
+    assert all(torch.equal(encoding.latent[name], expected[name]) for name in expected)
+    written.clear()
+    assert vtok("decode", out, tmp_path / "back.mp4", "--model", tmp_path / "model").code == 0
+    assert close(written, model.decode(encoding, output="uint8"))
+    failed = vtok("reconstruct", video, "--model", tmp_path / "model")
+    assert failed.code == 2 and "must be causal" in failed.err
+
+
 @pytest.mark.parametrize("kind", ["fsq", "kl"])
 @pytest.mark.parametrize("num_frames", [1, 14])
 @torch.no_grad()

@@ -119,8 +119,8 @@ def test_other_files_are_refused(tmp_path):
     vt.Tokens(ids(2).expand(2, -1, -1, -1), (2, 2, 3), 5, (16, 16)).save(path)
     with pytest.raises(ValueError, match=r"ids must be those of one clip, got \[2, 2, 2, 3\]"):
         EncodingReader(path).__enter__()
-    vt.Encoding({"xy": torch.zeros(1, 4, 2, 2)}, 3, (2, 2)).save(path)
-    with pytest.raises(ValueError, match="latent must be those of one clip, got None"):
+    vt.Encoding({"xy": torch.zeros(2, 4, 2, 2)}, 3, (2, 2)).save(path)
+    with pytest.raises(ValueError, match=r"must be those of one clip, got \[2\] clips of planes"):
         EncodingReader(path).__enter__()
 
 

@@ -78,7 +78,11 @@ def _decoded(reader: Any, model: Any, source: Path) -> Iterator[Any]:
     import torch
 
     device = next(model.parameters()).device
-    if not model.is_causal or (reader.frame_rule == "reference" and reader.chunk_frames is None):
+    if (
+        reader.is_planes
+        or not model.is_causal
+        or (reader.frame_rule == "reference" and reader.chunk_frames is None)
+    ):
         with torch.no_grad():
             yield _decoded_whole(reader, model, source, device)
         return
@@ -116,5 +120,9 @@ def _decoded_whole(reader: Any, model: Any, source: Path, device: Any) -> Any:
         return model.detokenize(Tokens.load(source), output="uint8", any_weights=True)
     encoding = Encoding.load(source)
     encoding.model_id = ""  # checked already
-    encoding.latent = encoding.latent.to(device)  # type: ignore[union-attr]
+    latent = encoding.latent
+    if isinstance(latent, dict):
+        encoding.latent = {name: plane.to(device) for name, plane in latent.items()}
+    else:
+        encoding.latent = latent.to(device)
     return model.decode(encoding, output="uint8")

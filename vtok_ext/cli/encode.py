@@ -152,7 +152,8 @@ def _encode_whole(options: EncodeOptions, model: Any, kind: str, reader: VideoRe
     else:
         encoding.model_id, encoding.indices, encoding.moments = model.model_id, None, None
         encoding.save(options.out)
-        shape = encoding.latent.shape
+        is_grid = isinstance(encoding.latent, torch.Tensor)
+        shape = encoding.latent.shape if is_grid else model.token_grid(*video.shape[2:])
     grid = list(shape[-3:])
     return {"frames": video.shape[2], "grid": grid, "resumed_at_frame": 0}
 

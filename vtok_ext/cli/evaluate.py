@@ -195,6 +195,8 @@ def _evaluated(
     if options.protocol == "default":
         return [_scores_of(model.encode(video.to(_device(model))), video, model, usage)]
     s = model.spatial_factor
+    if s is None:
+        raise ValueError(f"eval: --protocol reference must be given a VidTok, got {model.name}")
     video = video[..., : video.shape[3] // s * s, : video.shape[4] // s * s]
     if min(video.shape[3:]) < s:
         raise ValueError(f"eval: {path} must be at least {s}x{s}, got {list(video.shape[3:])}")

@@ -8,7 +8,8 @@ import torch
 
 from .console import Console
 
-# The clip of published numbers: frames by causality, height and width in pixels.
+# The clip of published numbers: frames by causality, height and width in pixels; for models that
+# take clips of one shape, that one.
 CLIP_FRAMES = {True: 17, False: 16}
 CLIP_SIZE = 256
 
@@ -38,14 +39,15 @@ def run_models(*, as_json: bool) -> None:
             "yes" if row["causal"] else "no",
             f"{row['regularizer']} {row['latent_channels']}",
             codebook,
-            "x".join(map(str, row["compression"])),
+            "x".join(map(str, row["compression"])) if row["compression"] else "-",
             f"{row['parameters'] / 1e6:.1f} M",
             f"{row['multiply_adds'] / 1e12:.2f} T",
             f"{row['flops'] / 1e12:.2f} T",
         )
     table.caption = (
         f"MACs: multiply-adds to encode and decode one clip of {CLIP_FRAMES[True]} frames "
-        f"({CLIP_FRAMES[False]} without causality) of {CLIP_SIZE}x{CLIP_SIZE}; FLOPs: twice that."
+        f"({CLIP_FRAMES[False]} without causality) of {CLIP_SIZE}x{CLIP_SIZE}, CoordTok its own "
+        "clip; FLOPs: twice that."
     )
     table.caption_justify = "left"
     # Wide enough for every column: names must never be cut, whatever the terminal or the pipe.
@@ -63,8 +65,9 @@ def model_rows() -> list[dict[str, Any]]:
             model = vt.create_model(name)
         config = model.config
         levels = list(getattr(config, "levels", ())) if model.is_discrete else []
-        spatial = model.spatial_factor
+        factors = [model.temporal_factor, model.spatial_factor, model.spatial_factor]
         clip = [CLIP_FRAMES[model.is_causal], CLIP_SIZE, CLIP_SIZE]
+        clip = list(getattr(config, "video_shape", clip))
         work = count_multiply_adds(type(model), config, *clip)
         rows.append(
             {
@@ -72,11 +75,11 @@ def model_rows() -> list[dict[str, Any]]:
                 "version": model.reference_version,
                 "causal": model.is_causal,
                 "discrete": model.is_discrete,
-                "regularizer": getattr(config, "regularizer", type(model).__name__),
+                "regularizer": getattr(config, "regularizer", "planes"),
                 "latent_channels": getattr(model, "latent_channels", None),
                 "levels": levels,
                 "codebook_size": model.codebook_size,
-                "compression": [model.temporal_factor, spatial, spatial],
+                "compression": None if None in factors else factors,
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "clip": clip,
                 "multiply_adds": work,

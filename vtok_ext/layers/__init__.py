@@ -1,4 +1,7 @@
-"""Drop-in nn.Modules for causal video networks; tensors are [B, C, T, H, W]."""
+"""Drop-in nn.Modules for causal video networks; tensors are [B, C, T, H, W].
+
+Transformer blocks take tokens [B, N, D].
+"""
 
 from vtok_ext.layers.alpha_blend import AlphaBlender, alpha_blend
 from vtok_ext.layers.attention import FrameAttention
@@ -10,6 +13,7 @@ from vtok_ext.layers.norm_act import GroupNormAct, NormAct, norm_act
 from vtok_ext.layers.residual import ResidualBlock1d, ResidualBlock2d, ResidualBlock3d
 from vtok_ext.layers.spatial_resample import SpatialDownsample, SpatialUpsample
 from vtok_ext.layers.temporal_resample import TemporalDownsample, TemporalUpsample
+from vtok_ext.layers.transformer import QueryBlock, TransformerBlock
 from vtok_ext.layers.triplane_gather import TriplaneGather
 from vtok_ext.layers.vq import VQ
 
@@ -24,6 +28,7 @@ __all__ = [
     "FrameConv2d",
     "GroupNormAct",
     "NormAct",
+    "QueryBlock",
     "ResidualBlock1d",
     "ResidualBlock2d",
     "ResidualBlock3d",
@@ -31,6 +36,7 @@ __all__ = [
     "SpatialUpsample",
     "TemporalDownsample",
     "TemporalUpsample",
+    "TransformerBlock",
     "TriplaneGather",
     "alpha_blend",
     "kl_posterior",

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vtok_ext.models._persistence import read_safetensors
 
 PICKLED = (".ckpt", ".pth", ".pt")
+# Under these names a training checkpoint keeps the weights: Lightning's, and CoordTok's.
+STATE_NAMES = ("state_dict", "model")
+# Levels that torch.compile and DistributedDataParallel insert into the names of what they wrap.
+WRAPPER_LEVELS = ("_orig_mod", "module")
 # Training state beside the model: loss networks, and shadow weights whose names have lost their
 # dots.
 EMA_PREFIX = "model_ema."
-IGNORED_PREFIXES = ("loss.", EMA_PREFIX)
-# torch.compile inserts this level into the names of what it wraps.
-COMPILED_LEVEL = "_orig_mod."
+IGNORED_PREFIXES = ("loss.", "decoder.lpips_loss.", EMA_PREFIX)
 # The first release whose weights_only loading is safe (CVE-2025-32434).
 SAFE_TORCH = (2, 6)
+# The first one certain to take the names below, by which files of either NumPy refer to a number.
+NUMPY_TORCH = (2, 7)
+NUMPY_SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
 
 
 def is_checkpoint(path: str) -> bool:
@@ -41,18 +48,21 @@ def read_checkpoint(
         raise FileNotFoundError(f"load_model: {path!r} must be a file, got none")
     pickled = path.lower().endswith(PICKLED)
     content = _unpickle(path, trust_checkpoint) if pickled else read_safetensors(path, "load_model")
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    for name in STATE_NAMES:
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
     if not isinstance(content, dict):
         raise ValueError(
             f"load_model: {path!r} must hold a state_dict, got {type(content).__name__}"
         )
-    kept = {str(k): v for k, v in content.items() if not str(k).startswith(IGNORED_PREFIXES)}
+    kept = {
+        str(k): v for k, v in content.items() if not _unwrapped(str(k)).startswith(IGNORED_PREFIXES)
+    }
     if ema:
         kept = _moving_averages(kept, content, path)
     weights: dict[str, Tensor] = {}
     for raw_name, value in kept.items():
-        name = raw_name.replace(COMPILED_LEVEL, "")
+        name = _unwrapped(raw_name)
         if not isinstance(value, Tensor):
             raise ValueError(
                 f"load_model: {name} must be a tensor, got {type(value).__name__} in {path!r}"
@@ -61,6 +71,10 @@ def read_checkpoint(
             raise ValueError(f"load_model: {name} must occur once, got it twice in {path!r}")
         weights[name] = value
     return weights
+
+
+def _unwrapped(name: str) -> str:
+    return ".".join(level for level in name.split(".") if level not in WRAPPER_LEVELS)
 
 
 def _moving_averages(kept: dict[str, Any], content: dict[Any, Any], path: str) -> dict[str, Any]:
@@ -75,6 +89,16 @@ def _moving_averages(kept: dict[str, Any], content: dict[Any, Any], path: str) -
     return {name: content[average] for name, average in averages.items()}
 
 
+def _numpy_numbers_allowed(version: tuple[int, ...]) -> contextlib.AbstractContextManager:
+    """Lets a score beside the weights be a NumPy number; rebuilding one runs nothing."""
+    if version < NUMPY_TORCH:
+        return contextlib.nullcontext()
+    kinds = [type(np.dtype(name)) for name in ("float64", "float32", "int64")]
+    rebuild = np.float64(0).__reduce__()[0]
+    names = [(rebuild, name) for name in NUMPY_SCALARS]
+    return torch.serialization.safe_globals([np.dtype, *kinds, *names])
+
+
 def _unpickle(path: str, trust_checkpoint: bool) -> Any:
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < SAFE_TORCH and not trust_checkpoint:
@@ -83,7 +107,8 @@ def _unpickle(path: str, trust_checkpoint: bool) -> Any:
             f"{torch.__version__}; trust_checkpoint=True reads it nevertheless"
         )
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with _numpy_numbers_allowed(version):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(

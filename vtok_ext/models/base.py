@@ -148,6 +148,10 @@ class VideoTokenizer(nn.Module):
     ) -> Tensor:
         """Returns the video of an Encoding or a bare latent."""
 
+    @abstractmethod
+    def run_networks(self, batch: int, num_frames: int, height: int, width: int) -> None:
+        """Runs encoder and decoder on clips without meaningful values, to count their work."""
+
     def indices_to_latent(self, indices: Tensor) -> Tensor:
         """Returns the latent that integer ids stand for (discrete models only)."""
         raise self._continuous("indices_to_latent")

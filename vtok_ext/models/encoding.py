@@ -33,7 +33,8 @@ class Encoding:
     """An encoded clip.
 
     Attributes:
-        latent: [B, C, t, h, w] in the model's dtype; or a dict of planes by name.
+        latent: [B, C, t, h, w] in the model's dtype; or a dict of planes [B, rows, columns, C] by
+            name.
         num_frames: T of the clip; decoding returns that many frames.
         size: (H, W) of the clip; decoding returns that size.
         indices: int32 [B, t, h, w] codebook indices; None for a continuous model.
@@ -164,7 +165,8 @@ class Output:
     """Result of a training or reconstruction pass.
 
     Attributes:
-        reconstruction: [B, 3, T, H, W] float, nominally in [-1, 1], not clamped.
+        reconstruction: [B, 3, T, H, W] float, nominally in [-1, 1], not clamped; of CoordTok with
+            `points`, their patches.
         encoding: the Encoding it was decoded from, with its losses.
     """
 

@@ -138,12 +138,13 @@ class EncodingReader:
 
     Attributes:
         kind: "tokens" or "encoding".
-        num_latents: t.
+        is_planes: whether the latent is a dict of planes, which has no portions.
+        num_latents: t; 0 for planes.
         num_frames, size, fps, frame_rule, model_id: as in `Tokens` and `Encoding`.
         chunk_frames: of the published chunked encoding, None for any other.
 
     Raises:
-        FileNotFoundError, ValueError: not such a file, more than one clip, or a dict of planes.
+        FileNotFoundError, ValueError: not such a file, or more than one clip.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -153,15 +154,20 @@ class EncodingReader:
     def __enter__(self) -> EncodingReader:
         reader = self._reader.__enter__()
         self._name = "ids" if self.kind == "tokens" else "latent"
-        shape = reader.shapes.get(self._name)
+        planes = [shape for name, shape in reader.shapes.items() if name.startswith("latent.")]
+        self.is_planes = self.kind == "encoding" and bool(planes)
+        shape: Any = reader.shapes.get(self._name)
         time_first = reader.facts.get("layout") == TIME_FIRST
         rank = 4 if self.kind == "tokens" or time_first else 5
-        if shape is None or len(shape) != rank or not (time_first or shape[0] == 1):
+        if self.is_planes:
+            shape, one_clip = f"{planes[0][:1]} clips of planes", planes[0][:1] == [1]
+        else:
+            one_clip = shape is not None and len(shape) == rank and (time_first or shape[0] == 1)
+        if not one_clip:
             self.__exit__(None, None, None)
             reader.fail(f"{self._name} must be those of one clip, got {shape}")
-        assert shape is not None  # `fail` raises
         self._axis = 0 if time_first else rank - 3
-        self.num_latents = shape[self._axis]
+        self.num_latents = 0 if self.is_planes else shape[self._axis]
         self.num_frames, self.size, self.fps = (
             reader.integer("num_frames"),
             reader.size(),

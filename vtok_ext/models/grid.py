@@ -193,6 +193,16 @@ class GridTokenizer(VideoTokenizer):
             video = self.decode_reference(latent, num_frames)
         return self._finish("decode", video, num_frames, size, output)
 
+    def run_networks(self, batch: int, num_frames: int, height: int, width: int) -> None:
+        """Runs encoder and decoder on clips without meaningful values, padded as by `encode`."""
+        grid = self.token_grid(num_frames, height, width)
+        f, s, alone = self.temporal_factor, self.spatial_factor, int(self.is_causal)
+        frames = alone + f * (grid[0] - alone)
+        weight = next(self.parameters())
+        size = s * grid[1], s * grid[2]
+        self.encode_chunk(weight.new_empty(batch, self.video_channels, frames, *size))
+        self.decode_chunk(weight.new_empty(batch, self.latent_channels, *grid))
+
     def stream_encoder(self, output: str = "latent") -> StreamEncoder:
         """Returns a StreamEncoder: push frames in any portions, collect latents or ids.
 

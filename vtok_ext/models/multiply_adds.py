@@ -16,7 +16,7 @@ from vtok_ext.models._config import ModelConfig
 
 
 def count_multiply_adds(
-    model_class: Any,  # a GridTokenizer
+    model_class: Any,  # a VideoTokenizer
     config: ModelConfig,
     num_frames: int,
     height: int,
@@ -51,12 +51,6 @@ def _count(model_class, config, num_frames: int, height: int, width: int) -> int
     own_ops = {torch.ops.vtok_ext.causal_conv3d_forward: _conv3d_flops}
     with torch.no_grad(), FakeTensorMode(), definition:
         model = model_class(config).eval()
-        grid = model.token_grid(num_frames, height, width)
-        f, s, alone = model.temporal_factor, model.spatial_factor, int(model.is_causal)
-        frames = alone + f * (grid[0] - alone)
-        video = torch.empty(1, model.video_channels, frames, s * grid[1], s * grid[2])
-        latent = torch.empty(1, model.latent_channels, *grid)
         with FlopCounterMode(display=False, custom_mapping=own_ops) as counter:
-            model.encode_chunk(video)
-            model.decode_chunk(latent)
+            model.run_networks(1, num_frames, height, width)
     return counter.get_total_flops() // 2

@@ -1,0 +1,114 @@
+"""Adapter between the recorded outputs of the CoordTok reference and this package's tokenizer.
+
+Run by `check_coordtok.py DATA_DIR --adapter coordtok_adapter.py`, whose docstring defines the
+methods. The reference's videos, slices and masks are those that the options used here name.
+"""
+
+import torch
+from torch import Tensor
+
+from vtok_ext.models import CoordTok, CoordTokConfig, Encoding
+from vtok_ext.models.coordtok_config import PLANE_AXES
+from vtok_ext.models.coordtok_sampling import random_frame_points, random_points, video_patches
+
+SAME = ("video_shape", "enc_embed_dim", "enc_num_layers", "enc_num_heads", "enc_patch_num_layers")
+SAME += ("dec_embed_dim", "dec_num_layers", "dec_num_heads")
+
+
+def build_config(cfg: dict) -> CoordTokConfig:
+    """Returns our configuration of the reference's constructor arguments."""
+
+    def triple(name: str) -> tuple[int, int, int]:
+        space = cfg[f"{name}_xy"]
+        return cfg[f"{name}_t"], space, space
+
+    return CoordTokConfig.from_dict(
+        {
+            **{name: cfg[name] for name in SAME},
+            "enc_patch_size": triple("enc_patch_size"),
+            "latent_resolution": triple("latent_resolution"),
+            "latent_channels": cfg["latent_n_features"],
+            "latent_patch_size": triple("latent_patch_size"),
+            "dec_patch_size": triple("dec_patch_size"),
+            "unpatchify": "square_root",
+        }
+    )
+
+
+def named(planes) -> dict[str, Tensor]:
+    return dict(zip(PLANE_AXES, planes, strict=True))
+
+
+def grid_of(video: Tensor, num_frames: int, patch: tuple[int, int, int]) -> list[int]:
+    sizes = (num_frames, *video.shape[1:3])
+    return [size // part for size, part in zip(sizes, patch, strict=True)]
+
+
+def coords_and_targets(video: Tensor, points: Tensor, grid, patch) -> tuple[Tensor, Tensor]:
+    """Returns the reference's coordinates and targets of points [1, N, 3]."""
+    targets = video_patches(video.permute(3, 0, 1, 2)[None], points, patch)
+    return points[0] / (torch.tensor(grid) - 1), targets[0]
+
+
+class Adapter:
+    def tokenizer(self, cfg: dict) -> CoordTok:
+        return CoordTok(build_config(cfg))
+
+    def encode(self, tok: CoordTok, video: Tensor, n_frames: Tensor) -> tuple[Tensor, ...]:
+        encoding = tok.encode(video.permute(0, 4, 1, 2, 3), num_frames=n_frames[:, 0])
+        return tuple(encoding.latent.values())
+
+    def embed(self, tok: CoordTok, coords: Tensor, planes) -> Tensor:
+        return tok.point_features(named(planes), coords)
+
+    def decode(self, tok: CoordTok, coords: Tensor, planes) -> Tensor:
+        return tok.decode_points(named(planes), coords)
+
+    def decode_video(
+        self,
+        tok: CoordTok,
+        planes,
+        *,
+        img_size: int,
+        num_frames: int,
+        patch_pred: tuple[int, int, int],
+        max_num_frames: int,
+        point_per_vid: int,
+        Nslice: int | None,
+    ) -> Tensor:
+        assert tok.config.video_shape == (max_num_frames, img_size, img_size)
+        if Nslice is None:
+            frame = (img_size // patch_pred[1]) ** 2
+            Nslice = frame * num_frames // patch_pred[0] // point_per_vid
+        encoding = Encoding(named(planes), num_frames, (img_size, img_size), frame_rule="reference")
+        return tok.decode(encoding, num_slices=Nslice)[0].permute(1, 2, 3, 0)
+
+    def loss(
+        self, tok: CoordTok, video: Tensor, coords: Tensor, targets: Tensor, n_frames: Tensor
+    ) -> Tensor:
+        """Mean over points and values, sum over the batch."""
+        clip, frames = video.permute(0, 4, 1, 2, 3), n_frames[:, 0]
+        patches = tok(clip, points=coords, num_frames=frames).reconstruction
+        return ((patches - targets) ** 2).mean(dim=(1, 2)).sum()
+
+    def sample_patches(
+        self, video: Tensor, n_frames: int, n_points: int, num_frames: int, patch, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        grid = grid_of(video, num_frames, patch)
+        torch.manual_seed(seed)
+        points = random_points(torch.tensor([n_frames]), n_points, grid, patch[0])
+        return coords_and_targets(video, points, grid, patch)
+
+    def sample_frames(
+        self, video: Tensor, n_frames: int, n_frames_recon: int, num_frames: int, patch, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        grid = grid_of(video, num_frames, patch)
+        torch.manual_seed(seed)
+        points = random_frame_points(torch.tensor([n_frames]), n_frames_recon, grid)
+        return coords_and_targets(video, points, grid, patch)
+
+    @staticmethod
+    def keys(cfg: dict) -> dict[str, tuple[int, ...]]:
+        with torch.device("meta"):
+            model = CoordTok(build_config(cfg))
+        return {name: tuple(value.shape) for name, value in model.state_dict().items()}

@@ -1,0 +1,428 @@
+"""CoordTok: a whole clip as three planes of cells, decoded point by point.
+
+    encoder  a transformer over patches of the clip; learned query tokens read its output and become
+             blocks of the planes xy [Rx, Ry, C], yt [Rt, Ry, C] and xt [Rt, Rx, C]
+    decoder  per point (t, x, y) the interpolated cells of the three planes and a positional vector,
+             a transformer over all points of a call, and a linear layer to the point's patch
+
+Training decodes a random part of the clip: its cost does not grow with the number of frames.
+Parameter names and shapes are those of the released weights.
+Source: Jang et al., CoordTok (arXiv 2411.14762).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vtok_ext.models import _video_input as video_input
+from vtok_ext.models.base import VideoTokenizer
+from vtok_ext.models.coordtok_config import PLANE_AXES, PRESETS, CoordTokConfig
+from vtok_ext.models.coordtok_networks import Decoder, Encoder, Planes
+from vtok_ext.models.coordtok_points import (
+    Lattice,
+    Times,
+    locate_times,
+    patches_to_video,
+    rows_of_points,
+    slice_bounds,
+)
+from vtok_ext.models.encoding import Encoding, Output
+from vtok_ext.ops.triplane_gather import triplane_gather
+
+# What frames after the end of a clip hold: -1 where 0 is black and 1 white, hence -3 here.
+PADDING_VALUE = -3.0
+# A block holds about 12 vectors per point at a time (queries, keys, values, MLP, residuals);
+# `decode` takes as many videos at once as keep them within this size.
+_VECTORS_PER_POINT, _DECODE_BYTES = 12, 2**31
+
+
+class CoordTok(VideoTokenizer):
+    """Returns a CoordTok; see `VideoTokenizer`.
+
+    The latent of a clip is a dict of planes, channels last: xy [B, Rx, Ry, C], yt [B, Rt, Ry, C],
+    xt [B, Rt, Rx, C]; real numbers without bounds. One model describes clips of up to
+    `config.video_shape` (T, H, W): missing frames are padding that the encoder knows about, missing
+    rows and columns repeat the last one; decoding crops both.
+
+    Slices: the decoder is a transformer over the points of one call, so what is decoded together
+    sees each other, and another `num_slices` gives another video. A clip is cut in raster order
+    (t, x, y) into slices of nearly equal length. Default is one slice for all, as the released
+    examples and the released sampler decode. 1,024 points per slice, 32 slices of 128 frames of
+    128x128, are what the reference's function takes by itself and what its training evaluated the
+    first step with; the second step with 4,096, 8 slices. Slices of one frame: num_slices=T / dt.
+    `frames="reference"` makes all slices equally long as the reference does, and leaves the patches
+    after the last one 0.
+    """
+
+    config: CoordTokConfig
+    config_class = CoordTokConfig
+    presets = PRESETS
+
+    def __init__(self, config: CoordTokConfig, name: str | None = None) -> None:
+        super().__init__(config, name)
+        for plane in PLANE_AXES:
+            cells = nn.Parameter(torch.randn(1, *config.plane_shape(plane)))
+            self.register_parameter(f"weight_tokens_{plane}", cells)
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+
+    @property
+    def is_causal(self) -> bool:
+        """False: every cell depends on the whole clip."""
+        return False
+
+    @property
+    def temporal_factor(self) -> None:
+        """None: a latent describes a clip, not a number of frames."""
+        return None
+
+    @property
+    def spatial_factor(self) -> None:
+        """None: as `temporal_factor`."""
+        return None
+
+    @property
+    def latent_channels(self) -> int:
+        """C: numbers per cell."""
+        return self.config.latent_channels
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the parameters, to which videos and latents are converted."""
+        return next(self.parameters()).dtype
+
+    def token_grid(self, num_frames: int, height: int, width: int) -> tuple[int]:
+        """Returns (cells of the three planes,), the same for every clip."""
+        return (self.config.num_tokens,)
+
+    def run_networks(self, batch: int, num_frames: int, height: int, width: int) -> None:
+        """Runs encoder and decoder on clips without meaningful values, padded as by `encode`."""
+        shape, moments = self.config.video_shape, -(-num_frames // self.config.dec_patch_size[0])
+        video = next(self.parameters()).new_empty(batch, 3, *shape)
+        planes = self.encoder(video, self._queries())
+        lattice = self._lattice(torch.arange(moments), (0, shape[1]), (0, shape[2]))
+        self._decode_lattice("run_networks", planes, lattice, 1)
+
+    # Encoding.
+
+    def forward(
+        self,
+        video: Tensor,
+        *,
+        points: Tensor | None = None,
+        num_frames: Tensor | None = None,
+        num_slices: int = 1,
+        **options: Any,
+    ) -> Output:
+        """Returns Output(reconstruction, encoding); the entry for training.
+
+        Args:
+            video: [B, 3, T, H, W], float in [-1, 1] or uint8.
+            points: which points to decode, [B, N, 3] as in `decode_points`; then the reconstruction
+                is their patches [B, N, dt * dx * dy * 3]. Default the whole clip.
+            num_frames: real frames of each clip, as in `encode`.
+            num_slices: as for `decode`, for the whole clip.
+            **options: `fps`, `frames` of `encode`.
+
+        Raises:
+            TypeError, ValueError: an argument is not as described.
+        """
+        encoding = self.encode(video, num_frames=num_frames, **options)
+        if points is None:
+            return Output(self.decode(encoding, num_slices=num_slices), encoding)
+        return Output(self.decode_points(encoding, points), encoding)
+
+    def encode(
+        self,
+        video: Tensor,
+        *,
+        fps: float | None = None,
+        sample: bool = False,
+        generator: torch.Generator | None = None,
+        num_frames: Tensor | None = None,
+        frames: str = "preserve",
+    ) -> Encoding:
+        """Returns the Encoding of a video, whose latent is a dict of planes.
+
+        Args:
+            video: [B, 3, T, H, W], float in [-1, 1] or uint8, at most `config.video_shape`.
+            fps: frames per second, only recorded.
+            sample, generator: without effect, the latent has no distribution.
+            num_frames: integers [B] in 1..T, for clips of different length: what comes after them
+                is padding, whatever it holds. Default T for all.
+            frames: "preserve"; or "reference", which only a clip of the full height and width can
+                have, see the class.
+
+        Raises:
+            TypeError, ValueError: the video or an option is not as described; NaN or infinity.
+        """
+        video_input.check_video("encode", video)
+        video_input.check_frame_rule("encode", frames)
+        shape, limit = tuple(video.shape[2:]), self.config.video_shape
+        if any(size > most for size, most in zip(shape, limit, strict=True)):
+            raise ValueError(
+                f"encode: video must have at most (frames, height, width) {limit}, got {shape}; "
+                "cut or resize it first"
+            )
+        if frames == "reference" and shape[1:] != limit[1:]:
+            raise ValueError(
+                f"encode: video must be {limit[1]}x{limit[2]} with frames='reference', "
+                f"got {shape[1]}x{shape[2]}"
+            )
+        x = video_input.to_float(video, self.dtype)
+        bottom, right = limit[1] - shape[1], limit[2] - shape[2]
+        if bottom or right:
+            x = F.pad(x, (0, right, 0, bottom, 0, 0), mode="replicate")
+        if num_frames is None and shape[0] < limit[0]:
+            num_frames = torch.full((x.shape[0],), shape[0], device=x.device)
+        elif num_frames is not None:
+            num_frames = self._checked_num_frames(num_frames, video)
+        x = F.pad(x, (0, 0, 0, 0, 0, limit[0] - shape[0]), value=PADDING_VALUE)
+        if num_frames is not None:
+            real = torch.arange(limit[0], device=x.device) < num_frames[:, None]
+            x = torch.where(real[:, None, :, None, None], x, PADDING_VALUE)
+        planes = self.encoder(x, self._queries(), num_frames)
+        return Encoding(planes, shape[0], (shape[1], shape[2]), fps=fps, frame_rule=frames)
+
+    def _queries(self) -> Planes:
+        return {plane: getattr(self, f"weight_tokens_{plane}") for plane in PLANE_AXES}
+
+    @staticmethod
+    def _checked_num_frames(num_frames: Tensor, video: Tensor) -> Tensor:
+        ok = isinstance(num_frames, Tensor) and num_frames.dtype in (torch.int32, torch.int64)
+        if not ok or num_frames.shape != video.shape[:1]:
+            shown = list(num_frames.shape) if isinstance(num_frames, Tensor) else num_frames
+            raise ValueError(
+                f"encode: num_frames must be integers [B] with B = {video.shape[0]}, got {shown}"
+            )
+        if num_frames.device.type == "cpu" and not torch.compiler.is_compiling():
+            least, most = int(num_frames.min()), int(num_frames.max())
+            if least < 1 or most > video.shape[2]:
+                raise ValueError(
+                    f"encode: num_frames must be in 1..{video.shape[2]}, got {least}..{most}"
+                )
+        return num_frames.to(video.device)
+
+    # Decoding.
+
+    def decode(  # type: ignore[override]
+        self,
+        encoding: Encoding | Planes,
+        *,
+        num_frames: int | None = None,
+        size: tuple[int, int] | None = None,
+        output: str = "float",
+        num_slices: int = 1,
+        frames: str | None = None,
+    ) -> Tensor:
+        """Returns the video [B, 3, T, H, W] of an encoding.
+
+        Videos do not see each other: as many at a time as keep activations below 2 GiB, at least
+        one.
+
+        Args:
+            encoding: an Encoding, or a bare dict of planes.
+            num_frames: decode the first T frames only; default what the Encoding records, and for
+                bare planes all.
+            size: crop to (H, W); default likewise.
+            output: "float", nominally in [-1, 1] and not clamped; or "uint8", clamped and rounded.
+            num_slices: how many calls of the decoder a clip is cut into; changes the result and the
+                memory it takes, see the class.
+            frames: "preserve", or "reference" for slices that leave patches out, see the class;
+                default what the Encoding records, and "preserve".
+
+        Raises:
+            TypeError, ValueError: an argument is not as described, or asks for more than there is,
+                or an Encoding records another model.
+        """
+        planes = self._planes("decode", encoding)
+        limit = self.config.video_shape
+        if isinstance(encoding, Encoding):
+            num_frames = encoding.num_frames if num_frames is None else num_frames
+            size = encoding.size if size is None else size
+            frames = encoding.frame_rule if frames is None else frames
+        num_frames = limit[0] if num_frames is None else num_frames
+        frames = "preserve" if frames is None else frames
+        video_input.check_frame_rule("decode", frames)
+        if not 1 <= num_frames <= limit[0]:
+            raise ValueError(f"decode: num_frames must be in 1..{limit[0]}, got {num_frames}")
+        moments = torch.arange(-(-num_frames // self.config.dec_patch_size[0]))
+        lattice = self._lattice(moments, (0, limit[1]), (0, limit[2]))
+        video = self._decode_lattice(
+            "decode", planes, lattice, num_slices, drop_rest=frames == "reference"
+        )
+        return self._finish("decode", video, num_frames, size, output)
+
+    def decode_frames(
+        self,
+        encoding: Encoding | Planes,
+        times: Times,
+        *,
+        size: tuple[int, int] | None = None,
+        output: str = "float",
+        num_slices: int = 1,
+    ) -> Tensor:
+        """Returns the pictures [B, 3, n, H, W] at some times of the clip, in the order of `times`.
+
+        Only these are computed; they see each other and no other frame, see the class.
+
+        Args:
+            encoding: as for `decode`.
+            times: n numbers of frames from 0 to T - 1, such as [5, 90]. Numbers that are not
+                integers lie between two frames.
+            size, output, num_slices: as for `decode`.
+
+        Raises:
+            TypeError, ValueError: as for `decode`.
+        """
+        region = (0, 0, *self.config.video_shape[1:])
+        pictures = self._decode_part("decode_frames", encoding, times, region, num_slices)
+        if size is None and isinstance(encoding, Encoding):
+            size = encoding.size
+        return self._finish("decode_frames", pictures, None, size, output)
+
+    def decode_region(
+        self,
+        encoding: Encoding | Planes,
+        top: int,
+        left: int,
+        height: int,
+        width: int,
+        *,
+        times: Times | None = None,
+        output: str = "float",
+        num_slices: int = 1,
+    ) -> Tensor:
+        """Returns a rectangle of the clip, [B, 3, n, height, width].
+
+        Only the patches that it touches are computed; they see no other, see the class.
+
+        Args:
+            encoding: as for `decode`.
+            top, left, height, width: the rectangle, in pixels, within the clip.
+            times: as for `decode_frames`; default all frames of the clip.
+            output, num_slices: as for `decode`.
+
+        Raises:
+            TypeError, ValueError: as for `decode`.
+        """
+        known = isinstance(encoding, Encoding)
+        shape = (
+            (encoding.num_frames, *encoding.size)  # type: ignore[union-attr]
+            if known
+            else self.config.video_shape
+        )
+        region = (top, left, height, width)
+        fits = 0 <= top <= shape[1] - height and 0 <= left <= shape[2] - width
+        if not fits or min(height, width) < 1:
+            raise ValueError(
+                f"decode_region: top, left, height, width must lie within {shape[1]}x{shape[2]}, "
+                f"got {region}"
+            )
+        times = range(shape[0]) if times is None else times
+        pictures = self._decode_part("decode_region", encoding, times, region, num_slices)
+        return self._finish("decode_region", pictures, None, None, output)
+
+    def decode_points(self, encoding: Encoding | Planes, points: Tensor) -> Tensor:
+        """Returns the patches [B, N, dt * dx * dy * 3] of points that see each other.
+
+        A patch holds its frames, rows, columns and colours in row-major order.
+
+        Args:
+            encoding: as for `decode`.
+            points: [B, N, 3] as (t, x, y): integers that count patches; or float32 coordinates in
+                [0, 1], patch k of G being k / (G - 1), with the positional vector of the patch at
+                or before them. Values outside count as the first or last patch.
+
+        Raises:
+            TypeError, ValueError: an argument is not as described.
+        """
+        planes = self._planes("decode_points", encoding)
+        return self.decoder(
+            self.point_features(planes, points), rows_of_points(points, self.config.point_grid())
+        )
+
+    def point_features(self, planes: Planes, points: Tensor) -> Tensor:
+        """Returns the interpolated cells [B, N, 3 C] of points; see `triplane_gather`."""
+        grid = None if points.is_floating_point() else self.config.point_grid()
+        if planes["xy"].dtype == torch.float64 and grid is None:
+            points = points.double()
+        return triplane_gather(planes["xy"], planes["yt"], planes["xt"], points, grid=grid)
+
+    def _planes(self, op: str, encoding: Encoding | Planes) -> Planes:
+        """Returns the planes of `encoding`, checked, in the model's dtype."""
+        if isinstance(encoding, Encoding):
+            self.check_origin(op, encoding.model_id)
+        planes = encoding.latent if isinstance(encoding, Encoding) else encoding
+        if not isinstance(planes, dict) or set(planes) != set(PLANE_AXES):
+            found = sorted(planes) if isinstance(planes, dict) else type(planes).__name__
+            raise TypeError(f"{op}: latent must be a dict of planes xy, yt and xt, got {found}")
+        batch = planes["xy"].shape[:1]
+        for name, plane in planes.items():
+            shape = self.config.plane_shape(name)
+            if plane.shape[1:] != shape or plane.shape[:1] != batch or 0 in batch:
+                form = ", ".join(map(str, shape))
+                raise ValueError(f"{op}: plane {name} must be [B, {form}], got {list(plane.shape)}")
+        return {name: planes[name].to(self.dtype) for name in PLANE_AXES}
+
+    def _lattice(self, moments: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Lattice:
+        """Returns the patches at `moments` that touch rows and columns (from, to) of pixels."""
+        axes = [moments]
+        for (start, stop), size in zip(
+            (rows, columns), self.config.dec_patch_size[1:], strict=True
+        ):
+            axes.append(torch.arange(start // size, -(-stop // size)))
+        t, x, y = axes
+        return Lattice((t, x, y), self.config.point_grid())
+
+    def _decode_part(
+        self,
+        op: str,
+        encoding: Encoding | Planes,
+        times: Times,
+        region: tuple[int, ...],  # top, left, height, width
+        num_slices: int,
+    ) -> Tensor:
+        top, left, height, width = region
+        _, size_x, size_y = self.config.dec_patch_size
+        moments, wanted = locate_times(
+            op, times, self.config.video_shape[0], self.config.dec_patch_size[0]
+        )
+        lattice = self._lattice(moments, (top, top + height), (left, left + width))
+        planes = self._planes(op, encoding)
+        video = self._decode_lattice(op, planes, lattice, num_slices)
+        top, left = top % size_x, left % size_y
+        video = video[:, :, :, top : top + height, left : left + width]
+        return video[:, :, wanted.to(video.device)]
+
+    def _decode_lattice(
+        self, op: str, planes: Planes, lattice: Lattice, num_slices: int, drop_rest: bool = False
+    ) -> Tensor:
+        """Returns the video [B, 3, Nt * dt, Nx * dx, Ny * dy] of a lattice of patches."""
+        if not 1 <= num_slices <= lattice.num_points:
+            raise ValueError(
+                f"{op}: num_slices must be in 1..{lattice.num_points}, the number of points, "
+                f"got {num_slices}"
+            )
+        device, real = planes["xy"].device, torch.float32
+        if planes["xy"].dtype == torch.float64:
+            real = torch.float64
+        axes, grid = lattice.coords(real, device)
+        rows = lattice.rows(device)
+        bounds = slice_bounds(lattice.num_points, num_slices, drop_rest=drop_rest)
+        longest = bounds[0][1] - bounds[0][0]
+        bytes_per_point = _VECTORS_PER_POINT * self.config.dec_embed_dim * self.dtype.itemsize
+        videos = max(1, _DECODE_BYTES // (bytes_per_point * longest))
+        patches = []
+        for xy, yt, xt in zip(*(planes[name].split(videos) for name in PLANE_AXES), strict=True):
+            features = triplane_gather(xy, yt, xt, axes, grid=grid)
+            decoded = [self.decoder(features[:, a:b], rows[a:b]) for a, b in bounds]
+            patches.append(torch.cat(decoded, dim=1))
+        patch = torch.cat(patches)
+        left_out = lattice.num_points - patch.shape[1]
+        if left_out:
+            patch = F.pad(patch, (0, 0, 0, left_out))
+        return patches_to_video(patch, lattice.counts, self.config.dec_patch_size)
