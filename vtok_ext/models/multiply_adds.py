@@ -50,7 +50,7 @@ def _count(model_class, config, num_frames: int, height: int, width: int) -> int
     definition = sdpa_kernel(SDPBackend.MATH)
     own_ops = {torch.ops.vtok_ext.causal_conv3d_forward: _conv3d_flops}
     with torch.no_grad(), FakeTensorMode(), definition:
-        model = model_class(config).eval()
+        model = model_class(config).eval().requires_grad_(False)
         with FlopCounterMode(display=False, custom_mapping=own_ops) as counter:
             model.run_networks(1, num_frames, height, width)
     return counter.get_total_flops() // 2
