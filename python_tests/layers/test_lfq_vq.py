@@ -216,6 +216,7 @@ states = [torch.empty_like(layer.codebook) for _ in range(2)]
 distributed.all_gather(states, layer.codebook)
 counts = [torch.empty_like(layer.count) for _ in range(2)]
 distributed.all_gather(counts, layer.count)
+distributed.destroy_process_group()  # else its threads may outlive the interpreter
 assert torch.equal(*states) and torch.equal(*counts)
 """
 
