@@ -43,7 +43,10 @@ class EagerStep:
         self.padded = self.grad_padded = None
         if mode == "down":
             self.padded = F.pad(x, (0, 0, 0, 0, 1, 0))
-            self.grad_padded = torch.empty_like(self.padded)
+            # torch's pooling writes as if its output were contiguous, whatever strides it has.
+            contiguous = torch.contiguous_format
+            self.value = torch.empty_like(y, memory_format=contiguous)
+            self.grad_padded = torch.empty_like(self.padded, memory_format=contiguous)
         # The first frame of a clip is interpolated apart from the rest.
         cuts = [(0, 1), (1, x.shape[2])] if mode == "linear" else [(0, x.shape[2])]
         self.parts = [(slice(i, j), slice(2 * i, 2 * j), j - i) for i, j in cuts]
