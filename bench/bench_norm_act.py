@@ -74,7 +74,8 @@ def eager(x, weight, bias, front=0):
 
 def check(actual, expected):
     """Providers of this run agree: to a few roundings of the dtype."""
-    tolerance = 2e-5 if expected.dtype == torch.float32 else 2e-2
+    # 5e-5: float32 sums over a million positions, in different orders.
+    tolerance = 5e-5 if expected.dtype == torch.float32 else 2e-2
     difference = (actual.float() - expected.float()).abs().max()
     assert difference <= tolerance * expected.float().abs().max()
 
@@ -138,8 +139,11 @@ def bench_norm_act_backward(shape, dtype, front, device, record, benchmark):
     def backward(y):
         return torch.autograd.grad(y, leaves, grad, retain_graph=True)
 
-    for actual, e in zip(backward(results["native"]), backward(results["eager"]), strict=True):
-        check(actual, e)
+    # In float32: eager sums a bfloat16 weight gradient in bfloat16, a third of it is rounding.
+    exact = [t.detach().float().requires_grad_() for t in leaves]
+    expected = torch.autograd.grad(eager(*exact, front), exact, grad.float())
+    for actual, e in zip(backward(results["native"]), expected, strict=True):
+        check(actual, e.to(actual.dtype))
     x, weight, bias = (t.detach() for t in leaves)
     outputs = [torch.empty_like(t) for t in (x, weight, bias)]
     module, context = _native.module(), _native.call_context(x)

@@ -113,7 +113,10 @@ def ratios(cases: Iterable[dict], baselines: tuple[str, ...], allocation: str) -
         ours += case.get("weight", 1) * native["median_ms"]
     if not found:
         return "-"
-    return f"{min(found):.2g}x to {max(found):.2g}x ({theirs / ours:.2g}x)"
+    least, most, summed = (
+        f"{x:.1f}x" if x < 10 else f"{x:.0f}x" for x in (min(found), max(found), theirs / ours)
+    )
+    return f"{least} to {most} ({summed})" if len(found) > 1 else summed
 
 
 def summary_rows(result: dict) -> list[str]:
