@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok_ext.layers._hooks import has_hooks
 from vtok_ext.layers._state import owned
-from vtok_ext.ops._causal_conv3d_cpu import repeated
+from vtok_ext.ops._causal_conv3d_cpu import repeat_nearest
 from vtok_ext.ops._causal_conv3d_geometry import SpatialPadding, make_geometry
 from vtok_ext.ops.causal_conv3d import ACTIVATIONS, Blend, causal_conv3d, check_stream
 
@@ -114,12 +115,7 @@ def _centred_or_valid(padding: Any) -> str:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether calling `module` does nothing but its forward: no hook, adapter or other class."""
-    return type(module) in (VolumeConv3d, PixelConv1d, FrameConv2d) and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+    return type(module) in (VolumeConv3d, PixelConv1d, FrameConv2d) and not has_hooks(module)
 
 
 class _CausalConv(nn.Module):
@@ -162,7 +158,7 @@ class _CausalConv(nn.Module):
         """
         g = self.geometry
         state = check_stream(x, self.kernel, g, self.temporal, state, False)
-        frames = repeated(x, g.repeat_time, 1)
+        frames = repeat_nearest(x, g.repeat_time, 1)
         if self.temporal not in TEMPORAL_PADDINGS or (state is None and x.shape[2] == 0):
             return frames  # nothing to add, or a stream that has not started
         return pad_front(frames, g.front, state, self.temporal)
@@ -190,7 +186,7 @@ class _CausalConv(nn.Module):
         if self.num_outputs(padded.shape[2]) == 0:
             weight_shape = [self.conv.out_channels, 0, *self.kernel]
             return padded.new_empty(g.output_shape(padded.shape, weight_shape, 0))
-        frames = repeated(padded, 1, g.repeat_space)
+        frames = repeat_nearest(padded, 1, g.repeat_space)
         if not isinstance(self.spatial_padding, str):  # else the child pads
             frames = F.pad(frames, (g.left, g.right, g.top, g.bottom))
         return self.conv(frames)

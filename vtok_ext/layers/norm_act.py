@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok_ext.layers._hooks import has_hooks
 from vtok_ext.layers._ownership import may_overwrite
 from vtok_ext.layers.causal_conv3d import pad_front
-from vtok_ext.ops._library import autocast_dtype
+from vtok_ext.ops._dtypes import autocast_dtype
 from vtok_ext.ops.norm_act import norm_act as fused_norm_act
 
 EPS = 1e-6
@@ -37,13 +38,7 @@ def _as_arguments(norm: nn.Module) -> dict[str, Any] | None:
 
     A replaced or parametrized module has another class; a hook would not be called.
     """
-    hooks = (
-        norm._forward_hooks,
-        norm._forward_pre_hooks,
-        norm._backward_hooks,
-        norm._backward_pre_hooks,
-    )
-    if any(hooks):
+    if has_hooks(norm):
         return None
     if type(norm) is nn.LayerNorm:
         return {"norm": "layer", "weight": norm.weight, "bias": norm.bias, "eps": norm.eps}

@@ -12,16 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtok_ext.layers.causal_conv3d import FrameConv2d, is_plain
-from vtok_ext.ops._causal_conv3d_cpu import repeated
-
-
-def repeat_nearest(x: Tensor, time: int, space: int) -> Tensor:
-    """Returns [B, C, time * T, space * H, space * W]: every value of x [B, C, T, H, W] repeated.
-
-    Equivalent to: `F.interpolate(x, scale_factor=(time, space, space), mode="nearest")`, as one
-    broadcast copy: it keeps channels_last_3d memory and the dtype under autocast.
-    """
-    return repeated(x, time, space)
+from vtok_ext.ops._causal_conv3d_cpu import repeat_nearest
 
 
 class SpatialDownsample(nn.Module):

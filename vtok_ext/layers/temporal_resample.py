@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vtok_ext.layers._hooks import has_hooks
 from vtok_ext.layers._state import State, StateFlow, owned
 from vtok_ext.layers.alpha_blend import INITIAL_MIX_FACTOR
 from vtok_ext.layers.causal_conv3d import (
@@ -152,7 +153,7 @@ class TemporalUpsample(nn.Module):
     def _blended(self, x: Tensor, state: State | None, return_state: bool, options: dict):
         """Both branches and their blend, with the state of the convolution."""
         conv = self.conv
-        if type(conv) is CausalConv3d and not conv._forward_hooks and not conv._forward_pre_hooks:
+        if type(conv) is CausalConv3d and not has_hooks(conv):
             if not options and is_plain(conv.conv):
                 # Kernels on the frames before repetition, with a third fewer products.
                 carried = None if state is None else state["conv"]

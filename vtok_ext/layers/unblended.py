@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vtok_ext.layers._state import State, StateFlow, owned
 from vtok_ext.layers.causal_conv3d import CausalConv1d, CausalConv3d
 from vtok_ext.layers.norm_act import norm_act
-from vtok_ext.layers.spatial_resample import repeat_nearest
+from vtok_ext.ops._causal_conv3d_cpu import repeat_nearest
 
 
 def _continued(x: Tensor, state: Tensor | None, num_frames: int) -> Tensor:

@@ -9,8 +9,7 @@ sends to oneDNN more often than a video.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from vtok_ext.ops import _causal_conv3d_folding as folding
 from vtok_ext.ops._causal_conv3d_geometry import Geometry
+from vtok_ext.ops._dtypes import without_autocast
 
 _LAYOUT = torch.channels_last_3d
 
@@ -54,7 +54,7 @@ def forward(
     real = torch.float32 if x.dtype == torch.float16 else x.dtype
     shape = g.output_shape(x.shape, weight.shape, None if state is None else state.shape[2])
     h = torch.empty(shape, dtype=real, device=x.device, memory_format=_LAYOUT)
-    with _without_autocast():
+    with without_autocast("cpu"):
         if h.numel() > 0 and _folds(x, weight, state, g):
             _convolve_folded(x.to(real), weight.to(real), _as(bias, real), _as(state, real), h, g)
         elif h.numel() > 0:
@@ -83,7 +83,7 @@ def input_gradient(
     """Returns the gradients of x and of the state."""
     real = torch.float32 if grad.dtype == torch.float16 else grad.dtype
     shape, padding = padded_shape(x_shape, weight.shape, state_frames, g)
-    with _without_autocast():
+    with without_autocast("cpu"):
         frames = torch.empty(shape, dtype=real, memory_format=_LAYOUT)  # only its shape is read
         found = _backward(channels_last(grad).to(real), frames, weight.to(real), padding, g, 0)[0]
         assert found is not None
@@ -114,7 +114,7 @@ def weight_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the gradients of weight and bias."""
     real = torch.float32 if grad.dtype == torch.float16 else grad.dtype
-    with _without_autocast():
+    with without_autocast("cpu"):
         frames, padding = padded_frames(x, weight, state, g)
         _, grad_weight, grad_bias = _backward(
             channels_last(grad).to(real), frames.to(real), weight.to(real), padding, g, 1, has_bias
@@ -126,16 +126,6 @@ def weight_gradient(
 def channels_last(x: Tensor) -> Tensor:
     """`x` [B, C, T, H, W] in channels_last_3d memory: itself, or a copy."""
     return x.contiguous(memory_format=_LAYOUT)
-
-
-@contextmanager
-def _without_autocast() -> Iterator[None]:
-    """The dtype was decided by the public function."""
-    if not torch.is_autocast_enabled("cpu"):
-        yield
-        return
-    with torch.autocast("cpu", enabled=False):
-        yield
 
 
 def _as(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -181,7 +171,7 @@ def padded_frames(
     g: Geometry,
 ) -> tuple[Tensor, tuple[int, int, int]]:
     """Returns x upsampled and padded as far as oneDNN does not pad, and what it does."""
-    x = repeated(x, g.repeat_time, g.repeat_space)
+    x = repeat_nearest(x, g.repeat_time, g.repeat_space)
     state_frames = None if state is None else state.shape[2]
     before_x = [size // n for size, n in zip(x.shape[2:], _repeats(g), strict=True)]
     shape, padding = padded_shape([*x.shape[:2], *before_x], weight.shape, state_frames, g)
@@ -198,7 +188,7 @@ def padded_frames(
     inner = buffer[:, :, :, rows, columns]
     inner[:, :, front:] = x
     if state is not None:
-        inner[:, :, :front] = repeated(state, 1, g.repeat_space)
+        inner[:, :, :front] = repeat_nearest(state, 1, g.repeat_space)
     elif g.replicate and x.shape[2] > 0:
         inner[:, :, :front] = x[:, :, :1]
     else:
@@ -210,8 +200,12 @@ def _repeats(g: Geometry) -> tuple[int, int, int]:
     return g.repeat_time, g.repeat_space, g.repeat_space
 
 
-def repeated(x: Tensor, time: int, space: int) -> Tensor:
-    """Returns [B, C, time * T, space * H, space * W]: every value of x repeated."""
+def repeat_nearest(x: Tensor, time: int, space: int) -> Tensor:
+    """Returns [B, C, time * T, space * H, space * W]: every value of x [B, C, T, H, W] repeated.
+
+    Equivalent to: `F.interpolate(x, scale_factor=(time, space, space), mode="nearest")`, as one
+    broadcast copy: it keeps channels_last_3d memory and the dtype under autocast.
+    """
     if time == 1 and space == 1:
         return x
     batch, channels, frames, height, width = x.shape

@@ -5,13 +5,13 @@ See Note [Factorised entropy] in fsq_entropy.py.
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vtok_ext import _native
+from vtok_ext.ops._dtypes import without_autocast
 from vtok_ext.ops._library import register
 from vtok_ext.ops.fsq_codebook_statistics import count_codes
 
@@ -47,12 +47,6 @@ class Geometry:
         )  # type: ignore[return-value]
 
 
-def _without_autocast(tensor: Tensor) -> AbstractContextManager:
-    """The GEMMs stay in float32 under autocast."""
-    kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-
 class Work(NamedTuple):
     """What `assign_into` writes: per token, on average, and the factors of one chunk."""
 
@@ -84,7 +78,7 @@ def assign_into(
     clamp_per_sample: bool,
 ) -> None:
     native, context = _native.module(), _native.call_context(tokens)
-    with _without_autocast(tokens):
+    with without_autocast(tokens.device.type):  # GEMMs stay in float32
         for part in g.chunks():
             count = part.stop - part.start
             low, high = work.low[:, :count], work.high[:, :count]
@@ -155,7 +149,7 @@ def _assign_backward(
     needs_halves = clamped or grad_average is not None
     buffers = [*g.halves(tokens), *g.halves(tokens)] if needs_halves else []
     geometry = (levels, g.num_low, inverse_temperature, context)
-    with _without_autocast(tokens):
+    with without_autocast(tokens.device.type):  # GEMMs stay in float32
         for part in g.chunks():
             grad_low: Tensor | None = None
             grad_high: Tensor | None = None

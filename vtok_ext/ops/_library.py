@@ -27,14 +27,6 @@ class OpFunction(torch.autograd.Function):
 FUNCTIONS_TRACE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 6)
 
 
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype of autocast on "cpu", "cuda", ... where it is on; None elsewhere, as on "meta"."""
-    known = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
-    if not known or not torch.is_autocast_enabled(device_type):
-        return None
-    return torch.get_autocast_dtype(device_type)
-
-
 _LIBRARY = torch.library.Library("vtok_ext", "DEF")
 
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from vtok_ext import _native
+from vtok_ext.ops._dtypes import check_floating
 from vtok_ext.ops._library import OpFunction, register
 
 STRATEGIES = ("learned", "fixed", "learned_with_images")
 MAX_DIMS = 6
-_FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # Partial sums per factor at most, and elements per partial sum: as in csrc/alpha_blend.
 _MAX_BLOCKS, _BLOCK_ELEMENTS = 1024, 16384
 
@@ -45,11 +45,7 @@ def _check_alpha_blend(
     for name, tensor in (("a", a), ("b", b), ("mix_factor", mix_factor)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"alpha_blend: {name} must be a torch.Tensor, got {type(tensor)}")
-        if tensor.dtype not in _FLOATING or (tensor.is_cuda and tensor.dtype == torch.float64):
-            allowed = "float32, float16 or bfloat16" + ("" if tensor.is_cuda else " or float64")
-            raise TypeError(
-                f"alpha_blend: {name} must be {allowed} on {tensor.device.type}, got {tensor.dtype}"
-            )
+        check_floating("alpha_blend", name, tensor)
         if tensor.device != a.device:
             raise ValueError(f"alpha_blend: {name} must be on {a.device}, got {tensor.device}")
     if a.shape != b.shape or a.dim() > MAX_DIMS:

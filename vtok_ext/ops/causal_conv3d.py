@@ -21,9 +21,9 @@ from torch import Tensor
 from vtok_ext import _native
 from vtok_ext.ops._causal_conv3d_function import CausalConv3dFunction
 from vtok_ext.ops._causal_conv3d_geometry import Geometry, SpatialPadding, make_geometry
-from vtok_ext.ops._library import FUNCTIONS_TRACE, autocast_dtype
+from vtok_ext.ops._dtypes import FLOATING, autocast_dtype, check_floating
+from vtok_ext.ops._library import FUNCTIONS_TRACE
 
-_FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 ACTIVATIONS = (None, "silu")
 Blend = tuple[Tensor, Tensor]
 
@@ -150,7 +150,7 @@ def _check_causal_conv3d(
                 f"causal_conv3d: blend must be (tensor, mix_factor), got {type(blend).__name__}"
             )
         _check_like_output("blend", blend[0], shape, x)
-        if blend[1].numel() != 1 or blend[1].dtype not in _FLOATING:
+        if blend[1].numel() != 1 or blend[1].dtype not in FLOATING:
             raise ValueError(
                 "causal_conv3d: mix_factor must be one floating element, "
                 f"got {list(blend[1].shape)} {blend[1].dtype}"
@@ -161,9 +161,7 @@ def _check_causal_conv3d(
 def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"causal_conv3d: x must be a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in _FLOATING or (x.is_cuda and x.dtype == torch.float64):
-        allowed = "float32, float16 or bfloat16" + ("" if x.is_cuda else " or float64")
-        raise TypeError(f"causal_conv3d: x must be {allowed} on {x.device.type}, got {x.dtype}")
+    check_floating("causal_conv3d", "x", x)
     if x.dim() != 5 or x.shape[1] == 0:
         raise ValueError(f"causal_conv3d: x must be [B, C, T, H, W], C >= 1, got {list(x.shape)}")
     if x.shape[1] % g.groups or weight.shape[0] % g.groups:

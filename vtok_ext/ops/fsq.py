@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from vtok_ext import _native
+from vtok_ext.ops._dtypes import FLOATING, check_floating
 from vtok_ext.ops._library import OpFunction, register
 
 MAX_CHANNELS = 16
 MAX_LEVELS = 256
-_FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _INT32_MAX = 2**31 - 1
 
 
@@ -89,9 +89,7 @@ def _check_fsq(
     _check_levels(op, levels, num_codebooks)
     if not isinstance(z, Tensor):
         raise TypeError(f"{op}: z must be a torch.Tensor, got {type(z).__name__}")
-    if z.dtype not in _FLOATING or (z.is_cuda and z.dtype == torch.float64):
-        allowed = "float32, float16 or bfloat16" + ("" if z.is_cuda else " or float64")
-        raise TypeError(f"{op}: z must be {allowed} on {z.device.type}, got {z.dtype}")
+    check_floating(op, "z", z)
     if not 1 <= z.dim() <= 6:
         raise ValueError(f"{op}: z must have 1 to 6 dimensions, got {list(z.shape)}")
     if not -z.dim() <= channel_dim < z.dim():
@@ -284,7 +282,7 @@ def _check_indices(
     _check_levels(op, levels, num_codebooks)
     if indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: indices must be int32 or int64, got {indices.dtype}")
-    if dtype not in _FLOATING or (indices.is_cuda and dtype == torch.float64):
+    if dtype not in FLOATING or (indices.is_cuda and dtype == torch.float64):
         raise TypeError(
             f"{op}: dtype must be a floating type of {indices.device.type}, got {dtype}"
         )

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtok_ext import _native
-from vtok_ext.ops._library import OpFunction, autocast_dtype
+from vtok_ext.ops._dtypes import FLOATING, autocast_dtype, check_floating
+from vtok_ext.ops._library import OpFunction
 from vtok_ext.ops._norm_act_kernels import LAYOUT, NORMS, norm_act_backward, norm_act_forward
 
 TEMPORAL_PADDINGS = ("zeros", "replicate")
-_FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def norm_act_reference(
@@ -82,9 +82,7 @@ def _result_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
 def _check_x(x: Tensor, norm: str, num_groups: int) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"norm_act: x must be a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in _FLOATING or (x.is_cuda and x.dtype == torch.float64):
-        allowed = "float32, float16 or bfloat16" + ("" if x.is_cuda else " or float64")
-        raise TypeError(f"norm_act: x must be {allowed} on {x.device.type}, got {x.dtype}")
+    check_floating("norm_act", "x", x)
     if x.dim() != 5 or x.shape[1] == 0:
         raise ValueError(f"norm_act: x must be [B, C, T, H, W], C >= 1, got {list(x.shape)}")
     if norm not in NORMS:
@@ -102,7 +100,7 @@ def _check_vector(name: str, vector: Tensor | None, x: Tensor) -> None:
         raise TypeError(f"norm_act: {name} must be a torch.Tensor, got {type(vector).__name__}")
     if list(vector.shape) != [x.shape[1]]:
         raise ValueError(f"norm_act: {name} must be [{x.shape[1]}], got {list(vector.shape)}")
-    if vector.dtype not in _FLOATING or (x.is_cuda and vector.dtype == torch.float64):
+    if vector.dtype not in FLOATING or (x.is_cuda and vector.dtype == torch.float64):
         raise TypeError(f"norm_act: {name} must be a floating type, got {vector.dtype}")
     if vector.device != x.device:
         raise ValueError(f"norm_act: {name} must be on {x.device}, got {vector.device}")
@@ -129,7 +127,7 @@ def _check_buffer(
             f"norm_act: state must be {[batch, channels, front, height, width]}, "
             f"got {list(state.shape)}"
         )
-    if state.dtype not in _FLOATING:
+    if state.dtype not in FLOATING:
         raise TypeError(f"norm_act: state must be a floating type, got {state.dtype}")
     if state.device != x.device:
         raise ValueError(f"norm_act: state must be on {x.device}, got {state.device}")
@@ -156,7 +154,7 @@ def _check_norm_act(
     if eps < 0:
         raise ValueError(f"norm_act: eps must be at least 0, got {eps}")
     result = _result_dtype(x, dtype)
-    if result not in _FLOATING or (result == torch.float64) != (x.dtype == torch.float64):
+    if result not in FLOATING or (result == torch.float64) != (x.dtype == torch.float64):
         raise TypeError(
             "norm_act: dtype must be float32, float16 or bfloat16, or float64 for float64 x, "
             f"got {result} for {x.dtype}"

@@ -13,12 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vtok_ext.ops._dtypes import check_floating
+
 PADDINGS = ("zeros", "replicate", "none", "zeros_behind")
 FRONTS = ("zeros", "replicate")
 INTERPOLATIONS = ("nearest", "linear")
 MAX_FRONT = 4  # kResampleMaxPadding: a convolution over 5 frames
 MEAN, NEAREST, LINEAR = range(3)  # ResampleMode in csrc/temporal_resample
-_FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class Timing(NamedTuple):
@@ -39,9 +40,7 @@ def check_video(op: str, name: str, x: Tensor, like: Tensor | None = None) -> No
     """Raises unless `x` is a floating [B, C, T, H, W], equal to `like` but for T."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x)}")
-    if x.dtype not in _FLOATING or (x.is_cuda and x.dtype == torch.float64):
-        allowed = "float32, float16 or bfloat16" + ("" if x.is_cuda else " or float64")
-        raise TypeError(f"{op}: {name} must be {allowed} on {x.device.type}, got {x.dtype}")
+    check_floating(op, name, x)
     if x.dim() != 5:
         raise ValueError(f"{op}: {name} must be [B, C, T, H, W], got {list(x.shape)}")
     if like is None:

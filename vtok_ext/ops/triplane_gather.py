@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from vtok_ext import _native
+from vtok_ext.ops._dtypes import check_floating
 from vtok_ext.ops._library import OpFunction, register
 
 REDUCTIONS = ("cat", "sum", "product")
 _OP = "triplane_gather"
-_FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _INTEGER = (torch.int32, torch.int64)
 _MAX_RESOLUTION = 2**24  # R - 1 is exact as float32
 Coords = Tensor | Sequence[Tensor]
@@ -91,11 +91,7 @@ def _check_planes(plane_xy: Tensor, plane_yt: Tensor, plane_xt: Tensor) -> None:
     for name, plane in planes.items():
         if not isinstance(plane, Tensor):
             raise TypeError(f"{_OP}: {name} must be a torch.Tensor, got {type(plane).__name__}")
-        if plane.dtype not in _FLOATING or (plane.is_cuda and plane.dtype == torch.float64):
-            allowed = "float32, float16 or bfloat16" + ("" if plane.is_cuda else " or float64")
-            raise TypeError(
-                f"{_OP}: {name} must be {allowed} on {plane.device.type}, got {plane.dtype}"
-            )
+        check_floating(_OP, name, plane)
         if plane.dtype != plane_xy.dtype:
             raise TypeError(
                 f"{_OP}: {name} must be {plane_xy.dtype} as plane_xy, got {plane.dtype}"
