@@ -222,7 +222,7 @@ class GridTokenizer(VideoTokenizer):
             ValueError: the model declares none.
         """
         raise ValueError(
-            f"tiling: model must declare the steps of its networks, got {self.name}; "
+            f"tiled: model must declare the steps of its networks, got {self.name}; "
             "mode='blended' is possible, not exact"
         )
 

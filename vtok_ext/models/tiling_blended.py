@@ -81,11 +81,8 @@ class BlendedNetwork(nn.Module):
 
     def _tile(self, x: Tensor, row: Range, column: Range, state, prefix: str, return_state: bool):
         """Returns the weighted output of a tile, and its state."""
-        part = x[
-            *(slice(None),) * 3,
-            row[0] * self.unit : row[1] * self.unit,
-            column[0] * self.unit : column[1] * self.unit,
-        ]
+        rows = slice(row[0] * self.unit, row[1] * self.unit)
+        part = x[:, :, :, rows, column[0] * self.unit : column[1] * self.unit]
         previous = None if state is None else below(state, prefix)
         result = self._compute(part, previous, return_state)
         part, collected = result if return_state else (result, {})
