@@ -319,6 +319,51 @@ def train(
 
 
 @app.command()
+def study(
+    name: Annotated[
+        str | None, typer.Argument(help="Study of bench/studies, or a YAML file of your own.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Make what is missing; results that are there stay.")
+    ] = False,
+    rows: Annotated[str | None, typer.Option(help="Only these rows, separated by commas.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Only these seeds, such as 0,1.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that share the work.")] = 1,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Minutes instead of hours; the numbers mean nothing.")
+    ] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Write the report of what is there.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for results and report.")
+    ] = None,
+    list_all: Annotated[bool, typer.Option("--list", help="Show the studies there are.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run an experiment of rows and seeds; its report says which claims hold."""
+    from .study import run_list, run_study_command
+
+    if list_all:
+        return run_list(as_json=as_json)
+    if name is None:
+        raise ValueError("study: NAME must be given, got none; --list shows the studies")
+    failed = run_study_command(
+        name=name,
+        rows=rows,
+        seeds=seeds,
+        jobs=jobs,
+        resume=resume,
+        smoke=smoke,
+        report_only=report_only,
+        out=out,
+        as_json=as_json,
+    )
+    if failed:
+        raise RuntimeError(f"study: {len(failed)} runs failed, the first: {failed[0]}")
+
+
+@app.command()
 def models(as_json: JsonOption = False) -> None:
     """List the models that can be created by name."""
     from .models import run_models
