@@ -14,7 +14,7 @@ Source: CoordTok (arXiv 2411.14762), specification section 8.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,24 +83,28 @@ def draw_points(
     loss: PointLossConfig,
     model: CoordTokConfig,
     num_frames: Tensor,  # [B]
-    generator: torch.Generator | None = None,
+    generators: Sequence[torch.Generator] | None = None,
 ) -> Tensor:
     """Returns the points [B, N, 3] of a batch, counted in patches (t, x, y), int64.
 
     Args:
         loss, model: what to draw for which model.
         num_frames: real frames of each clip.
-        generator: source of the draws; default the global CPU one.
+        generators: one per clip; default the global CPU one for all.
 
     Raises:
         ValueError: a clip is shorter than a patch.
     """
-    grid = model.point_grid()
-    if loss.sampling == "patches":
-        frames = model.dec_patch_size[0]
-        return random_points(num_frames, loss.num_points, grid, frames, generator)
+    grid, frames = model.point_grid(), model.dec_patch_size[0]
     wanted = min(loss.num_points // (grid[1] * grid[2]), int(num_frames.min()))
-    return random_frame_points(num_frames, wanted, grid, generator)
+    drawn = []
+    for i, count in enumerate(num_frames.split(1)):
+        generator = None if generators is None else generators[i]
+        if loss.sampling == "patches":
+            drawn.append(random_points(count, loss.num_points, grid, frames, generator))
+        else:
+            drawn.append(random_frame_points(count, wanted, grid, generator))
+    return torch.cat(drawn)
 
 
 class PointLoss:
