@@ -6,6 +6,7 @@ from torch import nn
 
 import vtok_ext as vt
 from vtok_ext.cli.max_batch import NUM_POINTS, training_step
+from vtok_ext.training.blocks import recompute_activations
 from vtok_ext.training.training_memory import (
     TrainingMemory,
     predict_training_memory,
@@ -64,6 +65,20 @@ def test_coordtok_hardly_grows_with_the_clip():
     memory = {t: predict_training_memory(build, step) for t, (build, step, _) in build_step.items()}
     assert memory[128].per_clip <= 1.4 * memory[32].per_clip
     assert memory[128].largest_batch(24 * 2**30) >= 1
+
+
+def test_coordtok_grows_less_with_a_recomputed_encoder():
+    found = []
+    for frames in (32, 128):
+        build, step, _ = training_step("coordtok_large_128", frames, 128)
+
+        def recomputing(build=build):
+            model = build()
+            recompute_activations(model.encoder)
+            return model
+
+        found.append(predict_training_memory(recomputing, step).per_clip)
+    assert found[0] < found[1] <= 1.1 * found[0]
 
 
 def test_decoder_activations_do_not_depend_on_the_clip():
