@@ -22,6 +22,9 @@ app = typer.Typer(
     add_completion=False,
 )
 
+bench_app = typer.Typer(no_args_is_help=True, help="Measure or predict what a model takes.")
+app.add_typer(bench_app, name="bench")
+
 ModelOption = Annotated[
     str, typer.Option(help="Folder of a saved model, a released checkpoint, or a preset name.")
 ]
@@ -316,6 +319,36 @@ def train(
     )
     if left is not None:
         raise Interrupted(left)
+
+
+@bench_app.command("max-batch")
+def max_batch(
+    systems: Annotated[
+        list[str] | None, typer.Argument(help="Models [default: CoordTok's and a VidTok].")
+    ] = None,
+    frames: Annotated[
+        list[int] | None, typer.Option(help="Clip lengths [default: 16, 32, 64, 128].")
+    ] = None,
+    size: Annotated[int, typer.Option(help="Height and width of the clips.")] = 128,
+    memory: Annotated[float, typer.Option(help="Memory budget in GiB.")] = 24.0,
+    precision: Annotated[str, typer.Option(help="float32, or bfloat16 for autocast.")] = "bfloat16",
+    check: Annotated[
+        bool, typer.Option("--check", help="Run steps on the GPU and compare its peak.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Predict the largest training batch within a memory budget, by clip length."""
+    from .max_batch import SYSTEMS, run_max_batch
+
+    run_max_batch(
+        systems=systems or list(SYSTEMS),
+        lengths=frames or [16, 32, 64, 128],
+        size=size,
+        memory_gib=memory,
+        precision=precision,
+        check=check,
+        as_json=as_json,
+    )
 
 
 @app.command()
