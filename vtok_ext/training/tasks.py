@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from vtok_ext.models._config import closest
+from vtok_ext.training.generator_task import GPTTask, SiTTask
 from vtok_ext.training.task import Task
 from vtok_ext.training.tokenizer_task import TokenizerTask
 
-TASKS: dict[str, type[Task]] = {"tokenizer": TokenizerTask}
+TASKS: dict[str, type[Task]] = {"tokenizer": TokenizerTask, "sit": SiTTask, "gpt": GPTTask}
 
 
 def task_class(name: Any) -> type[Task]:
