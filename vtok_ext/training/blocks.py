@@ -24,6 +24,8 @@ from vtok_ext.layers import (
     TemporalUpsample,
 )
 from vtok_ext.layers.transformer import QueryBlock, TransformerBlock
+from vtok_ext.models.gpt import CausalBlock
+from vtok_ext.models.sit_network import SiTBlock
 
 BLOCKS = (
     ResidualBlock1d,
@@ -32,6 +34,8 @@ BLOCKS = (
     FrameAttention,
     TransformerBlock,
     QueryBlock,
+    SiTBlock,
+    CausalBlock,
 )
 # Changes of resolution read their parameters by themselves too; recomputing them saves nothing.
 _RESAMPLING = (SpatialDownsample, SpatialUpsample, TemporalDownsample, TemporalUpsample)
