@@ -32,6 +32,7 @@ from vtok_ext.models import (
     Tokens,
     VideoTokenizer,
     create_model,
+    grow,
     list_models,
     load_model,
 )
@@ -74,6 +75,7 @@ __all__ = [
     "fsq_codes_to_indices",
     "fsq_entropy_loss",
     "fsq_indices_to_codes",
+    "grow",
     "list_models",
     "load_model",
     "metrics",

@@ -13,8 +13,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vtok_ext.layers import FrameAttention, ResidualBlock1d, ResidualBlock2d, ResidualBlock3d
+from vtok_ext.layers.volume import VolumeBlock
 
-BLOCKS = (ResidualBlock1d, ResidualBlock2d, ResidualBlock3d, FrameAttention)
+BLOCKS = (ResidualBlock1d, ResidualBlock2d, ResidualBlock3d, VolumeBlock, FrameAttention)
 # Blocks of a class share their code and differ in shape and width: that many versions of it.
 _COMPILED_VERSIONS = 128
 
