@@ -66,6 +66,27 @@ class VolumeDown(CausalConv3d):
         super().__init__(channels, channels, (kt, 3, 3), (time, space, space), front=kt - 1)
 
 
+class RepeatFrames(nn.Module):
+    """Returns every frame `factor` times, at the start of a clip the first one once.
+
+    Args:
+        factor: 1 or 2.
+    """
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(
+        self,
+        x: Tensor,  # [B, C, T, H, W]
+        starts: bool,
+    ) -> Tensor:
+        """Returns [B, C, factor T, H, W], without the first factor - 1 frames if a clip starts."""
+        repeated = repeat_nearest(x, self.factor, 1)
+        return repeated[:, :, self.factor - 1 :] if starts and self.factor > 1 else repeated
+
+
 class VolumeUp(nn.Module):
     """Returns [B, C, st T - (st - 1), s H, s W], without the frame dropped at a clip's start.
 
@@ -78,13 +99,13 @@ class VolumeUp(nn.Module):
 
     def __init__(self, channels: int, *, time: int, space: int, kt: int = 3) -> None:
         super().__init__()
-        self.time = time
+        self.repeat = RepeatFrames(time)
         upsample = "space" if space == 2 else None
         self.conv = CausalConv3d(channels, channels, (kt, 3, 3), upsample=upsample)
 
     def forward(self, x: Tensor, state: Tensor | None = None, return_state: bool = False):
         """Returns the enlarged x, or `(y, state)` with `return_state=True`."""
-        return self.conv(repeat_frames(x, self.time, state is None), state, return_state)
+        return self.conv(self.repeat(x, state is None), state, return_state)
 
     def start_as_repetition(self) -> None:
         """Returns None with the convolution being the identity."""
@@ -98,13 +119,3 @@ def start_as_identity(conv: CausalConv3d) -> None:
         nn.init.zeros_(parameter)
     weight = conv.conv.weight  # [C, C, kt, kh, kw]
     weight[:, :, -1, weight.shape[3] // 2, weight.shape[4] // 2] = torch.eye(weight.shape[0])
-
-
-def repeat_frames(
-    x: Tensor,  # [B, C, T, H, W]
-    factor: int,
-    starts: bool,
-) -> Tensor:
-    """Returns x with every frame `factor` times, at the start of a clip the first one once."""
-    repeated = repeat_nearest(x, factor, 1)
-    return repeated[:, :, factor - 1 :] if starts and factor > 1 else repeated

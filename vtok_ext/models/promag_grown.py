@@ -28,10 +28,10 @@ from vtok_ext.layers import CausalConv3d, norm_act
 from vtok_ext.layers._state import State, StateFlow
 from vtok_ext.layers.volume import (
     NormFactory,
+    RepeatFrames,
     VolumeBlock,
     VolumeDown,
     VolumeUp,
-    repeat_frames,
     start_as_identity,
 )
 from vtok_ext.models._config import ModelConfig
@@ -145,6 +145,7 @@ class GrownEncoder(nn.Module):
         super().__init__()
         self.mixing, self.use_subsampled = mixing, use_subsampled
         if use_subsampled:
+            self.repeat = RepeatFrames(2)
             self.affine = CausalConv3d(channels, channels, 1)
             with torch.no_grad():
                 for parameter in self.affine.parameters():  # 1 in the bias, 0 in the matrix
@@ -176,7 +177,7 @@ class GrownEncoder(nn.Module):
     def _scale(self, sub: Tensor, starts: bool) -> Tensor:
         if self.mixing == "global":
             return self.affine(sub.mean((2, 3, 4), keepdim=True))
-        return repeat_frames(self.affine(sub), 2, starts)
+        return self.repeat(self.affine(sub), starts)
 
 
 class GrownDecoder(nn.Module):
