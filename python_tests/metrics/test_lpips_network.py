@@ -4,9 +4,9 @@ import hashlib
 
 import pytest
 import torch
+from vtok_ext.training.lpips import LPIPS, VGG16_CHANNELS, published_lpips, random_lpips
 
 from vtok_ext.training import lpips as module
-from vtok_ext.training.lpips import LPIPS, VGG16_CHANNELS, published_lpips, random_lpips
 
 NARROW = (4, 8, 8, 8, 8)
 NUMBERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vtok_ext.layers import CausalConv3d, GroupNormAct, kl_posterior
 from vtok_ext.layers._state import State, StateFlow
+from vtok_ext.layers.kl import Generators
 from vtok_ext.layers.volume import NormFactory, VolumeBlock, VolumeDown, VolumeUp
 from vtok_ext.models.grid import GridTokenizer
 from vtok_ext.models.promag_config import PRESETS, ProMAGConfig, num_groups
@@ -182,7 +183,7 @@ class ProMAG(GridTokenizer):
         raw: Tensor,
         *,
         sample: bool = False,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         step: int = 0,
         compute_loss: bool = False,
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:

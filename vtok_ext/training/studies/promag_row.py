@@ -26,11 +26,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from vtok_ext.training.studies.clip_store import clip_store, fingerprint
+from vtok_ext.training.studies.kinds import Progress, shared_folder
+from vtok_ext.training.studies.row_result import RowResult
 
 from vtok_ext.data.atomic_output import output_file
 from vtok_ext.data.picture import write_png
 from vtok_ext.metrics import boundary_jump, psnr, ssim
 from vtok_ext.models._config import closest
+from vtok_ext.models._video_input import to_float
 from vtok_ext.models.promag import ProMAG
 from vtok_ext.models.promag_config import ProMAGConfig
 from vtok_ext.models.promag_grown import Grown, grow
@@ -43,10 +47,6 @@ from vtok_ext.models.promag_overlap import (
 from vtok_ext.training.clip_order import ClipOrder
 from vtok_ext.training.growth_loss import KL_WEIGHT, growth_loss
 from vtok_ext.training.growth_work import step_multiply_adds
-from vtok_ext.training.step import to_video
-from vtok_ext.training.studies.clip_store import clip_store, fingerprint
-from vtok_ext.training.studies.kinds import Progress, shared_folder
-from vtok_ext.training.studies.row_result import RowResult
 
 METHODS = ("interpolated", "direct", "grown")
 BUDGETS = ("summed", "growth")
@@ -221,7 +221,7 @@ class _Stages:
             scale = rising * 0.5 * (1 + math.cos(math.pi * step / num_steps))
             optimizer.param_groups[0]["lr"] = lr * scale
             places = [index for _, index in order.places(step, 0)]
-            video = to_video(self.clips[places], torch.device("cpu"))
+            video = to_float(self.clips[places], torch.float32)
             loss, terms = growth_loss(video, model(video), kl_weight=row.kl_weight)
             if not math.isfinite(loss.item()):
                 raise RuntimeError(f"study: the loss became {loss.item()} at step {step}")
@@ -257,7 +257,7 @@ def _measure(model: Any, row: PromagRow, folder: Path, picture: bool) -> RowResu
     result = RowResult(held_out=fingerprint(clips))
     values: dict[str, list[float]] = {}
     for first in range(0, num_clips, row.batch_size):
-        video = to_video(clips[first : first + row.batch_size], torch.device("cpu"))
+        video = to_float(clips[first : first + row.batch_size], torch.float32)
         decoded = _reconstruct(model, row, video).clamp(-1, 1)
         for a, b in zip(decoded.split(1), video.split(1), strict=True):
             if is_long:
