@@ -28,12 +28,16 @@ from vtok_ext.layers import (
 )
 from vtok_ext.models import (
     Encoding,
+    LatentGenerator,
     Output,
     Tokens,
     VideoTokenizer,
+    create_generator,
     create_model,
     grow,
+    list_generators,
     list_models,
+    load_generator,
     load_model,
 )
 from vtok_ext.ops.alpha_blend import alpha_blend
@@ -58,6 +62,7 @@ __all__ = [
     "AlphaBlender",
     "CausalConv3d",
     "Encoding",
+    "LatentGenerator",
     "NormAct",
     "Output",
     "TemporalDownsample",
@@ -69,6 +74,7 @@ __all__ = [
     "alpha_blend",
     "build_info",
     "causal_conv3d",
+    "create_generator",
     "create_model",
     "fsq",
     "fsq_codebook_statistics",
@@ -76,7 +82,9 @@ __all__ = [
     "fsq_entropy_loss",
     "fsq_indices_to_codes",
     "grow",
+    "list_generators",
     "list_models",
+    "load_generator",
     "load_model",
     "metrics",
     "norm_act",

@@ -190,7 +190,7 @@ def _find(what: str, given: str | os.PathLike | None, places: list[Path]) -> Pat
             return path
     raise FileNotFoundError(
         f"published_lpips: {what} must be a file, got none at {', '.join(map(str, candidates))}; "
-        f"give its path, or take perceptual_weight 0 to train without LPIPS"
+        f"give its path, or train with perceptual_weight 0, which needs none"
     )
 
 
