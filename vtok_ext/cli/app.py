@@ -396,6 +396,44 @@ def study(
         raise RuntimeError(f"study: {len(failed)} runs failed, the first: {failed[0]}")
 
 
+@app.command(name="grow")
+def grow_command(
+    model: Annotated[str, typer.Argument(help="Folder of a trained causal tokenizer.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Single values, such as run.steps=100.")
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option(help="YAML file, or a built-in recipe, of task grow.")
+    ] = "promag_grow",
+    mixing: Annotated[
+        str | None, typer.Option(help="per_position or global [default: the recipe's].")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder of the run: log, model, comparison.png.")
+    ] = Path("vtok-grown"),
+    resume: Annotated[
+        str, typer.Option(help="auto continues the newest undamaged checkpoint; or never.")
+    ] = "never",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Double a tokenizer's temporal compression: train new parts on the frozen model."""
+    from .grow import run_grow
+
+    left = run_grow(
+        model=model,
+        recipe=recipe,
+        overrides=overrides or [],
+        out=out,
+        mixing=mixing,
+        resume=resume,
+        device=device,
+        as_json=as_json,
+    )
+    if left is not None:
+        raise Interrupted(left)
+
+
 @app.command()
 def models(as_json: JsonOption = False) -> None:
     """List the models that can be created by name."""

@@ -53,9 +53,7 @@ class _BehindFront:
         if state is not None and state.shape[3] == 0:
             state = None  # a stream that has not begun
         buffer = self.norm(x, front=front, temporal=conv.temporal, state=state)
-        y = conv.conv(
-            buffer, temporal="valid", spatial_padding=conv.spatial_padding, **residual
-        )
+        y = conv.conv(buffer, temporal="valid", spatial_padding=conv.spatial_padding, **residual)
         return (y, owned(buffer[:, :, x.shape[2] :])) if return_state else y
 
 

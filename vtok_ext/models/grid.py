@@ -23,12 +23,18 @@ from vtok_ext.models.streaming import StreamDecoder, StreamEncoder
 class GridTokenizer(VideoTokenizer):
     """Base of models with a latent [B, C, t, ceil(H / s), ceil(W / s)].
 
-    t is 1 + ceil((T - 1) / f) for causal models, ceil(T / f) otherwise. A model adds
+    t is 1 + ceil((T - 1) / f) for models whose first latent stands for one frame, as that of causal
+    ones does, ceil(T / f) otherwise. A model adds
     `encode_chunk`, `decode_chunk`, `encode_reference`, `decode_reference`, `regularize` and the
     facts `is_causal`, `temporal_factor`, `spatial_factor`, `latent_channels`.
     """
 
     video_channels: int = 3
+
+    @property
+    def starts_alone(self) -> bool:
+        """Whether the first latent frame stands for the first frame alone."""
+        return self.is_causal
 
     @property
     @abstractmethod
@@ -52,7 +58,7 @@ class GridTokenizer(VideoTokenizer):
 
     def token_grid(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Returns (t, h, w) of the latent of a clip of that many frames and that size."""
-        f, s, alone = self.temporal_factor, self.spatial_factor, int(self.is_causal)
+        f, s, alone = self.temporal_factor, self.spatial_factor, int(self.starts_alone)
         return alone - (alone - num_frames) // f, -(-height // s), -(-width // s)
 
     @abstractmethod
@@ -141,7 +147,7 @@ class GridTokenizer(VideoTokenizer):
         num_frames, height, width = video.shape[2:]
         x = video_input.to_float(video, self.dtype)
         if frames == "preserve":
-            x = video_input.pad_tail(video_input.pad_size(x, s), f, alone=int(self.is_causal))
+            x = video_input.pad_tail(video_input.pad_size(x, s), f, alone=int(self.starts_alone))
             raw = self.encode_chunk(x)
         elif min(height, width) < s:
             raise ValueError(f"encode: height and width must be >= {s}, got {[height, width]}")
@@ -198,7 +204,7 @@ class GridTokenizer(VideoTokenizer):
     def run_networks(self, batch: int, num_frames: int, height: int, width: int) -> None:
         """Runs encoder and decoder on clips without meaningful values, padded as by `encode`."""
         grid = self.token_grid(num_frames, height, width)
-        f, s, alone = self.temporal_factor, self.spatial_factor, int(self.is_causal)
+        f, s, alone = self.temporal_factor, self.spatial_factor, int(self.starts_alone)
         frames = alone + f * (grid[0] - alone)
         weight = next(self.parameters())
         size = s * grid[1], s * grid[2]
