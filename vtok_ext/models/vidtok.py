@@ -39,6 +39,7 @@ from vtok_ext.models import _vidtok_in_place as in_place
 from vtok_ext.models._video_input import pad_front
 from vtok_ext.models.grid import GridTokenizer
 from vtok_ext.models.streaming import StreamDecoder, StreamEncoder
+from vtok_ext.models.tiling_steps import Step
 from vtok_ext.models.vidtok_config import PRESETS, VidTokConfig
 from vtok_ext.models.vidtok_published import (
     CHUNK_FRAMES,
@@ -316,6 +317,12 @@ class VidTok(GridTokenizer):
     def reference_version(self) -> str:
         """Version of the published behaviour that the weights belong to."""
         return self.config.version
+
+    def network_steps(self, network: Any) -> list[Step]:
+        """Returns the steps of `encoder` or `decoder`, between which tiling may cut it."""
+        from vtok_ext.models.vidtok_steps import network_steps
+
+        return network_steps(network)
 
     def _check_state(self, op: str, state: State | None, return_state: bool) -> None:
         if not self.is_causal and (state is not None or return_state):
