@@ -84,14 +84,23 @@ def frames_for(name: str) -> int:
 
 
 def passes(vae, clip: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(moments or codes, frames) of diffusers' own encode and decode."""
+    """(moments or codes of `clip`, frames of another latent) by diffusers' own encode and decode.
+
+    The latent is the same in every call, so that differences of encoding do not add to those of
+    decoding.
+    """
     if type(vae).__name__ == "AutoencoderVidTok":
         factor = vae.temporal_compression_ratio
         if vae.is_causal:
             clip = torch.cat([clip[:, :, :1]] * (factor - 1) + [clip], dim=2)
         encoded = vae.encode(clip)
         raw = encoded[0] if vae.regularizer == "fsq" else encoded.latent_dist.parameters
-        latent = raw if vae.regularizer == "fsq" else encoded.latent_dist.mode()
-        return raw, vae.decode(latent)
-    posterior = vae.encode(clip).latent_dist
-    return posterior.parameters, vae.decode(posterior.mode()).sample
+        return raw, vae.decode(latent_like(raw, 1 + (vae.regularizer != "fsq")))
+    raw = vae.encode(clip).latent_dist.parameters
+    return raw, vae.decode(latent_like(raw, 2)).sample
+
+
+def latent_like(raw: torch.Tensor, share: int) -> torch.Tensor:
+    """Returns a fixed latent of the shape of `raw` with a `share` of its channels."""
+    shape = [raw.shape[0], raw.shape[1] // share, *raw.shape[2:]]
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(raw.dtype)

@@ -79,7 +79,7 @@ def wrap_diffusers(vae: nn.Module, name: str | None = None) -> VideoTokenizer:
 
 
 def load_diffusers_vae(folder: str | os.PathLike, *, patch: bool = True) -> VideoTokenizer:
-    """Returns the wrapped model of a folder that `save_pretrained` of diffusers wrote, in eval mode.
+    """Returns the wrapped model, in eval mode, of a folder that diffusers' `save_pretrained` wrote.
 
     Args:
         folder: with config.json and diffusion_pytorch_model.safetensors.

@@ -19,7 +19,7 @@ EXTRA = "pip install 'vtok_ext[diffusers]'"
 
 
 def vae_class_of(folder: str | os.PathLike) -> str | None:
-    """Returns the class of `VAE_CLASSES` that diffusers saved in `folder`, None if there is none."""
+    """Returns the class of `VAE_CLASSES` that diffusers saved in `folder`, None if it did not."""
     path = os.path.join(folder, _persistence.CONFIG_NAME)
     if not os.path.isfile(path) or os.path.getsize(path) > _persistence.MAX_CONFIG_BYTES:
         return None

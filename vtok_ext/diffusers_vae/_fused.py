@@ -21,7 +21,7 @@ from vtok_ext.ops.norm_act import norm_act
 LAYOUT = torch.channels_last_3d
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_plain(module: Any, kind: type[nn.Module]) -> bool:
     """Returns whether calling `module` runs `kind.forward` on its own parameters and nothing else.
 
     Adapters and parametrizations have another class; accelerate and diffusers offload and cast by
@@ -30,7 +30,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind and not has_hooks(module) and "forward" not in module.__dict__
 
 
-def is_idle_dropout(module: nn.Module) -> bool:
+def is_idle_dropout(module: Any) -> bool:
     """Returns whether `module` is a dropout that changes nothing now."""
     return is_plain(module, nn.Dropout) and (not module.training or module.p == 0)
 
@@ -64,7 +64,7 @@ def may_write() -> bool:
 
 def frame_conv(
     x: Tensor,  # [B, C, T, H, W]
-    conv: nn.Conv2d,
+    conv: Any,
     **options: Any,
 ) -> Tensor:
     """Returns `conv` of every frame; options of `causal_conv3d` that are no sizes."""
@@ -84,14 +84,14 @@ def frame_conv(
 
 def halving_conv(
     x: Tensor,  # [B, C, T, H, W]
-    conv: nn.Conv2d,
+    conv: Any,
 ) -> Tensor:
     """Returns `conv` of every frame behind a row and a column of zeros at the bottom and right."""
     (top, left) = conv.padding
     return frame_conv(x, conv, spatial_padding=((top, top + 1), (left, left + 1)))
 
 
-def is_plain_conv2d(conv: nn.Module) -> bool:
+def is_plain_conv2d(conv: Any) -> bool:
     """Returns whether `conv` is a plain zero padded Conv2d whose sizes `frame_conv` takes."""
     return (
         is_plain(conv, nn.Conv2d)
@@ -141,7 +141,7 @@ def repeat_frames(
     x: Tensor,  # [B, C, T, H, W]
     first_alone: bool,
 ) -> Tensor:
-    """Returns every frame twice, the first one once if `first_alone`; in channels_last_3d memory."""
+    """Returns every frame twice, the first one once if `first_alone`; channels_last_3d memory."""
     x = channels_last(x).permute(0, 2, 3, 4, 1)
     x = x.repeat_interleave(2, 1)[:, int(first_alone) :]
     return x.permute(0, 4, 1, 2, 3)

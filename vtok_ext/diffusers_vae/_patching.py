@@ -138,7 +138,7 @@ def forward_digest(kind: type[nn.Module]) -> str:
 
 
 def _check_forwards(op: str, digests: Mapping[type[nn.Module], str]) -> None:
-    """Raises ValueError where the installed code differs from what replacements were written for."""
+    """Raises ValueError where the installed code is not what replacements were written for."""
     import diffusers
 
     other = [kind.__name__ for kind, digest in digests.items() if forward_digest(kind) != digest]

@@ -1,7 +1,7 @@
 """Replacements for layers of AutoencoderKLCogVideoX; see `_patching`.
 
-    spatial norm    group norm * y(z) + b(z): the two 1x1x1 convolutions run on the latent, and their
-                    results are read where the repeated latent would have been, never stored
+    spatial norm    group norm * y(z) + b(z): the two 1x1x1 convolutions run on the latent before it
+                    is repeated, and repetition is never stored
     residual block  SiLU with the norm, the sum with the second convolution
     doubling        the 3x3 kernel runs on pixels before they are repeated, and on each frame once
 
@@ -51,7 +51,7 @@ class CogVideoXCausalConv3d(cog.CogVideoXCausalConv3d):
         return _convolve(self, inputs, conv_cache)
 
 
-def _is_plain_conv(layer: nn.Module) -> bool:
+def _is_plain_conv(layer: Any) -> bool:
     """Returns whether the parameters of `layer` stand for all that its child would do."""
     conv = layer.conv
     return (
@@ -216,7 +216,7 @@ class CogVideoXResnetBlock3D(cog.CogVideoXResnetBlock3D):
 
 
 class CogVideoXDownsample3D(downsampling.CogVideoXDownsample3D):
-    """Means of pairs of frames, the first one alone in odd clips, then half the height and width."""
+    """Means of pairs of frames, the first alone in odd clips, then half the height and width."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the halved `x`."""
@@ -255,4 +255,11 @@ REPLACEMENTS: dict[type, type] = {
     downsampling.CogVideoXDownsample3D: CogVideoXDownsample3D,
     upsampling.CogVideoXUpsample3D: CogVideoXUpsample3D,
 }
-FORWARDS: dict[type[nn.Module], str] = {}
+FORWARDS: dict[type[nn.Module], str] = {
+    cog.CogVideoXCausalConv3d: "32f086a62ca1",
+    cog.CogVideoXSpatialNorm3D: "9d16855b8237",
+    cog.CogVideoXResnetBlock3D: "aa2a29e5a840",
+    downsampling.CogVideoXDownsample3D: "8f67ef0131ae",
+    upsampling.CogVideoXUpsample3D: "d0b5acddbcfd",
+    cog.CogVideoXSafeConv3d: "5a8faf8d696f",
+}

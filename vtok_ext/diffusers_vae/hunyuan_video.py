@@ -12,6 +12,8 @@ Source: diffusers 0.42.1, models/autoencoders/autoencoder_kl_hunyuan_video.py; H
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffusers.models.autoencoders import autoencoder_kl_hunyuan_video as hunyuan
 from torch import Tensor, nn
 
@@ -38,7 +40,7 @@ class HunyuanVideoCausalConv3d(hunyuan.HunyuanVideoCausalConv3d):
         return _convolve(self, hidden_states)
 
 
-def _is_plain_conv(layer: nn.Module) -> bool:
+def _is_plain_conv(layer: Any) -> bool:
     """Returns whether the parameters of `layer` stand for all that its child would do."""
     conv = layer.conv
     return (
@@ -129,9 +131,7 @@ class HunyuanVideoUpsampleCausal3D(hunyuan.HunyuanVideoUpsampleCausal3D):
             return False
         conv = self.conv.conv
         is_3x3x3 = (conv.kernel_size, conv.padding) == ((3, 3, 3), (0, 0, 0))
-        return (
-            is_3x3x3 and (*conv.stride, *conv.dilation) == (1,) * 6 and takes(x, conv.weight)
-        )
+        return is_3x3x3 and (*conv.stride, *conv.dilation) == (1,) * 6 and takes(x, conv.weight)
 
 
 REPLACEMENTS: dict[type, type] = {
@@ -140,4 +140,8 @@ REPLACEMENTS: dict[type, type] = {
     hunyuan.HunyuanVideoResnetBlockCausal3D: HunyuanVideoResnetBlockCausal3D,
     hunyuan.HunyuanVideoUpsampleCausal3D: HunyuanVideoUpsampleCausal3D,
 }
-FORWARDS: dict[type[nn.Module], str] = {}
+FORWARDS: dict[type[nn.Module], str] = {
+    hunyuan.HunyuanVideoCausalConv3d: "1d0f98749c18",
+    hunyuan.HunyuanVideoResnetBlockCausal3D: "d51794737180",
+    hunyuan.HunyuanVideoUpsampleCausal3D: "f12d90e495cd",
+}

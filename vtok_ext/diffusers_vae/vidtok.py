@@ -1,7 +1,7 @@
 """Replacements for layers of AutoencoderVidTok; see `_patching`.
 
-    networks        stay [B, C, T, H, W]; diffusers moves between frames, pixels and videos by copies
-    residual block  norm + SiLU write the padded buffer of each convolution, the sum is in the second
+    networks        stay [B, C, T, H, W]; diffusers copies between frames, pixels and videos
+    residual block  norm + SiLU write the padded buffer of a convolution, the second adds the sum
     frame rate      both branches of a blend share one padded buffer
     caches          the frames that the next chunk reads; diffusers keeps a copy of every input
 
@@ -79,7 +79,7 @@ class VidTokLayerNorm(vidtok.VidTokLayerNorm):
         return _normalised(x, self, act=False)
 
 
-def _is_plain_norm(layer: nn.Module) -> bool:
+def _is_plain_norm(layer: Any) -> bool:
     return is_plain(layer.norm, nn.LayerNorm) and layer.norm.elementwise_affine
 
 
@@ -92,6 +92,8 @@ def _normalised(x: Tensor, layer: VidTokLayerNorm, act: bool, **options: Any) ->
 class VidTokCausalConv1d(vidtok.VidTokCausalConv1d):
     """Causal convolution over time; pixels [N, C, T] as diffusers computes them."""
 
+    cache_offset: int
+
     def forward(self, x: Tensor) -> Tensor:
         """Returns the convolution of `x`; of the input only what the next chunk reads is kept."""
         y = super().forward(x)
@@ -103,6 +105,8 @@ class VidTokCausalConv1d(vidtok.VidTokCausalConv1d):
 
 class VidTokCausalConv3d(vidtok.VidTokCausalConv3d):
     """Causal convolution behind copies of the first frame or the frames of the chunk before."""
+
+    cache_offset: int
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the convolution of `x`; of the input only what the next chunk reads is kept."""
@@ -137,7 +141,7 @@ class VidTokCausalConv3d(vidtok.VidTokCausalConv3d):
         _keep(self, x, self.time_pad)
 
 
-def _is_plain_causal(layer: nn.Module, kind: type[nn.Module]) -> bool:
+def _is_plain_causal(layer: Any, kind: type[nn.Module]) -> bool:
     """Returns whether the parameters of a causal convolution stand for all that it would do."""
     if not is_plain(layer, kind):
         return False
@@ -148,7 +152,7 @@ def _is_plain_causal(layer: nn.Module, kind: type[nn.Module]) -> bool:
     return is_plain(conv, inner) and conv.padding_mode == "zeros" and not any(conv.padding)
 
 
-def _weight(conv: nn.Module) -> Tensor:
+def _weight(conv: Any) -> Tensor:
     """Returns the weight as [O, I, kt, kh, kw]."""
     weight = conv.weight
     if weight.dim() == 3:
@@ -159,7 +163,7 @@ def _weight(conv: nn.Module) -> Tensor:
 class _Unit:
     """A convolution of a residual block with the norm before it, as a part of a fusion unit."""
 
-    def __init__(self, norm: nn.Module, layer: nn.Module) -> None:
+    def __init__(self, norm: Any, layer: Any) -> None:
         self.norm, self.layer = norm, layer
         self.is_causal = type(layer) in (VidTokCausalConv1d, VidTokCausalConv3d)
         self.conv = layer.conv if self.is_causal else layer
@@ -258,6 +262,8 @@ class VidTokUpsample2D(vidtok.VidTokUpsample2D):
 class VidTokDownsample3D(vidtok.VidTokDownsample3D):
     """Half the frame rate: mean of three frames blended with a convolution of stride 2."""
 
+    causal_cache: Any
+
     def forward(self, x: Tensor) -> Tensor:
         """Returns the halved `x`."""
         if not self._is_fusible(x):
@@ -297,6 +303,8 @@ class VidTokDownsample3D(vidtok.VidTokDownsample3D):
 
 class VidTokUpsample3D(vidtok.VidTokUpsample3D):
     """Twice the frame rate: repeated or interpolated frames blended with a convolution of them."""
+
+    causal_cache: Any
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the doubled `x`."""
@@ -345,7 +353,7 @@ class VidTokUpsample3D(vidtok.VidTokUpsample3D):
         )
 
 
-def _over_frames(layer: nn.Module, x: Tensor, *rest: Any) -> Tensor:
+def _over_frames(layer: Any, x: Tensor, *rest: Any) -> Tensor:
     """Returns `layer` of every frame of [B, C, T, H, W], in the form that it takes."""
     if _takes_videos(layer, x):
         return layer(x, *rest)
@@ -354,7 +362,7 @@ def _over_frames(layer: nn.Module, x: Tensor, *rest: Any) -> Tensor:
     return y.unflatten(0, (batch, -1)).transpose(1, 2)
 
 
-def _over_pixels(layer: nn.Module, x: Tensor, *rest: Any) -> Tensor:
+def _over_pixels(layer: Any, x: Tensor, *rest: Any) -> Tensor:
     """Returns `layer` over time of every pixel of [B, C, T, H, W], in the form that it takes."""
     if _takes_videos(layer, x):
         return layer(x, *rest)
@@ -363,7 +371,7 @@ def _over_pixels(layer: nn.Module, x: Tensor, *rest: Any) -> Tensor:
     return y.unflatten(0, (batch, height, width)).permute(0, 3, 4, 1, 2)
 
 
-def _takes_videos(layer: nn.Module, x: Tensor) -> bool:
+def _takes_videos(layer: Any, x: Tensor) -> bool:
     """Returns whether `layer` is untouched and takes [B, C, T, H, W] as a whole."""
     if is_plain(layer, VidTokResnetBlock):
         return layer.is_fusible(x)
@@ -379,7 +387,7 @@ def _takes_videos(layer: nn.Module, x: Tensor) -> bool:
 class _Runner:
     """Calls layers, through gradient checkpointing where the network asks for it."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: Any) -> None:
         checkpointing = torch.is_grad_enabled() and network.gradient_checkpointing
         self.checkpoint = network._gradient_checkpointing_func if checkpointing else None
 
@@ -390,7 +398,7 @@ class _Runner:
         return self.checkpoint(function, *arguments)
 
 
-def _head(network: nn.Module, x: Tensor) -> Tensor:
+def _head(network: Any, x: Tensor) -> Tensor:
     """Returns norm, SiLU and convolution that end both networks."""
     unit = _Unit(network.norm_out, network.conv_out)
     if is_plain(network.nonlinearity, nn.SiLU) and unit.is_fusible(x):
@@ -398,7 +406,7 @@ def _head(network: nn.Module, x: Tensor) -> Tensor:
     return network.conv_out(network.nonlinearity(network.norm_out(x)))
 
 
-def _middle(network: nn.Module, run: _Runner, x: Tensor) -> Tensor:
+def _middle(network: Any, run: _Runner, x: Tensor) -> Tensor:
     """Returns the blocks at the lowest resolution of `x`."""
     x = run(network.mid.block_1, x, None)
     x = run(network.mid.attn_1, x)
@@ -474,4 +482,17 @@ REPLACEMENTS: dict[type, type] = {
     vidtok.VidTokDownsample3D: VidTokDownsample3D,
     vidtok.VidTokUpsample3D: VidTokUpsample3D,
 }
-FORWARDS: dict[type[nn.Module], str] = {}
+FORWARDS: dict[type[nn.Module], str] = {
+    vidtok.AutoencoderVidTok: "7927c32abe3c",
+    vidtok.VidTokEncoder3D: "777a177f152e",
+    vidtok.VidTokDecoder3D: "63da50de82da",
+    vidtok.VidTokResnetBlock: "1ce4cc0be22b",
+    vidtok.VidTokLayerNorm: "b46a7397748e",
+    vidtok.VidTokCausalConv1d: "39faafab3e22",
+    vidtok.VidTokCausalConv3d: "74594fa780dd",
+    vidtok.VidTokDownsample2D: "da9c04bc70db",
+    vidtok.VidTokUpsample2D: "759a4c4149a1",
+    vidtok.VidTokDownsample3D: "9abb4c33c2f8",
+    vidtok.VidTokUpsample3D: "e3a15198b299",
+    vidtok.VidTokAttnBlock: "e0349366c311",
+}

@@ -1,11 +1,11 @@
 """Replacements for layers of AutoencoderKLWan (Wan 2.1 and 2.2); see `_patching`.
 
-    residual block   norm + SiLU write the padded buffer of each convolution, the sum is in the second
+    residual block   norm + SiLU write the padded buffer of a convolution, the second adds the sum
     halving          zeros at the right and bottom are written with the copy that they need anyway
     doubling         the 3x3 kernel runs on pixels before they are repeated
 
-The cache protocol is diffusers': a list `feat_cache` with one entry per cached layer in the order of
-the calls, `feat_idx[0]` the next one. An entry holds the last two frames before a convolution.
+The cache protocol is diffusers': a list `feat_cache` with one entry per cached layer in the order
+of the calls, `feat_idx[0]` the next one. An entry holds the last two frames before a convolution.
 Source: diffusers 0.42.1, models/autoencoders/autoencoder_kl_wan.py; Wan (arXiv 2503.20314).
 """
 
@@ -103,7 +103,7 @@ class WanCausalConv3d(wan.WanCausalConv3d):
         )
 
 
-def _is_plain_conv(conv: nn.Module) -> bool:
+def _is_plain_conv(conv: Any) -> bool:
     """Returns whether `conv` is an untouched 3x3x3 convolution of stride 1."""
     return (
         is_plain(conv, WanCausalConv3d)
@@ -136,7 +136,7 @@ def _norm_conv(
     )
 
 
-def _is_fusible(x: Tensor, *pairs: tuple[nn.Module, nn.Module]) -> bool:
+def _is_fusible(x: Tensor, *pairs: tuple[Any, Any]) -> bool:
     """Returns whether each (norm, convolution) can run as one unit on `x`."""
     return all(
         is_plain(norm, WanRMS_norm) and _is_plain_conv(conv) and takes(x, conv.weight)
@@ -283,4 +283,12 @@ REPLACEMENTS: dict[type, type] = {
     wan.WanEncoder3d: WanEncoder3d,
     wan.WanDecoder3d: WanDecoder3d,
 }
-FORWARDS: dict[type[nn.Module], str] = {}
+FORWARDS: dict[type[nn.Module], str] = {
+    wan.WanRMS_norm: "6cf83b813f9f",
+    wan.WanCausalConv3d: "4e1b05249494",
+    wan.WanResidualBlock: "c80e6b353b79",
+    wan.WanResample: "b4144ddc2583",
+    wan.WanEncoder3d: "8e30020c0ae2",
+    wan.WanDecoder3d: "0aa170ab4410",
+    wan.WanUpsample: "a6c3f8385cfa",
+}

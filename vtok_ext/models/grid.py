@@ -24,7 +24,8 @@ class GridTokenizer(VideoTokenizer):
 
     t is 1 + ceil((T - 1) / f) for causal models, ceil(T / f) otherwise. A model adds
     `encode_chunk`, `decode_chunk`, `encode_reference`, `decode_reference`, `regularize` and the
-    facts `is_causal`, `temporal_factor`, `spatial_factor`, `latent_channels`.
+    facts `is_causal`, `temporal_factor`, `spatial_factor`, `latent_channels`. One that takes k
+    latents at a time also gives `latents_per_unit`, and t is rounded up to 1 + a multiple of k.
     """
 
     video_channels: int = 3
@@ -49,10 +50,21 @@ class GridTokenizer(VideoTokenizer):
         """Dtype of the parameters, to which videos and latents are converted."""
         return next(self.parameters()).dtype
 
+    @property
+    def first_alone(self) -> bool:
+        """Whether the first latent stands for the first frame alone."""
+        return self.is_causal
+
+    @property
+    def latents_per_unit(self) -> int:
+        """k: latents that the networks take at a time; a first unit has k + 1."""
+        return 1
+
     def token_grid(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Returns (t, h, w) of the latent of a clip of that many frames and that size."""
-        f, s, alone = self.temporal_factor, self.spatial_factor, int(self.is_causal)
-        return alone - (alone - num_frames) // f, -(-height // s), -(-width // s)
+        k, s, alone = self.latents_per_unit, self.spatial_factor, int(self.first_alone)
+        units = -(-(num_frames - alone) // (self.temporal_factor * k))
+        return alone + k * units, -(-height // s), -(-width // s)
 
     @abstractmethod
     def encode_chunk(self, video: Tensor, state: State | None = None, return_state: bool = False):
@@ -135,11 +147,11 @@ class GridTokenizer(VideoTokenizer):
         """
         video_input.check_video("encode", video, self.video_channels)
         video_input.check_frame_rule("encode", frames)
-        f, s = self.temporal_factor, self.spatial_factor
+        s, unit = self.spatial_factor, self.temporal_factor * self.latents_per_unit
         num_frames, height, width = video.shape[2:]
         x = video_input.to_float(video, self.dtype)
         if frames == "preserve":
-            x = video_input.pad_tail(video_input.pad_size(x, s), f, alone=int(self.is_causal))
+            x = video_input.pad_tail(video_input.pad_size(x, s), unit, alone=int(self.first_alone))
             raw = self.encode_chunk(x)
         elif min(height, width) < s:
             raise ValueError(f"encode: height and width must be >= {s}, got {[height, width]}")
@@ -196,7 +208,7 @@ class GridTokenizer(VideoTokenizer):
     def run_networks(self, batch: int, num_frames: int, height: int, width: int) -> None:
         """Runs encoder and decoder on clips without meaningful values, padded as by `encode`."""
         grid = self.token_grid(num_frames, height, width)
-        f, s, alone = self.temporal_factor, self.spatial_factor, int(self.is_causal)
+        f, s, alone = self.temporal_factor, self.spatial_factor, int(self.first_alone)
         frames = alone + f * (grid[0] - alone)
         weight = next(self.parameters())
         size = s * grid[1], s * grid[2]
