@@ -17,6 +17,7 @@ __path__ = extend_path(__path__, __name__)
 from vtok_ext import metrics
 from vtok_ext._native import build_info
 from vtok_ext._version import __version__
+from vtok_ext.diffusers_vae import patch_diffusers, unpatch_diffusers, wrap_diffusers
 from vtok_ext.layers import (
     FSQ,
     AlphaBlender,
@@ -88,8 +89,11 @@ __all__ = [
     "load_model",
     "metrics",
     "norm_act",
+    "patch_diffusers",
     "temporal_downsample_blend",
     "temporal_upsample",
     "temporal_upsample_blend",
     "triplane_gather",
+    "unpatch_diffusers",
+    "wrap_diffusers",
 ]
