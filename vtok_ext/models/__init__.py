@@ -8,6 +8,8 @@ from vtok_ext.models.encoding import Encoding, Output, Tokens
 from vtok_ext.models.streaming import StreamDecoder, StreamEncoder
 from vtok_ext.models.vidtok import VidTok
 from vtok_ext.models.vidtok_config import VidTokConfig
+from vtok_ext.models.vtok import VTok
+from vtok_ext.models.vtok_config import VTokConfig
 
 __all__ = [
     "CoordTok",
@@ -17,6 +19,8 @@ __all__ = [
     "StreamDecoder",
     "StreamEncoder",
     "Tokens",
+    "VTok",
+    "VTokConfig",
     "VidTok",
     "VidTokConfig",
     "VideoTokenizer",
