@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vtok_ext.training.distributed import process_group, rank
 from vtok_ext.training.loop import TrainProgress, train
-from vtok_ext.training.recipe import load_recipe
+from vtok_ext.training.recipe_file import load_recipe
 
 from .console import Console
 from .model_source import resolve_device
@@ -32,7 +32,9 @@ def run_train(
         with console.progress("training", settings.run.steps) as progress:
 
             def show(now: TrainProgress) -> None:
-                note = f"loss {now.terms['loss']:.4g}, rec {now.terms['rec_loss']:.4f}"
+                note = ", ".join(
+                    f"{n} {now.terms[n]:.4g}" for n in ("loss", "rec_loss") if n in now.terms
+                )
                 # The bar shows what this call has to do, or the ETA of a resumed run were wrong.
                 here = (now.step - now.first_step) / (now.num_steps - now.first_step)
                 note = f"step {now.step}, {note}, {now.clips_per_s:.1f} clips/s"

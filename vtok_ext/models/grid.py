@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vtok_ext.layers._state import State
+from vtok_ext.layers.kl import Generators
 from vtok_ext.models import _video_input as video_input
 from vtok_ext.models.base import VideoTokenizer
 from vtok_ext.models.encoding import Encoding, Output
@@ -89,7 +90,7 @@ class GridTokenizer(VideoTokenizer):
         raw: Tensor,
         *,
         sample: bool = False,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         step: int = 0,
         compute_loss: bool = False,
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
@@ -113,7 +114,7 @@ class GridTokenizer(VideoTokenizer):
         *,
         fps: float | None = None,
         sample: bool = False,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         frames: str = "preserve",
         step: int = 0,
         compute_loss: bool | None = None,
@@ -124,7 +125,8 @@ class GridTokenizer(VideoTokenizer):
             video: [B, 3, T, H, W], float in [-1, 1] or uint8.
             fps: frames per second, only recorded.
             sample: draw a continuous latent from the posterior instead of taking its mean.
-            generator: source of that noise; default the global CPU one.
+            generator: source of that noise, or a sequence of one per sample; default the global CPU
+                one.
             frames: "preserve" every frame and pixel; or "reference" for the published frame rule.
             step: training step, which anneals the weight of FSQ's entropy loss.
             compute_loss: whether FSQ's auxiliary loss is computed; default in training mode with

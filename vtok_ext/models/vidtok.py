@@ -34,6 +34,7 @@ from vtok_ext.layers import (
 )
 from vtok_ext.layers._state import State, StateFlow
 from vtok_ext.layers.causal_conv3d import video_conv3d
+from vtok_ext.layers.kl import Generators
 from vtok_ext.models._video_input import pad_front
 from vtok_ext.models.grid import GridTokenizer
 from vtok_ext.models.streaming import StreamDecoder, StreamEncoder
@@ -362,7 +363,7 @@ class VidTok(GridTokenizer):
         raw: Tensor,
         *,
         sample: bool = False,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         step: int = 0,
         compute_loss: bool = False,
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
