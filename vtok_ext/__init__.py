@@ -51,6 +51,7 @@ from vtok_ext.ops.fsq import (
 from vtok_ext.ops.fsq_codebook_statistics import fsq_codebook_statistics
 from vtok_ext.ops.fsq_entropy import fsq_entropy_loss
 from vtok_ext.ops.norm_act import norm_act
+from vtok_ext.ops.residual_pool import residual_pool
 from vtok_ext.ops.temporal_resample import (
     temporal_downsample_blend,
     temporal_upsample,
@@ -90,6 +91,7 @@ __all__ = [
     "metrics",
     "norm_act",
     "patch_diffusers",
+    "residual_pool",
     "temporal_downsample_blend",
     "temporal_upsample",
     "temporal_upsample_blend",
