@@ -33,31 +33,27 @@ linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="n
 
 
 @linux
-@pytest.mark.parametrize(("direction", "tile"), [("encode", None), ("decode", [256, 256])])
+@pytest.mark.parametrize(("direction", "tile"), [("encode", None), ("decode", [160, 160])])
 def test_prediction_is_within_15_percent(direction, tile):
-    predicted, measured = peaks(NAME, WIDE, direction, (1, 8, 640, 640), tile)
-    assert measured > 2**27
+    predicted, measured = peaks(NAME, WIDE, direction, (1, 4, 512, 512), tile)
+    assert measured > 2**26
     assert predicted == pytest.approx(measured, rel=0.15)
 
 
 @linux
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "direction", "shape", "tile"),
+    ("name", "direction", "tile"),
     [
-        (NAME, "encode", (1, 4, 256, 256), None),
-        (NAME, "decode", (1, 4, 256, 256), None),
-        (NAME, "encode", (1, 4, 384, 384), [192, 192]),
-        (NAME, "decode", (1, 4, 384, 384), [192, 192]),
-        (f"{NAME}_v1_1", "decode", (1, 4, 256, 256), None),
-        (f"{NAME}_v1_1", "reconstruct", (1, 4, 256, 256), None),
-        ("vidtok_kl_noncausal_488_4chn", "decode", (1, 4, 256, 256), [128, 128]),
+        (NAME, "encode", None),
+        (NAME, "decode", None),
+        (NAME, "encode", [128, 128]),
+        (NAME, "decode", [128, 128]),
+        (f"{NAME}_v1_1", "reconstruct", None),
     ],
 )
-def test_prediction_for_realistic_widths(name, direction, shape, tile):
-    if "noncausal" in name:
-        pytest.skip("clips are rehearsed as a whole: see test_clips_of_models_without_causality")
-    predicted, measured = peaks(name, {"ch": 64}, direction, shape, tile)
+def test_prediction_for_realistic_widths(name, direction, tile):
+    predicted, measured = peaks(name, {"ch": 64}, direction, (1, 4, 256, 256), tile)
     assert predicted == pytest.approx(measured, rel=0.15)
 
 
@@ -81,36 +77,32 @@ def test_rehearsal_counts_what_is_alive(model):
 
 
 def test_plans_keep_to_the_memory(model):
-    size = {"height": 512, "width": 640}
-    whole = predict_stream(model, "decode", (1, 4, 512, 640), None)
+    size = {"height": 160, "width": 192}
+    whole = predict_stream(model, "decode", (1, 4, 160, 192), None)
     ample = plan_stream(model, "decode", memory=10 * whole, **size)
     assert ample.tile is None and ample.chunk_frames == 16 and ample.predicted_bytes <= 10 * whole
     assert ample.view(model) is model
     just = plan_stream(model, "decode", memory=whole, **size)
     assert just == MemoryPlan(4, None, whole)
-    scarce = plan_stream(model, "decode", memory=int(0.7 * whole), **size)
-    assert scarce.tile is not None and scarce.predicted_bytes <= 0.7 * whole
+    scarce = plan_stream(model, "decode", memory=int(0.9 * whole), **size)
+    assert scarce.tile is not None and scarce.predicted_bytes <= 0.9 * whole
     assert scarce.predicted_bytes == predict_stream(
-        model, "decode", (1, scarce.chunk_frames, 512, 640), scarce.tile
+        model, "decode", (1, scarce.chunk_frames, 160, 192), scarce.tile
     )
     with pytest.raises(ValueError, match=r"plan: memory must be at least [\d,]+ bytes to decode"):
         plan_stream(model, "decode", memory=2**20, **size)
 
 
+@torch.no_grad()
 def test_automatic_tiles_keep_to_the_memory(model):
-    video = torch.zeros(1, 3, 1, 512, 640)
-    with torch.no_grad():
-        latent = model.encode(video).latent
-        whole = model.decode(latent)
-        need = predicted_bytes(model, lambda: model.decoder(torch.zeros(latent.shape)))
-        view = model.tiled("auto", memory=int(0.7 * need))
-        assert torch.allclose(view.decode(latent), whole, atol=1e-5)
-    tile = view.decoder.choose_tile((1, *latent.shape[2:]))
-    assert tile[0] < 512
-    assert model.tiled("auto", memory=2 * need).decoder.choose_tile((1, *latent.shape[2:])) == (
-        512,
-        640,
-    )
+    latent = model.encode(torch.zeros(1, 3, 1, 160, 192)).latent
+    shape = (1, *latent.shape[2:])
+    need = predicted_bytes(model, lambda: model.decoder(torch.zeros(latent.shape)))
+    view = model.tiled("auto", memory=int(0.9 * need))
+    assert torch.allclose(view.decode(latent), model.decode(latent), atol=1e-5)
+    assert view.decoder.choose_tile(shape)[0] < 160
+    ample = model.tiled("auto", memory=2 * need)
+    assert ample.decoder.choose_tile(shape) == (160, 192)
 
 
 def test_clips_of_models_without_causality(build):

@@ -12,19 +12,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from vtok_ext.layers import _frame_pass
 from vtok_ext.ops import _causal_conv3d_cpu
 from vtok_ext.ops._causal_conv3d_geometry import Geometry
 
+_ACCUMULATION = torch.ops.mkldnn._convolution_pointwise_.binary
 _CONVOLUTION = torch.ops.vtok_ext.causal_conv3d_forward.default
 
 
@@ -49,6 +51,9 @@ class _LiveBytes(TorchDispatchMode):
                 return run(*tensors, Geometry(*geometry), silu, keep)
         if func is torch.ops.aten._local_scalar_dense.default:
             return 0.5  # the factor of a blend: no size depends on it
+        if func is _ACCUMULATION:
+            self._count(None, args[2].nbytes)
+            return args[0]
         scratch = 0
         if func is torch.ops.aten.mkldnn_convolution.default:
             x, weight, bias, padding, stride, dilation, groups = args
@@ -58,6 +63,9 @@ class _LiveBytes(TorchDispatchMode):
             scratch = weight.nbytes
         else:
             result = func(*args, **kwargs)
+            if func is torch.ops.aten.convolution.default:
+                result = result.contiguous(memory_format=torch.channels_last_3d)
+                scratch = args[1].nbytes
         self._count(result, scratch)
         return result
 
@@ -83,10 +91,40 @@ def rehearsal(model: nn.Module) -> Iterator[_LiveBytes]:
     Args:
         model: its parameters and buffers are not counted.
     """
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+    with torch.no_grad(), _passes_in_place(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
         known = [fake.from_tensor(t) for t in (*model.parameters(), *model.buffers())]
         with _LiveBytes(known) as live:
             yield live
+
+
+@contextmanager
+def _passes_in_place() -> Iterator[None]:
+    """Within it, `layers._frame_pass` takes tensors without memory.
+
+    Their addresses are made up, and the norm that writes into a buffer does nothing.
+    """
+
+    def address(tensor: Tensor) -> int:
+        return (tensor.untyped_storage()._cdata << 40) + tensor.storage_offset()
+
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(FakeTensor, "data_ptr", address))
+        stack.enter_context(_replaced(_frame_pass, "norm_act_into", lambda *_: None))
+        stack.enter_context(_replaced(_frame_pass, "TENSORS", {Tensor, FakeTensor}))
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    had, before = name in vars(owner), vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if had:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
 
 
 def predicted_bytes(model: nn.Module, run: Callable[[], Any]) -> int:

@@ -116,7 +116,7 @@ class TiledNetwork(nn.Module):
     def __init__(
         self,
         network: nn.Module,
-        steps: Callable[[], list[Step]],
+        steps: Callable[..., list[Step]],
         segments: Sequence[Segment],
         choose_tile: Callable[[tuple[int, int, int, int]], Tile],
     ) -> None:
@@ -124,10 +124,12 @@ class TiledNetwork(nn.Module):
         self.__dict__.update(network.__dict__)  # parameters, children, hooks
         self.steps, self.segments, self.choose_tile = steps, segments, choose_tile
 
-    def forward(self, x: Tensor, state: State | None = None, return_state: bool = False):
-        """Returns what the network does."""
+    def forward(
+        self, x: Tensor, state: State | None = None, return_state: bool = False, **options: bool
+    ):
+        """Returns what the network does; options are those of its steps."""
         tile = continued_tile(state, x) or self.choose_tile((x.shape[0], *x.shape[2:]))
-        steps = self.steps()
+        steps = self.steps(**options)
         following: dict[str, Tensor] | None = {} if return_state else None
         empty = x[:, :, :0]
         for number, segment in enumerate(self.segments):
@@ -306,7 +308,7 @@ def _reaches(model: Any, name: str, steps: Sequence[Step]) -> list[Reach]:
     return known[1]
 
 
-def local_segments(model: Any, network: str) -> tuple[Callable[[], list[Step]], list[Segment]]:
+def local_segments(model: Any, network: str) -> tuple[Callable[..., list[Step]], list[Segment]]:
     """Returns what lists the steps of a network of `model`, and its segments.
 
     Args:
@@ -317,8 +319,8 @@ def local_segments(model: Any, network: str) -> tuple[Callable[[], list[Step]], 
         ValueError: the model declares no steps, or needs whole frames at full resolution.
     """
 
-    def steps() -> list[Step]:
-        return model.network_steps(getattr(model, network))
+    def steps(**options: bool) -> list[Step]:
+        return model.network_steps(getattr(model, network), **options)
 
     found = steps()
     reaches = _reaches(model, network, found)
