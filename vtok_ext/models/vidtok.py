@@ -318,11 +318,11 @@ class VidTok(GridTokenizer):
         """Version of the published behaviour that the weights belong to."""
         return self.config.version
 
-    def network_steps(self, network: Any) -> list[Step]:
+    def network_steps(self, network: Any, **options: bool) -> list[Step]:
         """Returns the steps of `encoder` or `decoder`, between which tiling may cut it."""
         from vtok_ext.models.vidtok_steps import network_steps
 
-        return network_steps(network)
+        return network_steps(network, **options)
 
     def _check_state(self, op: str, state: State | None, return_state: bool) -> None:
         if not self.is_causal and (state is not None or return_state):
