@@ -25,6 +25,8 @@ from vtok_ext.layers import (
 )
 from vtok_ext.layers.transformer import QueryBlock, TransformerBlock
 from vtok_ext.layers.volume import VolumeBlock, VolumeDown, VolumeUp
+from vtok_ext.models.gpt import CausalBlock
+from vtok_ext.models.sit_network import SiTBlock
 
 BLOCKS = (
     ResidualBlock1d,
@@ -34,6 +36,8 @@ BLOCKS = (
     FrameAttention,
     TransformerBlock,
     QueryBlock,
+    SiTBlock,
+    CausalBlock,
 )
 # Changes of resolution read their parameters by themselves too; recomputing them saves nothing.
 _RESAMPLING = (

@@ -26,9 +26,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from vtok_ext.training.studies.clip_store import clip_store, fingerprint
-from vtok_ext.training.studies.kinds import Progress, shared_folder
-from vtok_ext.training.studies.row_result import RowResult
 
 from vtok_ext.data.atomic_output import output_file
 from vtok_ext.data.picture import write_png
@@ -49,6 +46,9 @@ from vtok_ext.training.growth_loss import KL_WEIGHT, growth_loss
 from vtok_ext.training.growth_work import step_multiply_adds
 from vtok_ext.training.optimizers import tokenizer_optimizers
 from vtok_ext.training.recipe import OptimizerRecipe
+from vtok_ext.training.studies.clip_store import clip_store, fingerprint
+from vtok_ext.training.studies.kinds import Progress, shared_folder
+from vtok_ext.training.studies.row_result import RowResult
 
 METHODS = ("interpolated", "direct", "grown")
 BUDGETS = ("summed", "growth")
