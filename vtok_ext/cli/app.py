@@ -255,7 +255,14 @@ def convert(
 @app.command(name="eval")
 def evaluate(
     videos: Annotated[list[Path], typer.Argument(help="Videos, or folders of videos.")],
-    model: ModelOption,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder of a saved model, a released checkpoint, or a preset name."),
+    ] = None,
+    generated: Annotated[
+        list[Path] | None,
+        typer.Option(help="Instead of a model: generated videos, or a folder, to compare."),
+    ] = None,
     name: NameOption = None,
     ema: EmaOption = False,
     trust_checkpoint: TrustOption = False,
@@ -270,15 +277,40 @@ def evaluate(
         int | None, typer.Option(min=1, help="Frames of each video to look at.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of sampled latents (reference).")] = 42,
+    lpips: Annotated[bool, typer.Option("--lpips", help="LPIPS too.")] = False,
+    lpips_backbone: Annotated[
+        Path | None, typer.Option(help="VGG16 of torchvision [default: torch's cache].")
+    ] = None,
+    lpips_heads: Annotated[
+        Path | None, typer.Option(help="vgg.pth of LPIPS [default: torch's cache].")
+    ] = None,
+    fvd_weights: Annotated[
+        Path | None, typer.Option(help="i3d_pretrained_400.pt: FVD of clips of 16 frames too.")
+    ] = None,
+    kvd: Annotated[bool, typer.Option("--kvd", help="KVD of clips of 16 frames too.")] = False,
+    chunks: Annotated[
+        str, typer.Option(help="FVD, KVD: all clips of a video, or the first one.")
+    ] = "all",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a model on videos: PSNR, SSIM, use of the codebook, visibility of chunk borders."""
+    """Measure a model on videos, or generated videos against real ones.
+
+    PSNR, SSIM, use of the codebook, visibility of chunk borders, dynamics and detail of the videos;
+    on request LPIPS, FVD, KVD.
+    """
+    from .eval_measures import MeasureOptions
     from .evaluate import EvalOptions, run_eval
 
+    if (model is None) == (generated is None):
+        raise ValueError(
+            f"eval: one of --model and --generated must be given, got "
+            f"{'neither' if model is None else 'both'}"
+        )
+    measures = MeasureOptions(lpips, lpips_backbone, lpips_heads, fvd_weights, kvd, chunks)
     options = EvalOptions(
         videos=videos,
-        model=model,
+        model=model or "",
         name=name,
         ema=ema,
         trust_checkpoint=trust_checkpoint,
@@ -287,7 +319,13 @@ def evaluate(
         max_frames=max_frames,
         seed=seed,
         device=device,
+        measures=measures,
     )
+    if generated is not None:
+        from .evaluate_generated import run_eval_generated
+
+        run_eval_generated(options, generated, as_json=as_json)
+        return
     run_eval(options, as_json=as_json)
 
 
