@@ -37,7 +37,7 @@ def _writes_front(norm: nn.Module, conv: nn.Module, x: Tensor) -> bool:
         return False
     if type(conv) not in (CausalConv1d, CausalConv3d) or not fuses(conv):
         return False
-    return x.device.type == "cpu" and x.shape[2] > 0 and conv.stride == 1
+    return x.device.type == "cpu" and x.shape[2] > 0
 
 
 class _BehindFront:
@@ -53,9 +53,7 @@ class _BehindFront:
         if state is not None and state.shape[3] == 0:
             state = None  # a stream that has not begun
         buffer = self.norm(x, front=front, temporal=conv.temporal, state=state)
-        y = conv.conv(
-            buffer, temporal="valid", spatial_padding=conv.spatial_padding, **residual
-        )
+        y = conv.conv(buffer, temporal="valid", spatial_padding=conv.spatial_padding, **residual)
         return (y, owned(buffer[:, :, x.shape[2] :])) if return_state else y
 
 
@@ -104,7 +102,7 @@ class _TemporalResidualBlock(nn.Module):
         conv = getattr(self, name)
         if not _writes_front(norm, conv, x):
             return flow(name, conv, norm(x), **residual)
-        return flow(name, _BehindFront(norm, conv), x, **residual)
+        return flow(name, _BehindFront(norm, conv), x, **residual)  # type: ignore[arg-type]
 
 
 class ResidualBlock1d(_TemporalResidualBlock):
