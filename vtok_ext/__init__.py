@@ -29,11 +29,16 @@ from vtok_ext.layers import (
 )
 from vtok_ext.models import (
     Encoding,
+    LatentGenerator,
     Output,
     Tokens,
     VideoTokenizer,
+    create_generator,
     create_model,
+    grow,
+    list_generators,
     list_models,
+    load_generator,
     load_model,
 )
 from vtok_ext.ops.alpha_blend import alpha_blend
@@ -46,6 +51,7 @@ from vtok_ext.ops.fsq import (
 from vtok_ext.ops.fsq_codebook_statistics import fsq_codebook_statistics
 from vtok_ext.ops.fsq_entropy import fsq_entropy_loss
 from vtok_ext.ops.norm_act import norm_act
+from vtok_ext.ops.residual_pool import residual_pool
 from vtok_ext.ops.temporal_resample import (
     temporal_downsample_blend,
     temporal_upsample,
@@ -58,6 +64,7 @@ __all__ = [
     "AlphaBlender",
     "CausalConv3d",
     "Encoding",
+    "LatentGenerator",
     "NormAct",
     "Output",
     "TemporalDownsample",
@@ -69,17 +76,22 @@ __all__ = [
     "alpha_blend",
     "build_info",
     "causal_conv3d",
+    "create_generator",
     "create_model",
     "fsq",
     "fsq_codebook_statistics",
     "fsq_codes_to_indices",
     "fsq_entropy_loss",
     "fsq_indices_to_codes",
+    "grow",
+    "list_generators",
     "list_models",
+    "load_generator",
     "load_model",
     "metrics",
     "norm_act",
     "patch_diffusers",
+    "residual_pool",
     "temporal_downsample_blend",
     "temporal_upsample",
     "temporal_upsample_blend",

@@ -342,7 +342,7 @@ class HunyuanVideoTokenizer(DiffusersTokenizer):
         return False
 
     @property
-    def first_alone(self) -> bool:
+    def starts_alone(self) -> bool:
         """The first latent stands for the first frame alone."""
         return True
 
