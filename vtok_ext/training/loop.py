@@ -122,6 +122,7 @@ class _Run:
     ) -> None:
         self.recipe, self.out, self.device, self.warn = recipe, out, device, warn
         self.folder = out / "checkpoints"
+        self.writer = checkpoints.CheckpointWriter(self.folder, device)
         found = self._found(resume)
         self.training = build_training(recipe, device)
         for line in self.training.task.notes():
@@ -232,17 +233,16 @@ class _Run:
                 self.log.write("validation", step, **self.validation)
                 metric = self.validation[self.training.task.metric]
         if saving:
-            self._save(metric if metric is not None and metric == metric else None)
+            self._save(metric if metric is not None and metric == metric else None, last or stopped)
 
-    def _save(self, metric: float | None) -> None:
-        self.saved = checkpoints.save_checkpoint(
-            self.folder,
+    def _save(self, metric: float | None, last: bool) -> None:
+        self.saved = self.writer.save(
             self.training.step,
             self.training.tensors(),
             self.training.numbers(),
-            device=self.device,
             metric=metric,
             keep_last=self.recipe.run.keep_last,
+            background=self.recipe.run.background_checkpoints and not last,
         )
         self.log.write("checkpoint", self.training.step, folder=self.saved.name)
 
@@ -269,9 +269,8 @@ class _Run:
         good = not any_rank(not good, self.device)
         if good and (self.saved is None or self.saved.name != f"step-{number:08d}"):
             # Nothing is removed for it: older states may be wanted now.
-            self.saved = checkpoints.save_checkpoint(
-                self.folder, number, state, self.training.numbers(), device=self.device
-            )
+            self.saved = self.writer.save(number, state, self.training.numbers())
+        self.writer.wait()
         wait_for_all()
         kept = f"is in {self.saved}" if self.saved else "is none: no checkpoint was written before"
         self.log.write("non_finite", number, where=where)

@@ -180,6 +180,7 @@ class RunRecipe:
         compile: torch.compile of the blocks.
         log_every, validate_every, checkpoint_every: in steps; validation also precedes checkpoints.
         keep_last: newest checkpoints that stay, beside the best.
+        background_checkpoints: train on while a copy of everything is written.
         seed: of weights, order of clips and noise.
     """
 
@@ -194,6 +195,7 @@ class RunRecipe:
     validate_every: int = 2000
     checkpoint_every: int = 5000
     keep_last: int = 3
+    background_checkpoints: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
