@@ -226,24 +226,7 @@ class VideoTokenizer(nn.Module):
             ValueError: not a saved model, one of another class, an unknown configuration field (the
                 message names the closest), or weights with other names or shapes.
         """
-        folder = _persistence.resolve_folder(source)
-        description = _persistence.read_description(folder)
-        if description.get("model") != cls.__name__:
-            raise ValueError(
-                f"from_pretrained: model must be {cls.__name__}, got {description.get('model')!r}"
-            )
-        name = description.get("name")
-        config = cls.config_class.from_dict(description["config"])
-        model = cls(config, name if isinstance(name, str) else None)
-        if description.get("reference_version") != model.reference_version:
-            raise ValueError(
-                f"from_pretrained: reference_version must be {model.reference_version!r}, "
-                f"got {description.get('reference_version')!r}"
-            )
-        path = os.path.join(folder, _persistence.WEIGHTS_NAME)
-        weights = _persistence.read_safetensors(path, "from_pretrained")
-        _persistence.load_weights(model, weights, "from_pretrained")
-        return model.eval()
+        return _persistence.read_model(cls, _persistence.resolve_folder(source))[0]
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
         """Returns the address of the commit that uploads the model to the Hugging Face hub.
