@@ -159,8 +159,10 @@ def test_gradients_are_those_of_the_whole_picture(build, clip):
         model.zero_grad()
         if runs is model:
             expected = grads
+    # Gradients that vanish, as that of a bias of keys in a softmax, are noise.
+    least = 1e-4 * max(grad.abs().max() for grad in expected)
     for name, a, b in zip(names, grads, expected, strict=True):
-        assert (a - b).abs().max() <= 1e-4 * b.abs().max(), name
+        assert (a - b).abs().max() <= 1e-4 * max(least, b.abs().max()), name
 
 
 @torch.no_grad()
