@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -110,8 +111,6 @@ class TiledNetwork(nn.Module):
         choose_tile: (B, T, H, W) of the input -> (height, width): positions of a feature map that
             are computed at once, at every resolution; the neighbours come on top.
     """
-
-    is_exact = True
 
     def __init__(
         self,
@@ -253,30 +252,35 @@ def tiled_view(
     if not 0 < overlap <= 0.5:
         raise ValueError(f"tiled: overlap must be in (0, 0.5], got {overlap}")
     fixed = None if tile == "auto" else check_tile("tiled", tile)
-    networks: dict[str, nn.Module] = {}
-    for name in ("encoder", "decoder"):
-        choose = _chooser(model, name, mode, fixed, memory)
-        network = getattr(model, name)
-        if mode == "exact":
-            networks[name] = TiledNetwork(network, *local_segments(model, name), choose)
-        else:
-            from vtok_ext.models.tiling_blended import BlendedNetwork  # it builds on this file
-
-            scale = Fraction(model.spatial_factor)
-            scale = 1 / scale if name == "encoder" else scale
-            networks[name] = BlendedNetwork(network, scale, overlap, choose)
     view = copy.copy(model)
+    view.is_exact = mode == "exact"
+    if mode == "blended":
+        return _blended(model, view, fixed, overlap)
+    networks = {}
+    for name in ("encoder", "decoder"):
+        choose = (lambda shape: fixed) if fixed else _planned(model, name, memory)
+        steps, segments = local_segments(model, name)
+        networks[name] = TiledNetwork(getattr(model, name), steps, segments, choose)
     # copy.copy shares the dict of children; nothing of `model` may change.
     view.__dict__["_modules"] = {**model._modules, **networks}
     return view
 
 
-def _chooser(model: Any, network: str, mode: str, fixed: Tile | None, memory: int | None):
-    """Returns what gives the tile for (B, T, H, W) of a network's input, once per B, H, W."""
-    if fixed is not None:
-        return lambda shape: fixed
-    if mode == "blended":
+def _blended(model: Any, view: Any, tile: Tile | None, overlap: float) -> Any:
+    """Returns `view` with the passes of `model` in overlapping tiles."""
+    from vtok_ext.models.tiling_blended import BlendedPass  # it builds on this file
+
+    if tile is None:
         raise ValueError('tiled: tile must be (height, width) with mode="blended", got "auto"')
+    scale = Fraction(model.spatial_factor)
+    view.encode_chunk = BlendedPass(model.encode_chunk, 1 / scale, overlap, tile)
+    view.decode_chunk = BlendedPass(model.decode_chunk, scale, overlap, tile)
+    view.decode_rest = partial(view.decode_chunk.rest, model.decode_rest)
+    return view
+
+
+def _planned(model: Any, network: str, memory: int | None):
+    """Returns what gives the tile for (B, T, H, W) of a network's input, once per B, H, W."""
     known: dict[tuple[int, ...], Tile] = {}
 
     def choose(shape: tuple[int, int, int, int]) -> Tile:
@@ -322,7 +326,7 @@ def local_segments(model: Any, network: str) -> tuple[Callable[..., list[Step]],
     def steps(**options: bool) -> list[Step]:
         return model.network_steps(getattr(model, network), **options)
 
-    found = steps()
+    found = steps()  # raises for models without steps
     reaches = _reaches(model, network, found)
     segments = make_segments(found, reaches)
     whole = _whole_at_full_size(found, reaches, network == "encoder")
