@@ -63,6 +63,10 @@ class Segment:
             scales.append(scale)
         return max(scales) / scale
 
+    def output_tile(self, limit: int) -> int:
+        """Returns the height or width of outputs that take `limit` positions where it is finest."""
+        return max(1, int(limit / self.finest))
+
     def output_size(self, size: int) -> int:
         """Returns the height or width of the output for that of the input."""
         for reach in self.reaches:
@@ -122,19 +126,33 @@ class TiledNetwork(nn.Module):
         super().__init__()
         self.__dict__.update(network.__dict__)  # parameters, children, hooks
         self.steps, self.segments, self.choose_tile = steps, segments, choose_tile
+        self.whole = network.forward
 
     def forward(
         self, x: Tensor, state: State | None = None, return_state: bool = False, **options: bool
     ):
         """Returns what the network does; options are those of its steps."""
         tile = continued_tile(state, x) or self.choose_tile((x.shape[0], *x.shape[2:]))
+        empty = x[:, :, :0]
+        if self._is_one(tile, x.shape[3:]):
+            state = None if state is None else {n: v for n, v in state.items() if n != "tile"}
+            result = self.whole(x, state, return_state, **options)
+            return (result[0], with_tile(result[1], tile, empty)) if return_state else result
         steps = self.steps(**options)
         following: dict[str, Tensor] | None = {} if return_state else None
-        empty = x[:, :, :0]
         for number, segment in enumerate(self.segments):
             run = _Run(steps[slice(*segment.steps)], segment, f"tile.{number}", state, following)
             x = run.on(x, tile)
         return x if following is None else (x, with_tile(following, tile, empty))
+
+    def _is_one(self, tile: Tile, size: Sequence[int]) -> bool:
+        """Returns whether one tile is the whole picture everywhere."""
+        for segment in self.segments:
+            size = [segment.output_size(extent) for extent in size]
+            limits = [segment.output_tile(limit) for limit in tile]
+            if segment.is_local and any(s > t for s, t in zip(size, limits, strict=True)):
+                return False
+        return True
 
 
 def with_tile(following: dict[str, Tensor], tile: Tile, empty: Tensor) -> dict[str, Tensor]:
@@ -178,7 +196,7 @@ class _Run:
     def on(self, x: Tensor, tile: Tile) -> Tensor:
         """Returns the segment's output for the whole x [B, C, T, H, W]."""
         rows, columns = (
-            split_axis(self.segment.output_size(size), self._output_tile(limit))
+            split_axis(self.segment.output_size(size), self.segment.output_tile(limit))
             for size, limit in zip(x.shape[3:], tile, strict=True)
         )
         if not self.segment.is_local or len(rows) * len(columns) == 1:
@@ -198,9 +216,6 @@ class _Run:
             y[:, :, :, slice(*row), slice(*column)] = part
         assert y is not None  # there is at least one tile
         return y
-
-    def _output_tile(self, limit: int) -> int:
-        return max(1, int(limit / self.segment.finest))
 
     def _tile(self, x: Tensor, row: Tile, column: Tile, prefix: str) -> Tensor:
         """Returns outputs [row, column) of x [B, C, T, H, W]."""
@@ -324,7 +339,7 @@ def local_segments(model: Any, network: str) -> tuple[Callable[..., list[Step]],
     """
 
     def steps(**options: bool) -> list[Step]:
-        return model.network_steps(getattr(model, network), **options)
+        return model.network_steps(getattr(model, network, None), **options)
 
     found = steps()  # raises for models without steps
     reaches = _reaches(model, network, found)
