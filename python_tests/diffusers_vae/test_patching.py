@@ -202,7 +202,7 @@ LORA_TARGETS = {
     "wan": ["resample.1", "to_qkv", "proj"],
     "cogvideox": ["conv1.conv", "conv_y.conv", "upsamplers.0.conv", "downsamplers.0.conv"],
     "hunyuan_video": ["conv2.conv", "conv.conv", "to_q"],
-    "vidtok": ["conv2.conv", "downsample.conv", "nin_shortcut"],
+    "vidtok": ["conv2.conv", "downsample.conv.conv", "nin_shortcut"],
 }
 
 
