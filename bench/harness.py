@@ -96,6 +96,7 @@ def measure(
     device: str,
     budget_s: float = 4.0,
     least_rounds: int = 10,
+    warm_up: int = 3,
 ) -> Case:
     """Fills `case.measurements` for providers {(name, allocation): call}; a copy of equal bytes is
     the floor."""
@@ -105,7 +106,7 @@ def measure(
     target = torch.empty_like(source)
     calls = {("copy", "preallocated"): lambda: target.copy_(source), **providers}
     for call in calls.values():  # compiles, warms caches, faults pages in
-        for _ in range(1 if QUICK else 3):
+        for _ in range(1 if QUICK else warm_up):
             call()
     longest = sum(timer.once(call) for call in calls.values()) / 1e3
     rounds = 2 if QUICK else int(min(200, max(least_rounds, budget_s / longest)))
