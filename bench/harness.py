@@ -35,7 +35,9 @@ class Measurement:
     p80_ms: float
     gb_per_s: float  # of the bytes that the op must move
     floor_fraction: float  # time of copying as many bytes / time of this
-    peak_mb: float | None  # GPU memory above the inputs; None on a CPU
+    peak_mb: float | None  # GPU memory above the inputs, None on a CPU; of a process with a model
+    num_frames: int | None = None  # that a model returned
+    error: float | None = None  # mean |difference| over mean |value| from the float32 reference
 
 
 @dataclass
@@ -49,6 +51,8 @@ class Case:
     bytes_moved: int  # least bytes that any implementation reads and writes
     weight: int = 1  # how often a model runs it; sums over shapes count it so
     measurements: list[Measurement] = field(default_factory=list)
+    gflop: float = 0.0  # multiplications and additions that the result needs, in 1e9
+    achievable_gflop_per_s: float = 0.0  # the fastest product measured in the same run
 
     def ratio(self, provider: str, against: str, allocation: str) -> float:
         """How many times faster `provider` is than `against`."""
@@ -103,10 +107,13 @@ def measure(
     target = torch.empty_like(source)
     calls = {("copy", "preallocated"): lambda: target.copy_(source), **providers}
     for call in calls.values():  # compiles, warms caches, faults pages in
-        for _ in range(1 if QUICK else 3):
-            call()
+        call()
     longest = sum(timer.once(call) for call in calls.values()) / 1e3
-    rounds = 2 if QUICK else int(min(200, max(10, budget_s / longest)))
+    if not QUICK and longest < budget_s / 2:
+        for call in calls.values():
+            call()
+    # Ten rounds unless one is longer than the budget: then three have to do.
+    rounds = 2 if QUICK else int(min(200, max(3 if longest > budget_s else 10, budget_s / longest)))
     times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
     for _ in range(rounds):
         for key, call in calls.items():
@@ -167,6 +174,25 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
+def merge(measured: dict[str, Any], earlier: dict[str, Any]) -> None:
+    """Adds to `measured` what an earlier run of the same commit measured and this one did not."""
+    if earlier["environment"] != measured["environment"]:
+        raise ValueError(
+            f"merge: environment must be {earlier['environment']}, got {measured['environment']}"
+        )
+    names = ("op", "shape", "dtype", "direction")
+    known = {tuple(case[name] for name in names): case for case in measured["cases"]}
+    for case in earlier["cases"]:
+        again = known.get(tuple(case[name] for name in names))
+        if again is None:
+            measured["cases"].append(case)
+            continue
+        found = {(m["provider"], m["allocation"]) for m in again["measurements"]}
+        again["measurements"] += [
+            m for m in case["measurements"] if (m["provider"], m["allocation"]) not in found
+        ]
+
+
 def save(name: str, device: str, cases: list[Case]) -> Path | None:
     """Writes results/<device>/<name>.json (or below VTOK_BENCH_OUT); a quick run writes nothing."""
     if QUICK or not cases:
@@ -174,9 +200,10 @@ def save(name: str, device: str, cases: list[Case]) -> Path | None:
     folder = Path(os.environ.get("VTOK_BENCH_OUT", RESULTS)) / device_name(device)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    text = json.dumps(
-        {"environment": environment(device), "cases": [asdict(case) for case in cases]}, indent=1
-    )
+    measured = {"environment": environment(device), "cases": [asdict(case) for case in cases]}
+    if os.environ.get("VTOK_BENCH_MERGE") == "1" and path.exists():
+        merge(measured, json.loads(path.read_text()))
+    text = json.dumps(measured, indent=1)
     temporary = path.with_suffix(".json.partial")
     temporary.write_text(text + "\n")
     temporary.replace(path)
