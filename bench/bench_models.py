@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import QUICK, Case, Measurement, Timer
+from harness import QUICK, Case, Measurement, achievable_gflop_per_s
 from models_worker import TASKS, needed_gflop
 
 MODEL = "vidtok_kl_causal_488_16chn_v1_1"
@@ -104,22 +104,6 @@ def provider_names() -> list[str]:
     return names
 
 
-def achievable_gflop_per_s(dtype: str, device: str) -> float:
-    """The rate of the fastest large product here and now: of matrices, or a convolution."""
-    timer, real = Timer(device), getattr(torch, dtype)
-    count = 256 if QUICK else 8192 if IS_CUDA else 2048
-    a = torch.randn(count, count, device=device).to(real)
-    channels = 32 if QUICK else 512
-    x = torch.randn(1, channels, 4, 32, 32, device=device).to(real)
-    x = x.contiguous(memory_format=torch.channels_last_3d)
-    weight = torch.randn(channels, channels, 1, 3, 3, device=device).to(real)
-    calls = [
-        (lambda: a @ a, 2 * count**3),
-        (lambda: torch.conv3d(x, weight, padding=(0, 1, 1)), 2 * 9 * channels**2 * 4096),
-    ]
-    return max(flop / timer.once(call) / 1e6 for call, flop in calls for _ in range(8))
-
-
 def expected_results(folder: Path, settings: dict, tasks: list[str]) -> dict[str, torch.Tensor]:
     """Those of the reference in float32."""
     path, expected = folder / "expected.pt", {}
@@ -145,7 +129,7 @@ def run_tasks(tasks, settings, allocation, device, folder) -> list[Case]:
     """A case per task: every provider warms up, then they take turns."""
     dtype, size = settings["dtype"], settings["size"]
     needed = needed_gflop(MODEL, OVERRIDES, FRAMES, size)
-    rate = achievable_gflop_per_s(dtype, device)
+    rate = achievable_gflop_per_s(getattr(torch, dtype), device)
     expected = {} if dtype == "float32" else expected_results(folder, settings, tasks)
     workers = [Worker(name, allocation, settings) for name in provider_names()]
     errors = {}

@@ -35,7 +35,7 @@ class Measurement:
     p80_ms: float
     gb_per_s: float  # of the bytes that the op must move
     floor_fraction: float  # time of copying as many bytes / time of this
-    peak_mb: float | None  # GPU memory above the inputs, None on a CPU; of a process with a model
+    peak_mb: float | None  # above the inputs; of models with their weights, on a CPU the process
     num_frames: int | None = None  # that a model returned
     error: float | None = None  # mean |difference| over mean |value| from the float32 reference
 
@@ -58,6 +58,25 @@ class Case:
         """How many times faster `provider` is than `against`."""
         by_name = {(m.provider, m.allocation): m.median_ms for m in self.measurements}
         return by_name[against, allocation] / by_name[provider, allocation]
+
+
+def process_peak_mb() -> float:
+    """Highest memory of this process since `forget_process_peak`."""
+    return _status_mb("VmHWM")
+
+
+def forget_process_peak() -> float | None:
+    """Starts a new peak and returns the memory of this process; None where Linux refuses."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return _status_mb("VmRSS")
+
+
+def _status_mb(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) / 1024
 
 
 class Timer:
@@ -84,13 +103,31 @@ class Timer:
         return start.elapsed_time(end)
 
     def peak_mb(self, call: Callable[[], Any]) -> float | None:
-        """GPU memory that a call takes beyond what is allocated before it."""
+        """Memory that a call takes beyond what is allocated before it; None where unknown."""
         if not self.is_cuda:
-            return None
+            before = forget_process_peak()
+            call()
+            return None if before is None else process_peak_mb() - before
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         call()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def achievable_gflop_per_s(dtype: torch.dtype, device: str) -> float:
+    """The rate of the fastest large product here and now: of matrices, or a convolution."""
+    timer = Timer(device)
+    count = 256 if QUICK else 8192 if device == "cuda" else 2048
+    a = torch.randn(count, count, device=device).to(dtype)
+    channels = 32 if QUICK else 512
+    x = torch.randn(1, channels, 4, 32, 32, device=device).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last_3d)
+    weight = torch.randn(channels, channels, 1, 3, 3, device=device).to(dtype)
+    calls = [
+        (lambda: a @ a, 2 * count**3),
+        (lambda: torch.conv3d(x, weight, padding=(0, 1, 1)), 2 * 9 * channels**2 * 4096),
+    ]
+    return max(flop / timer.once(call) / 1e6 for call, flop in calls for _ in range(8))
 
 
 def measure(

@@ -12,10 +12,10 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from harness import forget_process_peak, process_peak_mb
 
 import vtok_ext as vt
 
@@ -150,9 +150,7 @@ def peak_mb(is_cuda: bool) -> float:
     """Highest memory since `forget_peak`, weights included: of the process, or of the GPU."""
     if is_cuda:
         return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
+    return process_peak_mb()
 
 
 def forget_peak(is_cuda: bool) -> None:
@@ -160,7 +158,7 @@ def forget_peak(is_cuda: bool) -> None:
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")
+        forget_process_peak()
 
 
 def timed(call: Callable[[], torch.Tensor], is_cuda: bool) -> tuple[float, torch.Tensor]:
