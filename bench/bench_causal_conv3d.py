@@ -149,7 +149,7 @@ def rate(dtype: torch.dtype, device: str) -> float:
 def timed(case: Case, providers: dict, dtype: torch.dtype, device: str) -> Case:
     """Measures a case; a copy of its bytes stays the floor where arithmetic is not the limit."""
     case.achievable_gflop_per_s = rate(dtype, device)
-    measure(case, providers, device, BUDGET_S)
+    measure(case, providers, device, BUDGET_S, least_rounds=3 if device == "cpu" else 10)
     arithmetic_ms = case.gflop / case.achievable_gflop_per_s * 1e3
     for m in case.measurements[1:]:
         m.floor_fraction = max(m.floor_fraction, arithmetic_ms / m.median_ms)

@@ -35,7 +35,10 @@ class Measurement:
     p80_ms: float
     gb_per_s: float  # of the bytes that the op must move
     floor_fraction: float  # time of copying as many bytes / time of this
-    peak_mb: float | None  # above the inputs; of models with their weights, on a CPU the process
+    # Above the inputs; in bench_models with the weights, on a CPU that of the process; None where it
+    # is not known.
+    peak_mb: float | None
+    retained_mb: float | None = None  # memory that a model still holds when its call has returned
     num_frames: int | None = None  # that a model returned
     error: float | None = None  # mean |difference| over mean |value| from the float32 reference
 
@@ -135,6 +138,7 @@ def measure(
     providers: dict[tuple[str, str], Callable[[], Any]],
     device: str,
     budget_s: float = 4.0,
+    least_rounds: int = 10,
 ) -> Case:
     """Fills `case.measurements` for providers {(name, allocation): call}; a copy of equal bytes is
     the floor."""
@@ -149,8 +153,7 @@ def measure(
     if not QUICK and longest < budget_s / 2:
         for call in calls.values():
             call()
-    # Ten rounds unless one is longer than the budget: then three have to do.
-    rounds = 2 if QUICK else int(min(200, max(3 if longest > budget_s else 10, budget_s / longest)))
+    rounds = 2 if QUICK else int(min(200, max(least_rounds, budget_s / longest)))
     times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
     for _ in range(rounds):
         for key, call in calls.items():

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from vtok_ext.training import checkpoint as module
+from vtok_ext.training import checkpoint_storage
 from vtok_ext.training.checkpoint import (
+    CheckpointWriter,
     latest_checkpoint,
-    read_state,
+    read_numbers,
+    read_shapes,
+    read_tensors,
     restore_generators,
-    save_checkpoint,
     verify_checkpoint,
 )
 from vtok_ext.training.tensor_tree import read_tree, write_tree
@@ -21,7 +23,16 @@ CPU = torch.device("cpu")
 
 
 def save(root, step, **options):
-    return save_checkpoint(root, step, {"weight": torch.full((3,), step)}, device=CPU, **options)
+    tensors = {"weight": torch.full((3,), float(step)), "count": torch.tensor(step)}
+    return CheckpointWriter(root, CPU).save(step, tensors, {"samples": 2 * step}, **options)
+
+
+def weight(found):
+    into = {"weight": torch.zeros(3), "count": torch.tensor(0)}
+    assert read_shapes(found) == {name: tensor.shape for name, tensor in into.items()}
+    read_tensors(found, into)
+    assert into["count"] == found.step and read_numbers(found) == {"samples": 2 * found.step}
+    return into["weight"]
 
 
 def test_trees_come_back_as_they_were(tmp_path):
@@ -49,7 +60,7 @@ def test_newest_is_found_and_read(tmp_path):
     save(tmp_path, 10, metric=0.5)
     found = latest_checkpoint(tmp_path, pytest.fail)
     assert (found.step, found.metric, found.world_size) == (10, 0.5, 1)
-    assert torch.equal(read_state(found)["weight"], torch.full((3,), 10))
+    assert torch.equal(weight(found), torch.full((3,), 10.0))
 
 
 def test_random_generators_continue(tmp_path):
@@ -78,19 +89,19 @@ def flip(path):
 
 
 DAMAGE = {
-    "one bit": (lambda folder: flip(folder / "state.safetensors"), "must have SHA-256"),
+    "one bit": (lambda folder: flip(folder / "part-0.safetensors"), "must have SHA-256"),
     "cut off": (
-        lambda folder: (folder / "state.safetensors").write_bytes(b"x"),
+        lambda folder: (folder / "part-0.safetensors").write_bytes(b"x"),
         r"must have \d+ bytes, got 1 bytes",
     ),
     "a file less": (lambda folder: (folder / "rank-0.json").unlink(), "bytes, got none"),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "must hold manifest.json"),
     "half a manifest": (
-        lambda folder: (folder / "manifest.json").write_text('{"format": 1, "st'),
+        lambda folder: (folder / "manifest.json").write_text('{"format": 2, "st'),
         "must be JSON",
     ),
     "another manifest": (
-        lambda folder: (folder / "manifest.json").write_text(json.dumps({"format": 1})),
+        lambda folder: (folder / "manifest.json").write_text(json.dumps({"format": 2})),
         "must be a manifest of step-00000002",
     ),
 }
@@ -121,12 +132,12 @@ def test_nothing_but_damage_is_an_error_not_a_fresh_start(tmp_path):
 def test_failing_to_write_leaves_the_earlier_ones(tmp_path, monkeypatch):
     save(tmp_path, 1)
 
-    def full(tree, stem):
-        stem.with_suffix(".safetensors").write_bytes(b"half")
+    def full(tensors, path):
+        path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_tree", full)
+        patch.setattr(checkpoint_storage, "write_part", full)
         with pytest.raises(OSError, match="No space left"):
             save(tmp_path, 2)
     assert latest_checkpoint(tmp_path, pytest.fail).step == 1
@@ -135,7 +146,32 @@ def test_failing_to_write_leaves_the_earlier_ones(tmp_path, monkeypatch):
 
 
 def test_states_that_are_not_finite_are_refused(tmp_path):
-    state = {"model": {"a": torch.ones(2), "b.weight": torch.tensor([1.0, float("nan")])}}
+    state = {"model.a": torch.ones(2), "model.b.weight": torch.tensor([1.0, float("nan")])}
     with pytest.raises(ValueError, match=r"got NaN or inf in model\.b\.weight"):
-        save_checkpoint(tmp_path / "root", 1, state, device=CPU)
+        CheckpointWriter(tmp_path / "root", CPU).save(1, state, {})
     assert not (tmp_path / "root").exists()
+
+
+def test_in_the_background_a_copy_is_written(tmp_path):
+    """What changes afterwards is not in it, and the next one waits for it."""
+    writer, weights = CheckpointWriter(tmp_path, CPU), torch.arange(5.0)
+    for step in (1, 2):
+        writer.save(step, {"weight": weights}, {}, background=True)
+        weights += 100
+    writer.wait()
+    for step in (1, 2):
+        into = {"weight": torch.zeros(5)}
+        read_tensors(verify_checkpoint(tmp_path / f"step-{step:08d}"), into)
+        assert torch.equal(into["weight"], torch.arange(5.0) + 100 * (step - 1))
+
+
+def test_failing_in_the_background_is_told(tmp_path, monkeypatch):
+    def full(tensors, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_storage, "write_part", full)
+    writer = CheckpointWriter(tmp_path, CPU)
+    writer.save(1, {"weight": torch.ones(2)}, {}, background=True)
+    with pytest.raises(OSError, match="No space left"):
+        writer.wait()
+    writer.wait()  # told once

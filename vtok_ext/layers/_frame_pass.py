@@ -51,6 +51,8 @@ _KNOWN = {
     *(ResidualBlock1d, ResidualBlock2d, ResidualBlock3d),
     *(SpatialDownsample, SpatialUpsample, TemporalDownsample, TemporalUpsample),
 }
+# What a pass may run on; a rehearsal of its memory adds tensors without memory.
+TENSORS: set[type] = {Tensor}
 # Bytes of the largest activation of a chunk; see Note [Passes in place]. Measured at 17x128x128.
 CHUNK_BYTES = 32 << 20
 
@@ -64,7 +66,7 @@ def runs_in_place(network: nn.Module, x: Tensor, containers: Collection[type]) -
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    if type(x) is not Tensor or x.device.type != "cpu" or x.numel() == 0:
+    if type(x) not in TENSORS or x.device.type != "cpu" or x.numel() == 0:
         return False
     first = next(network.parameters())
     dtype = autocast_dtype("cpu") or x.dtype

@@ -7,11 +7,11 @@ names: the state of a whole network is `{"conv_in": tensor, "mid.block_1.conv2":
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 State = Mapping[str, Tensor]
 
@@ -28,7 +28,7 @@ class StateFlow:
         self.previous = previous
         self.following: dict[str, Tensor] | None = {} if collect else None
 
-    def __call__(self, name: str, layer: nn.Module, x: Tensor, **options: Any) -> Tensor:
+    def __call__(self, name: str, layer: Callable[..., Any], x: Tensor, **options: Any) -> Tensor:
         """Returns `layer(x, **options)` continued from the child's previous state."""
         if self.previous is None and self.following is None:
             return layer(x, **options)  # a whole clip: the layer need not know of streams

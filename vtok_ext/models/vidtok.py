@@ -34,11 +34,13 @@ from vtok_ext.layers import (
 )
 from vtok_ext.layers._state import State, StateFlow
 from vtok_ext.layers.causal_conv3d import video_conv3d
+from vtok_ext.layers.kl import Generators
 from vtok_ext.models import _vidtok_in_place as in_place
 from vtok_ext.models import vidtok_reference as reference
 from vtok_ext.models._video_input import pad_front
 from vtok_ext.models.grid import GridTokenizer
 from vtok_ext.models.streaming import StreamDecoder, StreamEncoder
+from vtok_ext.models.tiling_steps import Step
 from vtok_ext.models.vidtok_config import PRESETS, VidTokConfig
 from vtok_ext.models.vidtok_published import (
     CHUNK_FRAMES,
@@ -320,6 +322,12 @@ class VidTok(GridTokenizer):
         """Version of the published behaviour that the weights belong to."""
         return self.config.version
 
+    def network_steps(self, network: Any, **options: bool) -> list[Step]:
+        """Returns the steps of `encoder` or `decoder`, between which tiling may cut it."""
+        from vtok_ext.models.vidtok_steps import network_steps
+
+        return network_steps(network, **options)
+
     def set_backend(self, backend: str) -> VidTok:
         """Returns the model itself, which computes with `backend` from now on.
 
@@ -468,7 +476,7 @@ class VidTok(GridTokenizer):
         raw: Tensor,
         *,
         sample: bool = False,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         step: int = 0,
         compute_loss: bool = False,
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:

@@ -3,6 +3,7 @@
     OUT/recipe.yaml     the effective recipe
     OUT/log.jsonl       every step's loss terms, validations, checkpoints
     OUT/checkpoints/    see `checkpoint`
+    OUT/samples/        see `sample_pictures`
     OUT/model/          the trained tokenizer, its moving averages if there are any
 
 A run that was killed at any moment and is resumed gives, with the same number of processes and
@@ -21,12 +22,16 @@ import torch
 
 from vtok_ext.data.atomic_output import output_file
 from vtok_ext.training import checkpoint as checkpoints
+from vtok_ext.training.clip_checks import check_clips, clips_of
 from vtok_ext.training.clip_order import ClipOrder, step_batches
 from vtok_ext.training.distributed import any_rank, rank, wait_for_all, world_size
+from vtok_ext.training.log_sinks import open_sinks
+from vtok_ext.training.parallel import local
 from vtok_ext.training.recipe import Recipe
 from vtok_ext.training.run_log import RunLog
+from vtok_ext.training.sample_pictures import write_samples
 from vtok_ext.training.sentinel import NonFiniteLossError, is_finite
-from vtok_ext.training.setup import build_clips, build_training
+from vtok_ext.training.setup import build_training
 from vtok_ext.training.step import NonFiniteStep, Stepper
 from vtok_ext.training.stop_request import StopRequest, stop_requests
 from vtok_ext.training.validation import validate
@@ -101,7 +106,10 @@ def train(
         raise ValueError(f"train: resume must be one of {RESUME}, got {resume!r}")
     with stop_requests() as request:
         run = _Run(recipe, out, torch.device(device), resume, warn if rank() == 0 else _nothing)
-        return run.loop(request, on_step if rank() == 0 else None)
+        try:
+            return run.loop(request, on_step if rank() == 0 else None)
+        finally:
+            run.log.close()
 
 
 def _nothing(line: str) -> None:
@@ -121,9 +129,12 @@ class _Run:
     ) -> None:
         self.recipe, self.out, self.device, self.warn = recipe, out, device, warn
         self.folder = out / "checkpoints"
+        self.writer = checkpoints.CheckpointWriter(self.folder, device)
         found = self._found(resume)
         self.training = build_training(recipe, device)
-        self.clips, self.held_out = build_clips(recipe.data, recipe.run.seed, warn)
+        for line in self.training.task.notes():
+            warn(line)
+        self.clips, self.held_out = self.training.task.data(warn)
         self.validation: dict[str, float] = {}
         self.saved: Path | None = None
         if found is not None:
@@ -131,7 +142,7 @@ class _Run:
         self.first_step = self.training.step
         if rank() == 0:
             self._write_recipe()
-        self.log = RunLog(out / "log.jsonl", self.first_step, active=rank() == 0)
+        self.log = self._open_log()
         self.step = Stepper(self.training)
         # After everything that draws random numbers: noise of this run begins or goes on here.
         if found is None or not checkpoints.restore_generators(found, device):
@@ -154,11 +165,33 @@ class _Run:
         return None
 
     def _load(self, found: checkpoints.Checkpoint) -> None:
-        state = checkpoints.read_state(found)
-        for line in _differences(state["recipe"], self.recipe.to_dict()):
+        numbers = checkpoints.read_numbers(found)
+        for line in _differences(numbers["recipe"], self.recipe.to_dict()):
             self.warn(f"resuming with another recipe: {line}")
-        self.training.load_state_dict(state)
+        into = self.training.destinations(checkpoints.read_shapes(found))
+        checkpoints.read_tensors(found, into)
+        self.training.adopt(into, numbers)
         self.saved = found.folder
+        old, new = (
+            recipe["run"]["batch_size"] * recipe["run"]["accumulate"] * processes
+            for recipe, processes in (
+                (numbers["recipe"], found.world_size),
+                (self.recipe.to_dict(), world_size()),
+            )
+        )
+        if old != new:
+            self.warn(
+                f"a step had {old} samples and has {new} now: the order of samples goes on at "
+                f"number {self.training.samples}"
+            )
+
+    def _open_log(self) -> RunLog:
+        leads = rank() == 0
+        sinks = []
+        if leads:
+            names = self.recipe.run.loggers
+            sinks = open_sinks(names, self.out, self.first_step, self.recipe.to_dict())
+        return RunLog(self.out / "log.jsonl", self.first_step, active=leads, sinks=sinks)
 
     def _write_recipe(self) -> None:
         import yaml
@@ -180,6 +213,8 @@ class _Run:
             rank(),
             world_size(),
             settings.seed,
+            self.first_step,
+            self.training.samples,
         )
         batches = step_batches(
             self.clips, order, self.first_step, settings.steps, self.recipe.data.num_workers
@@ -188,13 +223,16 @@ class _Run:
         start, logged = time.monotonic(), self.first_step
         stopped = False
         for clips in batches:
+            if self.training.step == self.first_step:
+                self._check(clips)
             terms = self._take(clips)
             step = self.training.step
             if step % settings.log_every == 0 or step == settings.steps:
                 now = time.monotonic()
                 speed = (step - logged) * clips_per_step / max(now - start, 1e-9)
                 start, logged = now, step
-                rates = {"lr": self.training.optimizer.param_groups[0]["lr"]}
+                main = next(iter(self.training.optimizers.values()))
+                rates = {"lr": main.param_groups[0]["lr"]}
                 self.log.write("train", step, **terms, **rates, clips_per_s=round(speed, 3))
                 if on_step is not None:
                     on_step(TrainProgress(self.first_step, step, settings.steps, terms, speed))
@@ -213,8 +251,25 @@ class _Run:
             validation=self.validation,
         )
 
+    def _check(self, parts: list[Any]) -> None:
+        """Looks at the first batch."""
+        for part in parts:
+            for clips in clips_of(part):
+                for line in check_clips(clips):
+                    self.warn(line)
+
+    def _show(self, step: int) -> None:
+        """Writes samples of held-out clips."""
+        shown = self.held_out[: self.recipe.run.sample_clips]
+        with self.training.evaluating():
+            videos = self.training.task.pictures(shown)
+        if rank() == 0:
+            pictures = write_samples(self.out / "samples" / f"step-{step:08d}", videos)
+            for name, picture in pictures.items():
+                self.log.picture(name, step, picture)
+
     def _mark(self, step: int, stopped: bool) -> None:
-        """Validates and saves after a step, if it is time."""
+        """Validates, shows and saves after a step, if it is time."""
         settings = self.recipe.run
         last = step == settings.steps
         saving = last or stopped or step % settings.checkpoint_every == 0
@@ -224,18 +279,20 @@ class _Run:
             if saving or step % settings.validate_every == 0:
                 self.validation = validate(self.training, self.held_out)
                 self.log.write("validation", step, **self.validation)
-                metric = self.validation["rec_loss"]
+                metric = self.validation[self.training.task.metric]
+            if settings.sample_every and (last or step % settings.sample_every == 0):
+                self._show(step)
         if saving:
-            self._save(metric if metric is not None and metric == metric else None)
+            self._save(metric if metric is not None and metric == metric else None, last or stopped)
 
-    def _save(self, metric: float | None) -> None:
-        self.saved = checkpoints.save_checkpoint(
-            self.folder,
+    def _save(self, metric: float | None, last: bool) -> None:
+        self.saved = self.writer.save(
             self.training.step,
-            self.training.state_dict(),
-            device=self.device,
+            self.training.tensors(),
+            self.training.numbers(),
             metric=metric,
             keep_last=self.recipe.run.keep_last,
+            background=self.recipe.run.background_checkpoints and not last,
         )
         self.log.write("checkpoint", self.training.step, folder=self.saved.name)
 
@@ -253,8 +310,8 @@ class _Run:
         weights. Without held-out clips, finite weights must do.
         """
         number = self.training.step
-        state = self.training.state_dict()
-        good = is_finite(state)
+        state = self.training.tensors()
+        good = is_finite([local(tensor) for tensor in state.values()])
         if good and self.held_out:
             generators = checkpoints.random_generators(self.device)
             good = is_finite(torch.tensor(list(validate(self.training, self.held_out).values())))
@@ -262,7 +319,8 @@ class _Run:
         good = not any_rank(not good, self.device)
         if good and (self.saved is None or self.saved.name != f"step-{number:08d}"):
             # Nothing is removed for it: older states may be wanted now.
-            self.saved = checkpoints.save_checkpoint(self.folder, number, state, device=self.device)
+            self.saved = self.writer.save(number, state, self.training.numbers())
+        self.writer.wait()
         wait_for_all()
         kept = f"is in {self.saved}" if self.saved else "is none: no checkpoint was written before"
         self.log.write("non_finite", number, where=where)
@@ -272,14 +330,9 @@ class _Run:
         )
 
     def _write_model(self) -> Path:
-        folder, averages = self.out / "model", self.training.averages
+        folder, weights = self.out / "model", self.training.exported_weights()
         if rank() == 0:
-            model = self.training.model.eval()
-            if averages is None:
-                model.save_pretrained(folder)
-            else:
-                with averages.applied():
-                    model.save_pretrained(folder)
+            self.training.task.export(folder, weights)
         wait_for_all()
         return folder
 
@@ -289,12 +342,12 @@ def _noise_seed(seed: int, first_step: int) -> int:
     return (seed * 1_000_003 + first_step * 1_009 + rank() + 1) % 2**63
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def _differences(old: Any, new: Any, name: str = "") -> list[str]:
     """Returns "run.steps was 10, is 20" for every value of two recipes that differs."""
-    lines = []
-    for section, values in new.items():
-        for name, value in values.items():
-            was = old.get(section, {}).get(name)
-            if was != value:
-                lines.append(f"{section}.{name} was {was!r}, is {value!r}")
-    return lines
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [f"{name} was {old!r}, is {new!r}"]
+    return [
+        line
+        for key, value in new.items()
+        for line in _differences(old.get(key), value, f"{name}.{key}" if name else key)
+    ]
