@@ -35,8 +35,7 @@ class Measurement:
     p80_ms: float
     gb_per_s: float  # of the bytes that the op must move
     floor_fraction: float  # time of copying as many bytes / time of this
-    # Above the inputs; in bench_models with the weights, on a CPU that of the process; None where it
-    # is not known.
+    # Above the inputs, in bench_models with the weights (on a CPU of the process); None: unknown.
     peak_mb: float | None
     retained_mb: float | None = None  # memory that a model still holds when its call has returned
     num_frames: int | None = None  # that a model returned
