@@ -27,6 +27,7 @@ import vtok_ext as vt
 LAYOUT = torch.channels_last_3d
 ALLOCATION = "tuned" if os.environ.get("VTOK_BENCH_ALLOCATOR") == "tuned" else "default"
 # Seconds of a case; a CPU has 35 shapes of up to a second each.
+COMPILED = os.environ.get("VTOK_BENCH_COMPILED", "1") == "1"  # minutes of compilation on a CPU
 BUDGET_S = float(os.environ.get("VTOK_BENCH_BUDGET_S", 4.0))
 SIZES = (
     (128,) if QUICK else tuple(map(int, os.environ.get("VTOK_BENCH_SIZES", "128,256").split(",")))
@@ -171,10 +172,11 @@ def bench_causal_conv3d_forward(name, shape, count, device, record, benchmark):
             providers = {
                 ("pad + conv, contiguous", ALLOCATION): lambda p=p: p.eager(p.plain, p.weight),
                 ("pad + conv, channels last", ALLOCATION): lambda p=p: p.eager(p.x, p.weight),
-                ("compiled", ALLOCATION): lambda p=p: p.compiled(p.x, p.weight),
                 ("native, bare clip", ALLOCATION): lambda p=p: p.bare(p.x, p.weight),
                 ("native", ALLOCATION): lambda p=p: p.native(p.buffer, p.weight),
             }
+            if COMPILED:
+                providers["compiled", ALLOCATION] = lambda p=p: p.compiled(p.x, p.weight)
             peer = p.diffusers()
             if peer is not None:
                 agree(peer(p.plain), expected)
