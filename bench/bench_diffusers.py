@@ -135,7 +135,7 @@ def bench_diffusers(name, direction, device, record, benchmark):
         width = "published width" if REAL else "1/4 width"
         shape = f"{name}, {width}, {FRAMES}x{SIZE}x{SIZE}"
         case = Case(name, shape, "float32", direction, 4 * (clip.numel() + latent.numel()))
-        effort = {"budget_s": BUDGET_S, "least_rounds": 2 if REAL else 3, "warm_up": 1}
+        effort = {"budget_s": BUDGET_S, "least_rounds": 2 if REAL else 3}
         with reused_memory():
             tuned = {(key, "preallocated"): call for key, call in calls.items()}
             if not REAL:

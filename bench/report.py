@@ -27,6 +27,7 @@ BASELINES = (
     "diffusers",
     "gemm",
 )
+MODEL_BASELINES = ("diffusers", "diffusers, compiled", "reference", "native, compiled")
 NO_GPU = "GPU: not measured yet."
 
 
@@ -48,7 +49,7 @@ def row(case: dict) -> str:
     baseline."""
     by_name = times(case)
     cells = []
-    for allocation in ("preallocated", "default"):
+    for allocation in ("preallocated", "tuned", "default"):
         native = by_name.get(("native", allocation))
         found = False
         for baseline in BASELINES:
@@ -59,10 +60,12 @@ def row(case: dict) -> str:
         if found:
             cells[-1] += f" ({allocation})"
     native = by_name.get(("native", "preallocated")) or by_name["native", "default"]
-    return (
-        f"| {case['direction']} | {case['shape']} | {case['dtype']} | {native['median_ms']:.3f} ms "
-        f"| {'; '.join(cells)} | {native['floor_fraction']:.0%} |"
-    )
+    start = f"| {case['direction']} | {case['shape']} | {case['dtype']} "
+    end = f"| {native['median_ms']:.3f} ms | {'; '.join(cells)} | {native['floor_fraction']:.0%} |"
+    if not case.get("gflop"):
+        return start + end
+    memory = "" if native["peak_mb"] is None else f"{native['peak_mb']:.0f} MB"
+    return f"{start}{end} {case['gflop'] / native['median_ms']:.2f} | {memory} |"
 
 
 def source(result: dict) -> str:
@@ -76,17 +79,53 @@ def is_gpu(result: dict) -> bool:
     return not result["environment"]["device"].startswith("cpu")
 
 
+def model_rows(case: dict) -> list[str]:
+    """A line per allocator: the native model's time and memory, and what others take of both."""
+    rows = []
+    by_name = times(case)
+    for allocation in ("default", "tuned"):
+        native = by_name.get(("native", allocation))
+        if native is None:
+            continue
+        frames, cells, peaks = native["num_frames"], [], []
+        for name in MODEL_BASELINES:
+            other = by_name.get((name, allocation))
+            if other is None:
+                continue
+            returned = other["num_frames"]
+            cell = f"{other['median_ms'] / native['median_ms']:.2f}x {name}"
+            if returned != frames and case["direction"] != "encode":
+                per_frame = other["median_ms"] / returned / (native["median_ms"] / frames)
+                cell += f" ({returned} of {frames} frames; {per_frame:.2f}x per frame)"
+            cells.append(cell)
+            peaks.append(f"{native['peak_mb'] / other['peak_mb']:.0%} of {name}")
+        rows.append(
+            f"| {case['direction']} | {case['shape']} | {case['dtype']} | {allocation} "
+            f"| {native['median_ms'] / 1e3:.2f} s | {'; '.join(cells)} "
+            f"| {native['peak_mb'] / 1024:.2f} GB: {', '.join(peaks)} "
+            f"| {native['floor_fraction']:.0%} |"
+        )
+    return rows
+
+
 def table(name: str) -> str:
     """The Markdown of one benchmark."""
     lines = []
     results = load(name)
     for result in results:
+        head = ["direction", "shape", "dtype", "native", "faster than", "of copy speed"]
+        rows = [row(case) for case in result["cases"] if name != "models"]
+        if name == "models":
+            head[3:] = ["allocator", *head[3:5], "peak memory", "of the arithmetic limit"]
+            rows = [line for case in result["cases"] for line in model_rows(case)]
+        elif name == "causal_conv3d":
+            head[5:] = ["of the limit", "TFLOP/s", "peak memory"]
         lines += [
             f"{source(result)}:",
             "",
-            "| direction | shape | dtype | native | faster than | of copy speed |",
-            "|---|---|---|---|---|---|",
-            *(row(case) for case in result["cases"]),
+            f"| {' | '.join(head)} |",
+            "|---" * len(head) + "|",
+            *rows,
             "",
         ]
     if not any(is_gpu(r) for r in results):
@@ -136,7 +175,9 @@ def summary_rows(result: dict) -> list[str]:
 
 def summary() -> str:
     """One table for every device."""
-    names = sorted({path.stem for path in RESULTS.glob("*/*.json")} - {"threads", *WHOLE_MODELS})
+    names = sorted(
+        {path.stem for path in RESULTS.glob("*/*.json")} - {"threads", "models", *WHOLE_MODELS}
+    )
     by_device: dict[str, list[dict]] = {}
     for name in names:
         for result in load(name):
