@@ -7,8 +7,8 @@
     method "grown"         grown to 8x, and from there to 16x
 
 All train with `growth_loss` by Muon and AdamW, warm-up and half a cosine, on the same clips in the
-same order. Trained stages are kept in the study's shared folder. Metrics per held-out clip: psnr, ssim;
-psnr_kept and sharpness of every (factor / 4)-th frame, the latter the ratio of mean |gradient| to
+same order. Trained stages are kept in the study's shared folder. Metrics per held-out clip: psnr,
+ssim; psnr_kept and sharpness of every (factor / 4)-th frame, the latter the ratio of mean |gradient| to
 the source's; corner_error, mean |error| in the corners over that elsewhere. With `overlap`, clips
 of `long_frames` are coded in chunks, or as a stream: psnr, and boundary_jump at chunk borders.
 """
