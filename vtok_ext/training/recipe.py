@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from vtok_ext.training.log_sinks import LOGGERS
 from vtok_ext.training.losses import LossConfig
 
 SCHEDULES = ("constant", "cosine", "linear")
@@ -191,7 +192,11 @@ class RunRecipe:
         checkpoint_activations: recompute the blocks in the backward pass to save memory.
         compile: torch.compile of the blocks.
         log_every, validate_every, checkpoint_every: in steps; validation also precedes checkpoints.
+        sample_every: in steps; videos and error maps of held-out clips, 0 for none.
+        sample_clips: how many.
+        loggers: beside log.jsonl, "tensorboard" and "wandb".
         keep_last: newest checkpoints that stay, beside the best.
+        background_checkpoints: train on while a copy of everything is written.
         seed: of weights, order of clips and noise.
     """
 
@@ -205,14 +210,20 @@ class RunRecipe:
     log_every: int = 1
     validate_every: int = 2000
     checkpoint_every: int = 5000
+    sample_every: int = 0
+    sample_clips: int = 2
+    loggers: list[str] = field(default_factory=list)
     keep_last: int = 3
+    background_checkpoints: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Checks every field."""
         _at_least("run", self, 1, "steps", "batch_size", "accumulate", "log_every")
         _at_least("run", self, 1, "validate_every", "checkpoint_every", "keep_last")
-        _at_least("run", self, 0, "seed")
+        _at_least("run", self, 0, "seed", "sample_every", "sample_clips")
+        for name in self.loggers:
+            _require(name in LOGGERS, "run.loggers", f"among {LOGGERS}", name)
         for name, choices in (("precision", PRECISIONS), ("parallel", PARALLEL)):
             value = getattr(self, name)
             _require(value in choices, f"run.{name}", f"one of {choices}", value)
