@@ -1,21 +1,42 @@
-"""The Python snippets of README.md run, in order and in one namespace, as a reader would type
-them."""
+"""The Python snippets of README.md and of each page of docs/ run, in order and in one namespace
+per file, as a reader would type them."""
 
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+
+
+def run_snippets(path):
+    """Returns the names that the snippets of a file leave behind."""
+    snippets = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+    torch.manual_seed(0)
+    scope = {"snippets": len(snippets)}
+    for snippet in snippets:
+        exec(compile(snippet, str(path), "exec"), scope)
+    return scope
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+def test_snippets_of_docs_run(path):
+    run_snippets(path)
+
+
+def test_generation():
+    scope = run_snippets(ROOT / "docs" / "generation.md")
+    assert scope["made"].shape == scope["latents"][:2].shape
+    assert scope["videos"].shape == (2, 3, 9, 32, 32)
+    assert all(float(x.abs().max()) < 0.1 for x in scope["by_flow"].values())
+    assert scope["by_diffusion"]["yt"].shape == (2, 3, 8, 4)
+    assert scope["distance"].value > 0 and scope["dynamics"].shape == (6,)
 
 
 def test_snippets_run_and_do_what_their_comments_say():
-    snippets = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(snippets) >= 3
-    torch.manual_seed(0)
-    scope = {}
-    for snippet in snippets:
-        exec(compile(snippet, str(README), "exec"), scope)
+    scope = run_snippets(ROOT / "README.md")
+    assert scope["snippets"] >= 3
     assert list(scope["tokens"].ids.shape) == [1, 5, 8, 8]
     assert scope["restored"].shape == scope["video"].shape
     assert sum(frames.shape[2] for frames in scope["frames"]) == scope["video"].shape[2]
