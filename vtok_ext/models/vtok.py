@@ -29,7 +29,7 @@ from vtok_ext.models.vision_encoder import (
     tower_from_json,
 )
 from vtok_ext.models.vtok_config import KEY_FRAMES, PRESETS, VTokConfig
-from vtok_ext.models.vtok_decoder import VTokDecoder
+from vtok_ext.models.vtok_decoder import Generators, VTokDecoder
 from vtok_ext.models.vtok_layout import (
     PADDING,
     FrameRule,
@@ -144,7 +144,9 @@ class VTok(VideoTokenizer):
 
     # Encoding.
 
-    def forward(self, video: Tensor, *, step: int = 0, **options: Any) -> Output:
+    def forward(
+        self, video: Tensor, *, step: int = 0, generator: Generators = None, **options: Any
+    ) -> Output:
         """Returns Output(reconstruction, encoding); the entry for training.
 
         In training mode `encoding.losses` has `flow_loss`, to be minimised, and the reconstruction
@@ -153,6 +155,7 @@ class VTok(VideoTokenizer):
         Args:
             video: [B, 3, T, H, W], float in [-1, 1] or uint8.
             step: optimiser steps done, for FSQ's annealed loss.
+            generator: sources of the decoder's times and noise: one per clip, or one for all.
             **options: as for `encode`.
 
         Raises:
@@ -163,7 +166,9 @@ class VTok(VideoTokenizer):
             return Output(self.decode(encoding), encoding)
         assert isinstance(encoding.latent, Tensor) and encoding.positions is not None
         target = video_input.to_float(video, self.dtype)
-        loss, reconstruction = self.decoder.loss(target, encoding.latent, encoding.positions)
+        loss, reconstruction = self.decoder.loss(
+            target, encoding.latent, encoding.positions, generator
+        )
         encoding.losses["flow_loss"] = loss
         return Output(reconstruction, encoding)
 

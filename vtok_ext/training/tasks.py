@@ -7,8 +7,15 @@ from typing import Any
 from vtok_ext.models._config import closest
 from vtok_ext.training.task import Task
 from vtok_ext.training.tokenizer_task import TokenizerTask
+from vtok_ext.training.vtok_lm_task import VTokLMTask
+from vtok_ext.training.vtok_task import VTokEncoderTask, VTokTask
 
-TASKS: dict[str, type[Task]] = {"tokenizer": TokenizerTask}
+TASKS: dict[str, type[Task]] = {
+    "tokenizer": TokenizerTask,
+    "vtok": VTokTask,
+    "vtok_encoder": VTokEncoderTask,
+    "vtok_lm": VTokLMTask,
+}
 
 
 def task_class(name: Any) -> type[Task]:
