@@ -3,7 +3,11 @@
 import torch
 
 import vtok_ext as vt
+from vtok_ext.data.captioned.questions import vocabulary
 from vtok_ext.models import VTok
+from vtok_ext.models.vtok_lm import VTokLM
+from vtok_ext.models.vtok_lm_config import VTokLMConfig, tiny_lm_config
+from vtok_ext.models.vtok_text import WordTokenizer
 
 TINY = {
     "image_size": 16,
@@ -20,6 +24,17 @@ TINY = {
     "sampling_steps": 2,
 }
 
+SIZES = {
+    "llama": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    },
+    "gpt2": {"n_embd": 32, "n_layer": 1, "n_head": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+}
+
 
 def tiny(**overrides) -> VTok:
     torch.manual_seed(0)
@@ -28,3 +43,14 @@ def tiny(**overrides) -> VTok:
 
 def tiny_fsq(**overrides) -> VTok:
     return tiny(levels=(4, 4, 4), **overrides)
+
+
+def tiny_lm(tokenizer: VTok | None = None, architecture: str = "llama", **overrides) -> VTokLM:
+    """A unified model; overrides are those of VTokLMConfig, and `sizes` of the language model."""
+    tokenizer = tiny(stride=2) if tokenizer is None else tokenizer
+    text = WordTokenizer(vocabulary())
+    torch.manual_seed(1)
+    head = "codes" if tokenizer.is_discrete else "flow"
+    fields = {"head": head, "head_width": 16, "head_depth": 1, **overrides}
+    config = VTokLMConfig(tiny_lm_config(len(text), architecture, SIZES[architecture]), **fields)
+    return VTokLM(config, tokenizer, text).eval()

@@ -4,13 +4,14 @@ import pytest
 import torch
 from helpers import assert_close
 from tiny_vtok import tiny, tiny_fsq
+from tiny_vtok import tiny_lm as unified
 
 from vtok_ext.data.captioned import CaptionedClips
 from vtok_ext.data.captioned.questions import vocabulary
 from vtok_ext.models.vtok_generation import generate_tokens
 from vtok_ext.models.vtok_heads import FlowHead, MseHead
 from vtok_ext.models.vtok_lm import VTokLM
-from vtok_ext.models.vtok_lm_config import VTokLMConfig, tiny_lm_config
+from vtok_ext.models.vtok_lm_config import VTokLMConfig
 from vtok_ext.models.vtok_sequence import (
     GENERATION,
     IGNORED,
@@ -21,27 +22,8 @@ from vtok_ext.models.vtok_sequence import (
 from vtok_ext.models.vtok_text import SPECIAL, WordTokenizer, load_text
 
 pytest.importorskip("transformers")
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-}
-GPT2 = {"n_embd": 32, "n_layer": 1, "n_head": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
 ASK = Turn(UNDERSTANDING, "what colour is the circle", "red")
 MAKE = Turn(GENERATION, "a red circle moves left")
-
-
-def unified(tokenizer=None, architecture="llama", sizes=None, **overrides) -> VTokLM:
-    tokenizer = tiny(stride=2) if tokenizer is None else tokenizer
-    text = WordTokenizer(vocabulary())
-    torch.manual_seed(1)
-    sizes = {"llama": SIZES, "gpt2": GPT2}[architecture] if sizes is None else sizes
-    head = "codes" if tokenizer.is_discrete else "flow"
-    fields = {"head": head, "head_width": 16, "head_depth": 1, **overrides}
-    config = VTokLMConfig(tiny_lm_config(len(text), architecture, sizes), **fields)
-    return VTokLM(config, tokenizer, text).eval()
 
 
 def generator(seed=0):

@@ -32,7 +32,7 @@ def run(name, folder, *overrides, **options):
 
 def losses(folder):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if line["event"] == "train"}
+    return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
 
 
 def test_encoder_then_tokenizer_then_unified_model(tmp_path):

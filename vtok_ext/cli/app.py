@@ -319,6 +319,70 @@ def train(
 
 
 @app.command()
+def ask(
+    model: Annotated[str, typer.Argument(help="Folder of a unified model (recipe of vtok_lm).")],
+    video: Annotated[Path, typer.Argument(help="Video file.")],
+    question: Annotated[str, typer.Argument(help="In words, in quotes.")],
+    max_frames: Annotated[int, typer.Option(min=1, help="Frames to look at.")] = 512,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames per second [default: that of the file].")
+    ] = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Answer a question about a video with a unified model (VTok)."""
+    from .unified import run_ask
+
+    run_ask(
+        model=model,
+        video=video,
+        question=question,
+        max_frames=max_frames,
+        fps=fps,
+        device=device,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Folder of a unified model.")],
+    text: Annotated[str, typer.Argument(help="What the video shows, in quotes.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Video to write.")] = Path(
+        "vtok-generated.mp4"
+    ),
+    frames: Annotated[int, typer.Option(help="Length of the video.")] = 32,
+    height: Annotated[int | None, typer.Option(min=1, help="[default: the encoder's]")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="[default: the encoder's]")] = None,
+    fps: Annotated[float, typer.Option(help="Frames per second.")] = 8.0,
+    temperature: Annotated[float, typer.Option(help="0 for the likeliest tokens.")] = 1.0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of the decoder's flow [default: the model's].")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same video.")] = 0,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Make a video of a text with a unified model (VTok)."""
+    from .unified import TextVideoOptions, run_generate_text
+
+    options = TextVideoOptions(
+        model=model,
+        text=text,
+        out=out,
+        num_frames=frames,
+        height=height,
+        width=width,
+        fps=fps,
+        temperature=temperature,
+        num_steps=steps,
+        seed=seed,
+        device=device,
+    )
+    run_generate_text(options, as_json=as_json)
+
+
+@app.command()
 def models(as_json: JsonOption = False) -> None:
     """List the models that can be created by name."""
     from .models import run_models
