@@ -17,6 +17,7 @@ __path__ = extend_path(__path__, __name__)
 from vtok_ext import metrics
 from vtok_ext._native import build_info
 from vtok_ext._version import __version__
+from vtok_ext.diffusers_vae import patch_diffusers, unpatch_diffusers, wrap_diffusers
 from vtok_ext.layers import (
     FSQ,
     AlphaBlender,
@@ -34,6 +35,7 @@ from vtok_ext.models import (
     VideoTokenizer,
     create_generator,
     create_model,
+    grow,
     list_generators,
     list_models,
     load_generator,
@@ -81,15 +83,19 @@ __all__ = [
     "fsq_codes_to_indices",
     "fsq_entropy_loss",
     "fsq_indices_to_codes",
+    "grow",
     "list_generators",
     "list_models",
     "load_generator",
     "load_model",
     "metrics",
     "norm_act",
+    "patch_diffusers",
     "residual_pool",
     "temporal_downsample_blend",
     "temporal_upsample",
     "temporal_upsample_blend",
     "triplane_gather",
+    "unpatch_diffusers",
+    "wrap_diffusers",
 ]

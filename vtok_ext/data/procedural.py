@@ -1,8 +1,8 @@
 """A seeded clip of moving textured shapes on a textured background, made with torch alone.
 
 Textures are sums of a few random plane waves (smooth, band limited), shapes are signed distance
-fields drawn with anti-aliased edges, and motion is translation on an ellipse plus rotation: enough
-structure to judge a reconstruction by eye, with no file and no network.
+fields drawn with anti-aliased edges. Motion is translation on an ellipse plus rotation, or erratic
+(see `erratic_motion`): enough structure to judge a reconstruction, with no file and no network.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from vtok_ext.data.erratic_motion import Pose, erratic_camera, erratic_shape
+
+MOTIONS = ("orbit", "erratic")
 _BACKGROUND_WAVES = 5
 _SHAPE_WAVES = 4
 # Longest and shortest texture wavelength, as a fraction of the shorter side.
@@ -42,6 +45,8 @@ def procedural_clip(
     *,
     seed: int = 0,
     num_shapes: int = 4,
+    motion: str = "orbit",
+    frame_step: int = 1,
     dtype: torch.dtype = torch.uint8,
 ) -> torch.Tensor:
     """Returns [3, T, H, W]: `num_shapes` textured shapes moving over a drifting background.
@@ -53,10 +58,13 @@ def procedural_clip(
         height, width: in pixels, >= 1.
         seed: chooses colours, textures, shapes and paths.
         num_shapes: shapes in front of the background, >= 0.
+        motion: "orbit" for smooth motion that repeats; "erratic" for random accelerations,
+            reversals and a camera that pans, rolls and zooms.
+        frame_step: every how manieth frame is shown, >= 1: 10 turns 30 into 3 frames per second.
         dtype: torch.uint8 in 0..255, or a floating dtype in [-1, 1].
 
     Raises:
-        ValueError: a size below 1, or num_shapes below 0.
+        ValueError: a size or frame_step below 1, num_shapes below 0, or another motion.
         TypeError: dtype is neither uint8 nor floating.
     """
     if min(num_frames, height, width) < 1:
@@ -66,6 +74,10 @@ def procedural_clip(
         )
     if num_shapes < 0:
         raise ValueError(f"procedural_clip: num_shapes must be at least 0, got {num_shapes}")
+    if motion not in MOTIONS:
+        raise ValueError(f"procedural_clip: motion must be one of {MOTIONS}, got {motion!r}")
+    if frame_step < 1:
+        raise ValueError(f"procedural_clip: frame_step must be at least 1, got {frame_step}")
     if dtype != torch.uint8 and not dtype.is_floating_point:
         raise TypeError(f"procedural_clip: dtype must be uint8 or floating, got {dtype}")
     generator = torch.Generator().manual_seed(seed)
@@ -73,12 +85,17 @@ def procedural_clip(
     shapes = [_random_shape(generator, i) for i in range(num_shapes)]
     textures = [_Texture(generator, _SHAPE_WAVES, _SHAPE_WAVELENGTHS) for _ in shapes]
     x, y, pixel = _grid(height, width)
+    aspect = (width / min(height, width), height / min(height, width))
+    last = (num_frames - 1) * frame_step + 1
+    scene = (_orbits if motion == "orbit" else _erratic)(shapes, seed, last, aspect)
     clip = torch.empty(3, num_frames, height, width)
     for t in range(num_frames):
-        drift = 0.06 * 2 * math.pi * t / _CYCLE_FRAMES
-        frame = background(x + drift, y - 0.5 * drift)
-        for shape, texture in zip(shapes, textures, strict=True):
-            u, v = _shape_coordinates(shape, t, x, y, height, width)
+        camera, poses = scene[t * frame_step]
+        seen = _looked_through(camera, x, y)
+        frame = background(*seen)
+        for shape, pose, texture in zip(shapes, poses, textures, strict=True):
+            # Orbits belong to the picture, whose background alone drifts.
+            u, v = _shape_coordinates(pose, *(seen if motion == "erratic" else (x, y)))
             distance = _signed_distance(shape.kind, u, v, shape.radius)
             cover = (0.5 - distance / pixel).clamp(0, 1)
             # A soft dark rim keeps a shape readable where its colour meets a like background.
@@ -147,17 +164,51 @@ def _random_shape(generator: torch.Generator, index: int) -> _Shape:
     )
 
 
-def _shape_coordinates(
-    shape: _Shape, t: int, x: torch.Tensor, y: torch.Tensor, height: int, width: int
+def _orbits(
+    shapes: list[_Shape], seed: int, num_frames: int, aspect: tuple[float, float]
+) -> list[tuple[Pose, list[Pose]]]:
+    """Returns for every frame the drift of the background and the poses of the shapes."""
+    scene = []
+    for t in range(num_frames):
+        turn = 2 * math.pi * t / _CYCLE_FRAMES
+        poses = []
+        for shape in shapes:
+            angle = shape.phase + shape.cycles * turn
+            poses.append(
+                Pose(
+                    shape.centre[0] * aspect[0] + shape.orbit[0] * math.cos(angle),
+                    shape.centre[1] * aspect[1] + shape.orbit[1] * math.sin(angle),
+                    shape.tilt + shape.spin * turn / math.pi,
+                )
+            )
+        scene.append((Pose(0.06 * turn, -0.03 * turn), poses))
+    return scene
+
+
+def _erratic(
+    shapes: list[_Shape], seed: int, num_frames: int, aspect: tuple[float, float]
+) -> list[tuple[Pose, list[Pose]]]:
+    """Returns for every frame the pose of the camera and those of the shapes."""
+    camera = erratic_camera(f"{seed}/camera", num_frames)
+    extent = (0.42 * aspect[0], 0.42 * aspect[1])
+    paths = [erratic_shape(f"{seed}/{i}", num_frames, extent) for i in range(len(shapes))]
+    return [(camera[t], [path[t] for path in paths]) for t in range(num_frames)]
+
+
+def _looked_through(
+    camera: Pose, x: torch.Tensor, y: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the pixel positions in the shape's own, moving and turning frame."""
-    shorter = min(height, width)
-    turn = 2 * math.pi * t / _CYCLE_FRAMES
-    angle = shape.phase + shape.cycles * turn
-    dx = x - (shape.centre[0] * width / shorter + shape.orbit[0] * math.cos(angle))
-    dy = y - (shape.centre[1] * height / shorter + shape.orbit[1] * math.sin(angle))
-    rotation = shape.tilt + shape.spin * turn / math.pi
-    cos, sin = math.cos(rotation), math.sin(rotation)
+    """Returns the places in the world that pixels at x, y [H, W] show."""
+    cos, sin = math.cos(camera.angle) * camera.scale, math.sin(camera.angle) * camera.scale
+    return cos * x - sin * y + camera.x, sin * x + cos * y + camera.y
+
+
+def _shape_coordinates(
+    pose: Pose, x: torch.Tensor, y: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the positions x, y [H, W] in a shape's own, moving and turning frame."""
+    dx, dy = x - pose.x, y - pose.y
+    cos, sin = math.cos(pose.angle), math.sin(pose.angle)
     return cos * dx + sin * dy, cos * dy - sin * dx
 
 

@@ -13,11 +13,11 @@ import os
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._clip_set import CHUNKS, SetDistance, Videos, clips_of, uint8_batches
 from .frechet import frechet_distance
-from .i3d import I3D, load_i3d
+from .i3d import load_i3d
 
 CLIP_FRAMES = 16
 _SIZE = 224
@@ -53,7 +53,7 @@ def fvd_preprocess(
 @torch.no_grad()
 def fvd_features(
     videos: Videos,
-    network: I3D,
+    network: nn.Module,
     *,
     chunks: str = "all",
     batch_size: int = 8,
@@ -63,7 +63,8 @@ def fvd_features(
     Args:
         videos: [B, 3, T, H, W] uint8 or float in [-1, 1], or batches of such; T >= 16, what is
             left after the last 16 frames is dropped.
-        network: see `load_i3d`; clips go to its device.
+        network: see `load_i3d`, or another of clips as `fvd_preprocess` gives them, whose numbers
+            are no FVD; clips go to its device.
         chunks: every clip of a video is a sample ("all"), or only the "first".
         batch_size: clips at a time.
 
@@ -88,7 +89,7 @@ def fvd(
     generated: Videos,
     real: Videos,
     *,
-    weights: str | os.PathLike | I3D | None = None,
+    weights: str | os.PathLike | nn.Module | None = None,
     chunks: str = "all",
     batch_size: int = 8,
     num_resamples: int = 100,
@@ -115,7 +116,7 @@ def fvd(
             "fvd: weights must be the file of an I3D with 400 Kinetics classes "
             "(i3d_pretrained_400.pt), got None; they are not part of this package"
         )
-    network = weights if isinstance(weights, I3D) else load_i3d(weights)
+    network = weights if isinstance(weights, nn.Module) else load_i3d(weights)
     sets = [
         fvd_features(videos, network, chunks=chunks, batch_size=batch_size)
         for videos in (generated, real)

@@ -73,8 +73,17 @@ class LPIPS(nn.Module):
             taps.append(x)
         return taps
 
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Returns float32 distances [N, 1, 1, 1]."""
+    def forward(self, a: Tensor, b: Tensor, *, dropout: float = 0.0) -> Tensor:
+        """Returns float32 distances [N, 1, 1, 1].
+
+        Args:
+            a, b: [N, 3, H, W] in [-1, 1].
+            dropout: rate at which each squared difference is dropped in front of its head, the
+                others being scaled up; for the reference that trains with 0.5.
+
+        Raises:
+            ValueError: shapes differ or are too small.
+        """
         if a.shape != b.shape or a.dim() != 4 or a.shape[1] != 3 or min(a.shape[2:]) < 16:
             raise ValueError(
                 f"LPIPS: images must be two equal [N, 3, H, W] with H, W >= 16, "
@@ -84,6 +93,7 @@ class LPIPS(nn.Module):
         for i, (x, y) in enumerate(zip(self.features(a), self.features(b), strict=True)):
             difference = (_unit(x.float()) - _unit(y.float())).square()
             weight = self.get_parameter(f"lin{i}.model.1.weight")
+            difference = F.dropout(difference, dropout, training=dropout > 0)
             total = total + (difference * weight).sum(1, True).mean((2, 3), True)
         return total
 

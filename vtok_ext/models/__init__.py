@@ -9,6 +9,9 @@ from vtok_ext.models.coordtok_config import CoordTokConfig
 from vtok_ext.models.encoding import Encoding, Output, Tokens
 from vtok_ext.models.generator import LatentGenerator
 from vtok_ext.models.gpt import GPT, GPTConfig
+from vtok_ext.models.promag import ProMAG
+from vtok_ext.models.promag_config import ProMAGConfig
+from vtok_ext.models.promag_grown import Grown, GrownConfig, grow
 from vtok_ext.models.sit import SiT
 from vtok_ext.models.sit_config import SiTConfig
 from vtok_ext.models.streaming import StreamDecoder, StreamEncoder
@@ -22,9 +25,13 @@ __all__ = [
     "CoordTok",
     "CoordTokConfig",
     "Encoding",
+    "Grown",
+    "GrownConfig",
     "GPTConfig",
     "LatentGenerator",
     "Output",
+    "ProMAG",
+    "ProMAGConfig",
     "SiT",
     "SiTConfig",
     "StreamDecoder",
@@ -37,6 +44,7 @@ __all__ = [
     "VideoTokenizer",
     "create_generator",
     "create_model",
+    "grow",
     "list_generators",
     "list_models",
     "load_generator",

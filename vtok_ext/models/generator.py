@@ -10,13 +10,16 @@ from __future__ import annotations
 import dataclasses
 import os
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from vtok_ext.layers.kl import Generators
 from vtok_ext.models import _persistence
 from vtok_ext.models._config import ModelConfig
+from vtok_ext.models._random import uniform
 from vtok_ext.models.base import VideoTokenizer
 from vtok_ext.models.encoding import Encoding
 from vtok_ext.models.latent_statistics import Latent, LatentStatistics
@@ -78,6 +81,16 @@ class LatentGenerator(nn.Module):
         self.statistics: LatentStatistics | None = None
 
     @abstractmethod
+    def loss(
+        self,
+        latent: Latent,
+        labels: Tensor | None = None,
+        generator: Generators = None,
+        call: Callable[..., Any] | None = None,
+    ) -> Tensor:
+        """Returns the training loss [B] of latents, or ids, of the tokenizer."""
+
+    @abstractmethod
     def sample(self, num_samples: int = 1, **options: Any) -> Latent:
         """Returns latents, or ids, in the layout of the tokenizer."""
 
@@ -109,6 +122,24 @@ class LatentGenerator(nn.Module):
                 f"got {labels.tolist()}"
             )
         return labels.long().to(device)
+
+    def training_labels(
+        self, labels: Tensor | None, batch: int, generator: Generators = None
+    ) -> Tensor:
+        """Returns labels [batch] to train with: in training mode some are "none", if there is one.
+
+        Args:
+            labels: [batch] integers; default 0.
+            batch: B.
+            generator: source of the choice, or one per sample.
+        """
+        if labels is None:
+            device = next(self.parameters()).device
+            labels = torch.zeros(batch, dtype=torch.long, device=device)
+        if not (self.training and self.config.has_none):
+            return labels
+        dropped = uniform(batch, generator).to(labels.device) < self.config.class_dropout
+        return torch.where(dropped, self.config.num_classes, labels)
 
     def decode(
         self,

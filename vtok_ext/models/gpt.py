@@ -12,6 +12,7 @@ factorised prediction (arXiv 2310.05737), here chained instead of independent.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok_ext.layers.kl import Generators
 from vtok_ext.layers.transformer import Mlp
 from vtok_ext.models._config import ModelConfig
+from vtok_ext.models._random import choose
 from vtok_ext.models.generator import LatentGenerator
 
 _EPS, _INITIAL_STD = 1e-5, 0.02
@@ -237,22 +240,26 @@ class GPT(LatentGenerator):
             x = x + table(digit)
         return self.heads[k](self.norm(x))
 
-    def loss(self, ids: Tensor, labels: Tensor | None = None) -> Tensor:
+    def loss(  # type: ignore[override]
+        self,
+        latent: Tensor,
+        labels: Tensor | None = None,
+        generator: Generators = None,
+        call: Callable[..., Any] | None = None,
+    ) -> Tensor:
         """Returns the negative log likelihood [B] per token, in nats; log(codes) for a guess.
 
         Args:
-            ids: integers [B, t, h, w].
-            labels: integers [B]; in training some are replaced by "none".
+            latent: ids, integers [B, t, h, w].
+            labels: [B] integers; default 0; in training some are replaced by "none".
+            generator: source of replaced labels, or one per sample.
+            call: the model as it must be called, such as DistributedDataParallel's; default itself.
         """
-        if labels is None:
-            labels = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
-        if self.training and self.config.has_none:
-            dropped = torch.rand(labels.shape, device=labels.device) < self.config.class_dropout
-            labels = torch.where(dropped, self.config.num_classes, labels)
-        digits = self.split(ids.flatten(1).long())
+        labels = self.training_labels(labels, len(latent), generator)
+        digits = self.split(latent.flatten(1).long())
         losses = [
             F.cross_entropy(logits.float().transpose(1, 2), digit, reduction="none").mean(1)
-            for logits, digit in zip(self(ids, labels), digits, strict=True)
+            for logits, digit in zip((call or self)(latent, labels), digits, strict=True)
         ]
         return torch.stack(losses).sum(0)
 
@@ -266,7 +273,7 @@ class GPT(LatentGenerator):
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float = 1.0,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         **options: Any,
     ) -> Tensor:
         """Returns ids int64 [num_samples, t, h, w].
@@ -278,7 +285,7 @@ class GPT(LatentGenerator):
             temperature: divides the logits; 0 takes the likeliest digit.
             top_k: only the k likeliest values of each digit.
             top_p: only the likeliest values of each digit that have this probability together.
-            generator: source of randomness, drawn from on its own device.
+            generator: source of randomness, or one per sample, drawn from on its own device.
             **options: none.
 
         Raises:
@@ -327,7 +334,7 @@ class _Choice:
         temperature: float,
         top_k: int | None,
         top_p: float,
-        generator: torch.Generator | None,
+        generator: Generators,
     ) -> None:
         self.guidance, self.temperature = guidance, temperature
         self.top_k, self.top_p, self.generator = top_k, top_p, generator
@@ -349,7 +356,4 @@ class _Choice:
             # The first value always stays: nothing is before it.
             ordered = ordered * (ordered.cumsum(-1) - ordered < self.top_p)
             probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
-        source = probabilities
-        if self.generator is not None:
-            source = probabilities.to(self.generator.device)
-        return torch.multinomial(source, 1, generator=self.generator)[:, 0].to(logits.device)
+        return choose(probabilities, self.generator)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtok_ext.layers.kl import Generators
 from vtok_ext.models.transport import Network, State, Transport, along, map_state, noise_like
 from vtok_ext.models.transport import state_parts as parts_of
 
@@ -37,7 +38,7 @@ def sample_sde(
     norm: float = 1.0,
     last_step: str | None = "mean",
     last_step_size: float = 0.04,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     noise: Sequence[State] | None = None,
 ) -> State:
     """Returns a sample at t = 1 (without a last step of noise-free kind, see `last_step`).
@@ -57,7 +58,8 @@ def sample_sde(
             "euler", along the velocity; "tweedie", to the expected data at once; None for noisy
             steps all the way.
         last_step_size: its length in time.
-        generator: source of the noise; default torch's global one of the device of x0.
+        generator: source of the noise, or one per sample; default torch's global one of the device
+            of x0.
         noise: instead, one state per noisy step.
 
     Raises:

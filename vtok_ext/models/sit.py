@@ -10,11 +10,13 @@ Source: CoordTok (arXiv 2411.14762) with SiT (arXiv 2401.08740); specification s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vtok_ext.layers.kl import Generators
 from vtok_ext.models.coordtok_networks import PatchEmbedding
 from vtok_ext.models.generator import LatentGenerator
 from vtok_ext.models.ode import sample_ode
@@ -52,7 +54,7 @@ class SiT(LatentGenerator):
         dim = config.hidden_size
         self.num_outputs = config.in_channels * (2 if config.learn_sigma else 1)
         self.t_embedder = TimestepEmbedder(dim)
-        self.y_embedder = LabelEmbedder(config.num_classes, dim, config.class_dropout)
+        self.y_embedder = LabelEmbedder(config.num_classes, dim, config.has_none)
         for part in config.parts():
             patch = config.part_patch(part)
             embedding = PatchEmbedding(config.in_channels, dim, patch)
@@ -194,17 +196,22 @@ class SiT(LatentGenerator):
         self,
         latent: Parts | Tensor,
         labels: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
+        call: Callable[..., Any] | None = None,
     ) -> Tensor:
         """Returns the training loss [B] of a tokenizer's latents.
 
         Args:
             latent: in the layout of the tokenizer, not normalised.
-            labels: [B] integers; default 0.
-            generator: source of times and noise.
+            labels: [B] integers; default 0; in training some are replaced by "none".
+            generator: source of noise, times and replaced labels, or one per sample.
+            call: the model as it must be called, such as DistributedDataParallel's; default itself.
         """
         x1 = self.require_statistics("loss").normalize(latent)
-        return self.transport.loss(lambda x, t: self(x, t, labels), x1, generator=generator)
+        t, x0 = self.transport.draw(x1, generator)
+        labels = self.training_labels(labels, t.shape[0], generator)
+        network = call or self
+        return self.transport.loss(lambda x, at: network(x, at, labels), x1, t=t, x0=x0)
 
     @torch.no_grad()
     def sample(
@@ -214,7 +221,7 @@ class SiT(LatentGenerator):
         labels: Tensor | None = None,
         guidance: float = 1.0,
         sampler: str = "sde",
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         **options: Any,
     ) -> Parts | Tensor:
         """Returns latents in the layout of the tokenizer, ready for its `decode`.
@@ -224,7 +231,8 @@ class SiT(LatentGenerator):
             labels: integers [B]; default 0.
             guidance: see `network`.
             sampler: "sde" (the published recipe: 250 steps) or "ode".
-            generator: source of all noise; a CPU generator gives the same on every device.
+            generator: source of all noise, or one per sample; CPU generators give the same on every
+                device.
             **options: of `sample_sde` or `sample_ode`.
 
         Raises:

@@ -43,18 +43,14 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Returns vectors [B, D] of labels [B]; with dropout the last row stands for "none"."""
+    """Returns vectors [B, D] of labels [B]; where there is a "none", the last row stands for it."""
 
-    def __init__(self, num_classes: int, dim: int, dropout: float) -> None:
+    def __init__(self, num_classes: int, dim: int, has_none: bool) -> None:
         super().__init__()
-        self.num_classes, self.dropout = num_classes, dropout
-        self.embedding_table = nn.Embedding(num_classes + int(dropout > 0), dim)
+        self.embedding_table = nn.Embedding(num_classes + int(has_none), dim)
 
     def forward(self, labels: Tensor) -> Tensor:
-        """Returns the vectors of labels; in training some are replaced by "none"."""
-        if self.training and self.dropout > 0:
-            dropped = torch.rand(labels.shape, device=labels.device) < self.dropout
-            labels = torch.where(dropped, self.num_classes, labels)
+        """Returns the vectors of labels."""
         return self.embedding_table(labels)
 
 

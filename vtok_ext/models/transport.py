@@ -18,6 +18,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from vtok_ext.layers.kl import Generators
+from vtok_ext.models._random import normal_like, uniform
+
 State = TypeVar("State", Tensor, tuple[Tensor, ...], dict[str, Tensor])
 # Returns what is predicted, in the form of x, at states x and times [B] in [0, 1].
 Network = Callable[[Any, Tensor], Any]
@@ -81,22 +84,16 @@ def along(t: Tensor, x: Tensor) -> Tensor:
     return t.to(x.device, x.dtype).view(-1, *(1,) * (x.dim() - 1))
 
 
-def noise_like(state: State, generator: torch.Generator | None = None) -> State:
+def noise_like(state: State, generator: Generators = None) -> State:
     """Returns standard normal noise of the form of `state`, drawn part by part.
 
     Args:
         state: what it is for.
-        generator: source, drawn from on its own device and moved: a CPU generator gives the same
-            noise on every device. Default torch's global one of the state's device.
+        generator: source, or one per sample, drawn from on its own device and moved: a CPU
+            generator gives the same noise on every device. Default torch's global one of the
+            state's device.
     """
-
-    def draw(x: Tensor) -> Tensor:
-        if generator is None:
-            return torch.randn_like(x)
-        noise = torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype)
-        return noise.to(x.device)
-
-    return map_state(draw, state)
+    return map_state(lambda x: normal_like(x, generator), state)
 
 
 @dataclass(frozen=True)
@@ -138,7 +135,7 @@ class Transport:
 
     # Training.
 
-    def draw(self, x1: State, generator: torch.Generator | None = None) -> tuple[Tensor, State]:
+    def draw(self, x1: State, generator: Generators = None) -> tuple[Tensor, State]:
         """Returns times t [B], uniform in `time_range`, and noise x0 as x1.
 
         Noise is drawn before times, times on the CPU or on the generator's device: the order of the
@@ -147,8 +144,7 @@ class Transport:
         x0 = noise_like(x1, generator)
         first = state_parts(x1)[0]
         low, high = self.time_range
-        device = "cpu" if generator is None else generator.device
-        t = torch.rand(first.shape[0], generator=generator, device=device)
+        t = uniform(first.shape[0], generator)
         return (low + (high - low) * t).to(first.device), x0
 
     def interpolate(self, t: Tensor, x0: State, x1: State) -> State:
@@ -176,7 +172,7 @@ class Transport:
         *,
         t: Tensor | None = None,
         x0: State | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> Tensor:
         """Returns the loss [B] of each sample: the mean of the parts' mean squared errors.
 
@@ -187,7 +183,7 @@ class Transport:
             network: called once as network(x_t, t).
             x1: data.
             t, x0: times [B] and noise as x1; default `draw`.
-            generator: source of what is drawn.
+            generator: source of what is drawn, or one per sample.
         """
         if t is None or x0 is None:
             drawn_t, drawn_x0 = self.draw(x1, generator)

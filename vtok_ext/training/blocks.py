@@ -24,17 +24,30 @@ from vtok_ext.layers import (
     TemporalUpsample,
 )
 from vtok_ext.layers.transformer import QueryBlock, TransformerBlock
+from vtok_ext.layers.volume import VolumeBlock, VolumeDown, VolumeUp
+from vtok_ext.models.gpt import CausalBlock
+from vtok_ext.models.sit_network import SiTBlock
 
 BLOCKS = (
     ResidualBlock1d,
     ResidualBlock2d,
     ResidualBlock3d,
+    VolumeBlock,
     FrameAttention,
     TransformerBlock,
     QueryBlock,
+    SiTBlock,
+    CausalBlock,
 )
 # Changes of resolution read their parameters by themselves too; recomputing them saves nothing.
-_RESAMPLING = (SpatialDownsample, SpatialUpsample, TemporalDownsample, TemporalUpsample)
+_RESAMPLING = (
+    SpatialDownsample,
+    SpatialUpsample,
+    TemporalDownsample,
+    TemporalUpsample,
+    VolumeDown,
+    VolumeUp,
+)
 # Blocks of a class share their code and differ in shape and width: that many versions of it.
 _COMPILED_VERSIONS = 128
 

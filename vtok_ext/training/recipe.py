@@ -95,8 +95,8 @@ class DataRecipe:
 
 
 @dataclass(frozen=True)
-class LossRecipe(LossConfig):
-    """What is minimised: `LossConfig`, and where LPIPS comes from.
+class PerceptualRecipe:
+    """Where LPIPS comes from.
 
     Attributes:
         perceptual_network: "published"; or "random", a narrow one that measures nothing known.
@@ -109,10 +109,19 @@ class LossRecipe(LossConfig):
 
     def __post_init__(self) -> None:
         """Checks every field."""
-        super().__post_init__()
         known = self.perceptual_network in PERCEPTUAL_NETWORKS
         choices = f"one of {PERCEPTUAL_NETWORKS}"
         _require(known, "loss.perceptual_network", choices, self.perceptual_network)
+
+
+@dataclass(frozen=True)
+class LossRecipe(PerceptualRecipe, LossConfig):
+    """What is minimised: `LossConfig`, and where LPIPS comes from."""
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        LossConfig.__post_init__(self)
+        PerceptualRecipe.__post_init__(self)
 
 
 @dataclass(frozen=True)

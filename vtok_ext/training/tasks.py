@@ -5,12 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from vtok_ext.models._config import closest
+from vtok_ext.training.generator_task import GPTTask, SiTTask
+from vtok_ext.training.grow_task import GrowDecoderTask, GrowTask
+from vtok_ext.training.point_task import PointTask
 from vtok_ext.training.task import Task
 from vtok_ext.training.tokenizer_task import TokenizerTask
 from vtok_ext.training.vtok_lm_task import VTokLMTask
 from vtok_ext.training.vtok_task import VTokEncoderTask, VTokTask
 
 TASKS: dict[str, type[Task]] = {
+    "gpt": GPTTask,
+    "grow": GrowTask,
+    "grow_decoder": GrowDecoderTask,
+    "points": PointTask,
+    "sit": SiTTask,
     "tokenizer": TokenizerTask,
     "vtok": VTokTask,
     "vtok_encoder": VTokEncoderTask,

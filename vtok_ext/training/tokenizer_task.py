@@ -20,7 +20,7 @@ from vtok_ext.models._registry import create_model, load_model
 from vtok_ext.training.losses import TokenizerLoss
 from vtok_ext.training.lpips import published_lpips, random_lpips
 from vtok_ext.training.parallel import partial_backward
-from vtok_ext.training.recipe import LossRecipe, ModelRecipe, Recipe, TokenizerRecipe
+from vtok_ext.training.recipe import ModelRecipe, Recipe, TokenizerRecipe
 from vtok_ext.training.task import MicroBatch, Task
 
 # The random LPIPS is an eighth as wide as the published one: its code runs, quickly.
@@ -44,7 +44,7 @@ class TokenizerTask(Task):
     def __init__(self, recipe: TokenizerRecipe, device: torch.device) -> None:
         super().__init__(recipe, device)
         self.model: Any = build_model(recipe.model).to(device)
-        self.loss = TokenizerLoss(recipe.loss, _perceptual(recipe.loss)).to(device)
+        self.loss = TokenizerLoss(recipe.loss, perceptual_network(recipe.loss)).to(device)
         self.discriminator = self.loss.discriminator
         self.modules = {"model": self.model, "loss": self.loss}
         self.networks = {"model": self.model}
@@ -182,7 +182,15 @@ def build_model(recipe: ModelRecipe) -> Any:
     return create_model(recipe.name, **recipe.overrides)
 
 
-def _perceptual(recipe: LossRecipe) -> nn.Module | None:
+def perceptual_network(recipe: Any) -> nn.Module | None:
+    """Returns the LPIPS that a loss recipe wants, None for a weight of 0.
+
+    Args:
+        recipe: a `PerceptualRecipe` with a `perceptual_weight`.
+
+    Raises:
+        ValueError, OSError: its files are absent or damaged.
+    """
     if recipe.perceptual_weight <= 0:
         return None
     if recipe.perceptual_network == "random":

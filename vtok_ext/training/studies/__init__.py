@@ -1,0 +1,1 @@
+"""Studies: experiments of rows x seeds whose claims get verdicts. See `specification`."""

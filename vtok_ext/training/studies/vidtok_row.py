@@ -1,0 +1,283 @@
+"""Kind "vidtok": trains a small VidTok on procedural clips and measures it on held-out ones.
+
+    loss   mean |reconstruction - video| + aux_weight * auxiliary loss of the quantizer
+    AdamW, linear warm-up, then half a cosine down to zero
+
+Every row of a study sees the same clips in the same order. Metrics per clip: psnr, ssim; with
+`strata` also psnr_motion_1, ..., where the clips are sorted by mean frame difference. Of the run:
+codebook_use, perplexity and tokens of `usage_clips` clips; million_parameters; cpu_seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtok_ext.data.picture import write_png
+from vtok_ext.metrics import CodebookCounter, psnr, ssim
+from vtok_ext.models._config import closest
+from vtok_ext.models.vidtok import VidTok
+from vtok_ext.models.vidtok_config import VidTokConfig
+from vtok_ext.training.clip_order import ClipOrder
+from vtok_ext.training.step import to_video
+from vtok_ext.training.studies.clip_store import clip_store, fingerprint
+from vtok_ext.training.studies.kinds import Progress, shared_folder
+from vtok_ext.training.studies.row_result import RowResult
+
+# Beyond any number of training clips, so that the held-out ones are none of them.
+_HELD_OUT_SEED = 1_000_000_000
+_GRADIENT_CLIP = 1.0
+_PICTURE_FRAMES = 6
+_PICTURE_SCALE = 3
+
+
+@dataclass(frozen=True)
+class VidTokRow:
+    """Settings of a row.
+
+    Attributes:
+        model: fields of `VidTokConfig`.
+        variant, codes: what plots and tables call the row; `codes` must be the codebook's size.
+        stages: one after the other, each a mapping that replaces some of steps, size, batch_size,
+            lr, and `freeze_encoder` (false); by default one stage.
+        steps, batch_size, lr, warmup: of the training, per stage.
+        weight_decay: decoupled.
+        aux_weight: of the quantizer's auxiliary loss.
+        num_frames, size: T and H = W of the clips, >= 11 px.
+        motion: of the procedural clips.
+        train_clips, train_frame_step: how many, and every how manieth frame they show.
+        eval_clips, eval_frame_step, eval_size: of the held-out clips; size null for `size`.
+        usage_clips: held-out clips whose codes are counted, >= eval_clips.
+        strata: groups of motion that PSNR is reported for; 0 for none.
+    """
+
+    model: dict[str, Any]
+    variant: str = ""
+    codes: int | None = None
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    steps: int = 300
+    batch_size: int = 8
+    lr: float = 2e-3
+    warmup: int = 20
+    weight_decay: float = 0.0
+    aux_weight: float = 1.0
+    num_frames: int = 17
+    size: int = 32
+    motion: str = "erratic"
+    train_clips: int = 1024
+    train_frame_step: int = 1
+    eval_clips: int = 128
+    eval_frame_step: int = 1
+    eval_size: int | None = None
+    usage_clips: int = 128
+    strata: int = 0
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> VidTokRow:
+        """Returns checked settings.
+
+        Raises:
+            ValueError: a wrong key, which names the closest, or a wrong value.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in settings:
+            if key not in known:
+                raise ValueError(
+                    f"study: settings of kind vidtok must be among {', '.join(known)}, "
+                    f"got {key!r}{closest(key, known)}"
+                )
+        row = cls(**settings)
+        if not 1 <= row.eval_clips <= row.usage_clips:
+            raise ValueError(
+                f"study: usage_clips must be >= eval_clips >= 1, "
+                f"got {row.usage_clips} and {row.eval_clips}"
+            )
+        return row
+
+    def all_stages(self) -> list[Stage]:
+        """Returns the stages of the training."""
+        names = ("steps", "size", "batch_size", "lr")
+        common = {name: getattr(self, name) for name in names}
+        for stage in self.stages:
+            for key in stage:
+                if key not in (*names, "freeze_encoder"):
+                    raise ValueError(
+                        f"study: a stage must have keys among {names} and freeze_encoder, "
+                        f"got {key!r}"
+                    )
+        return [Stage(**{**common, **stage}) for stage in self.stages or [{}]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the training."""
+
+    steps: int
+    size: int
+    batch_size: int
+    lr: float
+    freeze_encoder: bool = False
+
+
+def run_row(settings: dict[str, Any], seed: int, folder: Path, progress: Progress) -> RowResult:
+    """Returns what a row measured with a seed; see the file's opening.
+
+    Raises:
+        ValueError: wrong settings.
+        RuntimeError: the loss became NaN or infinite.
+    """
+    row = VidTokRow.of(settings)
+    torch.manual_seed(seed)
+    model = VidTok(VidTokConfig.from_dict(row.model), "study")
+    if row.codes is not None and model.quantizer.codebook_size != row.codes:  # type: ignore[union-attr]
+        raise ValueError(
+            f"study: codes must be the size of the codebook, got {row.codes} for {model.quantizer}"
+        )
+    progress(0.0, "clips")
+    stages = row.all_stages()
+    total, done = sum(stage.steps for stage in stages), 0
+    start = time.process_time()
+    for stage in stages:
+        done = _train(model, row, stage, seed, folder, progress, done, total)
+    result = _measure(model, row, folder, progress, picture=seed == 0)
+    parameters = sum(p.numel() for p in model.parameters())
+    result.summary |= {
+        "million_parameters": parameters / 1e6,
+        # Of this process, so that what else a machine does changes little.
+        "cpu_seconds": round(time.process_time() - start, 1),
+    }
+    return result
+
+
+def _train(
+    model: VidTok,
+    row: VidTokRow,
+    stage: Stage,
+    seed: int,
+    folder: Path,
+    progress: Progress,
+    done: int,
+    total: int,
+) -> int:
+    """Returns the steps done after training for one stage."""
+    clips = clip_store(
+        shared_folder(folder),
+        row.train_clips,
+        row.num_frames,
+        stage.size,
+        motion=row.motion,
+        frame_step=row.train_frame_step,
+    )
+    frozen = [model.encoder, model.quantizer] if stage.freeze_encoder else []
+    for part in frozen:
+        if part is not None:
+            part.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, lr=stage.lr, betas=(0.9, 0.99), weight_decay=row.weight_decay
+    )
+    order = ClipOrder(len(clips), stage.batch_size, seed=seed)
+    model.train()
+    for step in range(stage.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = stage.lr * _schedule(step, stage.steps, row.warmup)
+        places = [index for _, index in order.places(step, 0)]
+        video = to_video(clips[places], torch.device("cpu"))
+        output = model(video, step=done, compute_loss=not stage.freeze_encoder)
+        loss = (output.reconstruction - video).abs().mean()
+        note = f"step {done}, loss {loss.item():.4f}"
+        auxiliary = output.encoding.losses.get("aux_loss")
+        if auxiliary is not None and not stage.freeze_encoder:
+            loss = loss + row.aux_weight * auxiliary
+        if not math.isfinite(loss.item()):
+            raise RuntimeError(f"study: the loss became {loss.item()} at step {done}")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, _GRADIENT_CLIP)
+        optimizer.step()
+        done += 1
+        progress(0.9 * done / total, note)
+    return done
+
+
+def _schedule(step: int, num_steps: int, warmup: int) -> float:
+    return min(1.0, (step + 1) / max(1, warmup)) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+
+
+@torch.no_grad()
+def _measure(
+    model: VidTok, row: VidTokRow, folder: Path, progress: Progress, picture: bool
+) -> RowResult:
+    """Returns metrics on the held-out clips."""
+    model.eval()
+    clips = clip_store(
+        shared_folder(folder),
+        row.usage_clips,
+        row.num_frames,
+        row.eval_size or row.size,
+        motion=row.motion,
+        frame_step=row.eval_frame_step,
+        first_seed=_HELD_OUT_SEED,
+    )
+    quantizer: Any = model.quantizer
+    counter = CodebookCounter(quantizer.codebook_size) if model.is_discrete else None
+    values: dict[str, list[float]] = {"psnr": [], "ssim": []}
+    motion: list[float] = []
+    result = RowResult(held_out=fingerprint(clips[: row.eval_clips]))
+    for first in range(0, row.usage_clips, row.batch_size):
+        video = to_video(clips[first : first + row.batch_size], torch.device("cpu"))
+        encoding = model.encode(video, compute_loss=False)
+        if counter is not None:
+            assert encoding.indices is not None  # a discrete model has them
+            counter.update(encoding.indices)
+        measured = video[: max(0, row.eval_clips - first)]
+        if len(measured):
+            decoded = model.decode(encoding)[: len(measured)]
+            for a, b in zip(decoded.split(1), measured.split(1), strict=True):
+                values["psnr"].append(psnr(a, b).item())
+                values["ssim"].append(ssim(a, b).item())
+                motion.append((b[:, :, 1:] - b[:, :, :-1]).abs().mean().item())
+            if picture and first == 0:
+                result.pictures = [_picture(folder / "held-out.png", measured[0], decoded[0])]
+        progress(0.9 + 0.1 * first / row.usage_clips, "measuring")
+    result.per_clip = values | _strata(values["psnr"], motion, row.strata)
+    if counter is not None:
+        usage = counter.result()
+        result.summary = {
+            "codebook_use": usage.fraction_used,
+            "perplexity": usage.perplexity,
+            "bits_per_token": usage.bits_per_token,
+            "tokens": float(usage.num_tokens),
+        }
+    return result
+
+
+def _strata(values: list[float], motion: list[float], count: int) -> dict[str, list[float]]:
+    """Returns PSNR of the clips of each stratum, from the slowest to the fastest."""
+    order = sorted(range(len(motion)), key=motion.__getitem__)
+    found = {}
+    for i in range(count):
+        part = order[i * len(order) // count : (i + 1) * len(order) // count]
+        found[f"psnr_motion_{i + 1}"] = [values[clip] for clip in sorted(part)]
+    return found
+
+
+def _picture(
+    path: Path,
+    video: Tensor,  # [3, T, H, W] in [-1, 1]
+    decoded: Tensor,  # [3, T, H, W]
+) -> Path:
+    """Returns the path of a picture: some frames above, their reconstruction below."""
+    times = torch.linspace(0, video.shape[1] - 1, min(_PICTURE_FRAMES, video.shape[1])).long()
+    rows = [torch.cat(list(clip[:, times].unbind(1)), -1) for clip in (video, decoded)]
+    image = ((torch.cat(rows, 1).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    image = image.repeat_interleave(_PICTURE_SCALE, 1).repeat_interleave(_PICTURE_SCALE, 2)
+    write_png(path, image)
+    return path
