@@ -184,6 +184,7 @@ class VTok(VideoTokenizer):
         cut_threshold: float | None = None,
         step: int = 0,
         compute_loss: bool | None = None,
+        frames: str = "preserve",
     ) -> Encoding:
         """Returns the Encoding of a video, whose latent is a sequence of tokens; see the class.
 
@@ -193,11 +194,14 @@ class VTok(VideoTokenizer):
             sample, generator: without effect, the latent has no distribution.
             stride, key_frame, cut_threshold: instead of those of the configuration.
             step, compute_loss: of FSQ, see there.
+            frames: "preserve"; there is no released system whose rule could be followed.
 
         Raises:
             TypeError, ValueError: the video or an option is not as described; NaN or infinity.
         """
         video_input.check_video("encode", video)
+        if frames != "preserve":
+            raise ValueError(f"encode: frames must be 'preserve' for VTok, got {frames!r}")
         key_frame = self.config.key_frame if key_frame is None else key_frame
         if key_frame not in KEY_FRAMES:
             raise ValueError(f"encode: key_frame must be one of {KEY_FRAMES}, got {key_frame!r}")

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vtok_ext.data.captioned import QUESTION_KINDS, CaptionedClips
+from vtok_ext.data.captioned import QUESTION_KINDS, CaptionedClips, caption_of, questions_of
 from vtok_ext.data.captioned.clips import FPS
 from vtok_ext.data.captioned.questions import vocabulary
 from vtok_ext.models.vtok import VTok
@@ -100,11 +100,11 @@ class VTokLMTask(Task):
         """Returns what some training clips are asked."""
         found = []
         for index, generator in zip(indices, generators, strict=True):
-            item = self.train_clips.clip(int(index))
+            scene = self.train_clips.scene(int(index))
             if float(torch.rand((), generator=generator)) < self.recipe.unified.generation:
-                found.append(Turn(GENERATION, item.caption))
+                found.append(Turn(GENERATION, caption_of(scene)))
                 continue
-            asked = [q for q in item.questions if q.kind in self.kinds]
+            asked = [q for q in questions_of(scene) if q.kind in self.kinds]
             question = asked[int(torch.randint(len(asked), (), generator=generator))]
             found.append(Turn(UNDERSTANDING, question.text, question.answer))
         return found

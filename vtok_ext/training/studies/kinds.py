@@ -27,6 +27,7 @@ RunRow = Callable[[dict[str, Any], int, Path, Progress], RowResult]
 # kind -> module of this package that has its run_row; imported when a study of that kind runs.
 KINDS: dict[str, str | RunRow] = {
     "vidtok": "vtok_ext.training.studies.vidtok_row",
+    "vtok": "vtok_ext.training.studies.vtok_row",
 }
 
 
