@@ -27,7 +27,7 @@ def test_smoke_study_of_every_row(tmp_path):
         assert f"| {row} | 1 of 3 | {tokens} |" in text
     assert "| all-frames | 1 of 3 | 384 |" in text and "| stride-4 | 1 of 3 | 21 |" in text
     assert "| vtok-fsq | 1 of 3 | 39 |" in text
-    shared = list((tmp_path / "shared").glob("*.safetensors"))
+    shared = list((tmp_path / "work" / "shared").glob("*.safetensors"))
     assert len(shared) == 3  # one encoder, the maps of training and of held-out clips
 
 

@@ -93,7 +93,9 @@ class VTokRow:
                     f"study: settings of kind vtok must be among {', '.join(known)}, "
                     f"got {key!r}{closest(key, known)}"
                 )
-        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        plain: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()
+        }
         return cls(**plain)
 
     def encoder(self) -> EncoderSettings:
