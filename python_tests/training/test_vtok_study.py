@@ -10,12 +10,12 @@ from vtok_ext.training.studies.runner import planned_runs, run_study
 from vtok_ext.training.studies.specification import load_study
 
 pytest.importorskip("transformers")
-STUDY = Path(__file__).parents[2] / "bench" / "studies" / "vtok.yaml"
+STUDIES = Path(__file__).parents[2] / "bench" / "studies"
 
 
 def test_smoke_study_of_every_row(tmp_path):
     torch.set_num_threads(1)
-    study = load_study(STUDY)
+    study = load_study(STUDIES / "vtok.yaml")
     runs = planned_runs(study, seeds=study.seeds[:1])
     outcome = run_study(study, tmp_path, runs, smoke=True)
     assert outcome.failed == {} and len(outcome.done) == len(study.rows)
@@ -29,6 +29,16 @@ def test_smoke_study_of_every_row(tmp_path):
     assert "| vtok-fsq | 1 of 3 | 39 |" in text
     shared = list((tmp_path / "work" / "shared").glob("*.safetensors"))
     assert len(shared) == 3  # one encoder, the maps of training and of held-out clips
+
+
+def test_smoke_study_of_generation(tmp_path):
+    study = load_study(STUDIES / "vtok_generation.yaml")
+    runs = planned_runs(study, seeds=study.seeds[:1])
+    outcome = run_study(study, tmp_path, runs, smoke=True)
+    assert outcome.failed == {} and len(outcome.done) == len(study.rows)
+    write_report(study, tmp_path, tmp_path / "report.md", smoke=True)
+    assert "| vtok-flow | 1 of 3 | 27 |" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "pictures" / "vtok-flow-seed-0-generated.png").stat().st_size > 0
 
 
 def test_wrong_settings_name_the_closest():

@@ -124,7 +124,7 @@ def generate_tokens(
     if temperature < 0:
         raise ValueError(f"generate_tokens: temperature must be >= 0, got {temperature}")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    slots = model.tokenizer.default_positions(num_frames, fps)[:, 1].to(model.token_mean.device)
+    slots = model.positions_for(num_frames, fps)[:, 1].to(model.token_mean.device)
     turns = [Turn(GENERATION, prompt) for prompt in prompts]
     batch = build_sequences(turns, [0] * len(turns), model.text, begin_only=True, left=True)
     cache = _Cache(model, batch, model._inputs(batch, None, None))
@@ -191,6 +191,6 @@ def generate(
         num_frames,
         (side, side) if size is None else size,
         fps=fps,
-        positions=model.tokenizer.default_positions(num_frames, fps),
+        positions=model.positions_for(num_frames, fps),
     )
     return model.tokenizer.decode(encoding, num_steps=num_steps, seed=seed, output=output)

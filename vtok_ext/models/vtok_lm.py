@@ -176,6 +176,10 @@ class VTokLM(nn.Module):
         indices, extra = encoding.indices, encoding.losses.get("aux_loss")
         return encoding.latent, encoding.positions, indices, extra
 
+    def positions_for(self, num_frames: int, fps: float | None) -> Tensor:
+        """Returns int32 [L, 2]: frame and slot of the tokens of a video of T frames."""
+        return self.tokenizer.default_positions(num_frames, fps)
+
     def _float_video(self, video: Tensor) -> Tensor:
         return video.float() / 127.5 - 1 if video.dtype == torch.uint8 else video
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from vtok_ext.data.captioned import QUESTION_KINDS, CaptionedClips
 from vtok_ext.data.captioned.questions import vocabulary
 from vtok_ext.models._config import closest
+from vtok_ext.models.vision_encoder import SmallViT
 from vtok_ext.models.vtok import VTok
 from vtok_ext.models.vtok_config import VTokConfig
 from vtok_ext.models.vtok_lm_config import VTokLMConfig, tiny_lm_config
@@ -103,8 +104,13 @@ class VTokRow:
         shape = (self.encoder_dim, self.encoder_depth, self.encoder_heads)
         return EncoderSettings(self.image_size, self.patch, *shape, self.encoder_steps)
 
-    def build(self, clips: StudyClips) -> StudyLM:
-        """Returns the model of a row with the shared encoder and otherwise random weights."""
+    def tokenizer(self, encoder: SmallViT, **decoder: Any) -> VTok:
+        """Returns a VTok with this encoder and otherwise random weights.
+
+        Args:
+            encoder: shared by all rows.
+            **decoder: fields of `VTokConfig` that concern the decoder.
+        """
         config = VTokConfig(
             image_size=self.image_size,
             encoder_patch=self.patch,
@@ -117,14 +123,14 @@ class VTokRow:
             num_queries=self.num_queries,
             stride=self.stride,
             levels=self.levels,
-            # Questions need no decoder: as small as can be.
-            decoder_dim=4,
-            decoder_depth=1,
-            decoder_heads=1,
+            **decoder,
         )
         tokenizer = VTok(config, "study")
-        tokenizer.encoder.load_state_dict(clips.encoder.state_dict())
-        text = WordTokenizer(vocabulary())
+        tokenizer.encoder.load_state_dict(encoder.state_dict())
+        return tokenizer
+
+    def language_model(self, vocabulary_size: int) -> str:
+        """Returns the configuration of the language model as JSON."""
         sizes = {
             "hidden_size": self.lm_dim,
             "intermediate_size": 2 * self.lm_dim,
@@ -132,10 +138,20 @@ class VTokRow:
             "num_attention_heads": self.lm_heads,
             "num_key_value_heads": self.lm_heads,
         }
+        return tiny_lm_config(vocabulary_size, "llama", sizes)
+
+    def shows(self) -> dict[str, Any]:
+        """Returns the arguments of `StudyLM`."""
+        return {"shown": self.shown, "num_shown": self.num_shown, "key_frame": self.key_frame}
+
+    def build(self, encoder: SmallViT) -> StudyLM:
+        """Returns the model of a row."""
+        # Questions need no decoder and no head: as small as can be.
+        tokenizer = self.tokenizer(encoder, decoder_dim=4, decoder_depth=1, decoder_heads=1)
+        text = WordTokenizer(vocabulary())
         head = "codes" if self.levels else "mse"
-        unified = VTokLMConfig(tiny_lm_config(len(text), "llama", sizes), head=head, head_width=8)
-        shown = {"shown": self.shown, "num_shown": self.num_shown, "key_frame": self.key_frame}
-        return StudyLM(unified, tokenizer, text, **shown)  # type: ignore[arg-type]
+        unified = VTokLMConfig(self.language_model(len(text)), head=head, head_width=8)
+        return StudyLM(unified, tokenizer, text, **self.shows())
 
 
 def run_row(settings: dict[str, Any], seed: int, folder: Path, progress: Progress) -> RowResult:
@@ -152,7 +168,7 @@ def run_row(settings: dict[str, Any], seed: int, folder: Path, progress: Progres
     stock = StudyClips(shared, train, row.encoder(), train, progress)
     held_out = StudyClips(shared, test, row.encoder(), train, progress)
     torch.manual_seed(seed)
-    model = row.build(stock)
+    model = row.build(stock.encoder)
     wall, cpu = time.monotonic(), time.process_time()
     _train(model, row, stock, seed, progress)
     seconds = {"train_seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu}

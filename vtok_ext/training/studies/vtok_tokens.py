@@ -59,6 +59,10 @@ class StudyLM(VTokLM):
         count = num_frames if self.shown == "all_frames" else self.num_shown
         return [int((i + 0.5) * num_frames / count) for i in range(count)]
 
+    def positions_for(self, num_frames: int, fps: float | None) -> Tensor:
+        """Returns int32 [L, 2]: frame and slot of what the row shows of a video of T frames."""
+        return self._places(num_frames)
+
     def _encode(
         self, video: Tensor, fps: float | None, step: int = 0
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -70,24 +74,36 @@ class StudyLM(VTokLM):
         codes, indices, losses = quantizer(self.tokenizer.to_levels(tokens), step)
         return codes, positions, indices, losses.get("aux_loss")
 
-    def _show(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        batch, num_frames = maps.shape[:2]
+    def _places(self, num_frames: int) -> Tensor:
         slots = self.tokenizer.config.key_tokens
-        if self.shown == "blind":
-            empty = maps.new_empty(batch, 0, self.tokenizer.config.token_dim)
-            return empty, torch.empty(batch, 0, 2, dtype=torch.int32, device=maps.device)
+        places: list[tuple[int, int]] = []
         if self.shown in ("frames", "all_frames"):
             frames = self.frames_shown(num_frames)
-            tokens = [self.tokenizer.key_tokens(maps[:, frame]) for frame in frames]
             places = [(frame, slot) for frame in frames for slot in range(slots)]
-            return torch.cat(tokens, 1), self._placed(places, maps)
-        sampled = self.tokenizer.frame_rule().frames(1, num_frames)
-        if self.shown == "frame_tokens":
-            frames = [0, *sampled]
+        elif self.shown == "frame_tokens":
+            places = [(frame, slots) for frame in self._sampled(num_frames)]
+        elif self.shown == "vtok":
+            return self.tokenizer.default_positions(num_frames)
+        return torch.tensor(places, dtype=torch.int32).view(-1, 2)
+
+    def _sampled(self, num_frames: int) -> list[int]:
+        return [0, *self.tokenizer.frame_rule().frames(1, num_frames)]
+
+    def _show(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns tokens [B, L, D] and positions [B, L, 2]."""
+        batch, num_frames = maps.shape[:2]
+        if self.shown == "vtok":
+            return self._vtok(maps, torch.tensor(self._sampled(num_frames), device=maps.device))
+        if self.shown == "blind":
+            tokens = maps.new_empty(batch, 0, self.tokenizer.config.token_dim)
+        elif self.shown == "frame_tokens":
+            frames = self._sampled(num_frames)
             pooled = F.adaptive_avg_pool2d(maps[:, frames].flatten(0, 1), 1).flatten(1)
             tokens = self.frame_projection(pooled.unflatten(0, (batch, len(frames))))
-            return tokens, self._placed([(frame, slots) for frame in frames], maps)
-        return self._vtok(maps, torch.tensor([0, *sampled], device=maps.device))
+        else:
+            shown = self.frames_shown(num_frames)
+            tokens = torch.cat([self.tokenizer.key_tokens(maps[:, frame]) for frame in shown], 1)
+        return tokens, self._places(num_frames).to(maps.device).expand(batch, -1, -1)
 
     def _vtok(self, maps: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Returns tokens and positions of a key frame and the residuals of the other frames."""
@@ -108,7 +124,16 @@ class StudyLM(VTokLM):
         frame = torch.cat([frames[key][:, None].expand(-1, slots), frames[others]], dim=1)
         return tokens, torch.stack([frame, slot.expand(batch, -1)], dim=2).int()
 
-    @staticmethod
-    def _placed(places: list[tuple[int, int]], maps: Tensor) -> Tensor:
-        found = torch.tensor(places, dtype=torch.int32, device=maps.device)
-        return found.expand(maps.shape[0], -1, -1)
+
+class VideoStudyLM(StudyLM):
+    """A StudyLM that is given videos [B, 3, T, H, W], which its decoder needs as well."""
+
+    def _encode(
+        self, video: Tensor, fps: float | None, step: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Returns tokens, positions, ids and FSQ's loss."""
+        clip = self._float_video(video)
+        frames = tuple(range(clip.shape[2]))
+        with torch.no_grad():
+            maps = self.tokenizer._frame_maps(clip, frames)
+        return super()._encode(maps, fps, step)
