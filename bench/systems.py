@@ -1,6 +1,6 @@
 """One table of all systems on the same clips of 128 frames: what they cost and how good they are.
 
-    python bench/systems.py vidtok=FOLDER coordtok=FOLDER promag=FOLDER vtok=FOLDER windows=FOLDER@16
+    python bench/systems.py vidtok=FOLDER coordtok=FOLDER vtok=FOLDER windows=FOLDER@16
 
 NAME=FOLDER is a saved model; @16 codes windows of 16 frames each by itself, the baseline whose
 seams `boundary_jump` shows (every system is measured at the borders of windows of 16 frames). Every

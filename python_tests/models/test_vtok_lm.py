@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import assert_close
-from tiny_vtok import tiny, tiny_fsq
+from tiny_vtok import SIZES, tiny, tiny_fsq
 from tiny_vtok import tiny_lm as unified
 
 from vtok_ext.data.captioned import CaptionedClips
@@ -265,3 +265,31 @@ def test_errors():
         VTokLMConfig("{}")
     with pytest.raises(ValueError, match="predicted must be at most 1"):
         VTokLMConfig('{"model_type": "llama"}', predicted=2.0)
+
+
+def test_a_pretrained_language_model_brings_its_own_text(clip, tmp_path):
+    """A folder as `save_pretrained` of transformers writes it: here a tiny Llama and its words."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from vtok_ext.training.vtok_lm_task import build_unified
+    from vtok_ext.training.vtok_recipe import LanguageModelRecipe, UnifiedRecipe
+
+    words = {word: number for number, word in enumerate(["<unk>", "</s>", *vocabulary()])}
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    text = PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>", eos_token="</s>")
+    text.save_pretrained(tmp_path / "llama")
+    torch.manual_seed(0)
+    sizes = {**SIZES["llama"], "vocab_size": len(words)}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "llama")
+    source = LanguageModelRecipe(source=str(tmp_path / "llama"))
+    model = build_unified(tiny(stride=2), source, UnifiedRecipe(head_width=16, head_depth=1))
+    assert model.text.special["<eos>"] == 1 and len(model.text) > len(words)
+    assert model.text.decode(model.text.encode("red circle")) == "red circle"
+    losses = model(clip(2, 5, 16, 16), [ASK, MAKE])
+    assert all(loss.isfinite() for loss in losses.values())
+    model.eval().save_pretrained(str(tmp_path / "unified"))
+    loaded = VTokLM.from_pretrained(str(tmp_path / "unified"))
+    video = clip(1, 5, 16, 16)
+    assert loaded.answer(video, ["what"]) == model.answer(video, ["what"])

@@ -80,6 +80,12 @@ def test_loss_does_not_depend_on_micro_batches(tmp_path):
     assert one == pytest.approx(two, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["vtok_encoder", "vtok", "vtok_lm"])
+def test_recipes_for_use_are_valid(name):
+    recipe = load_recipe(name)
+    assert recipe.task == name and recipe.model.name == "vtok_small"
+
+
 @pytest.mark.parametrize(
     "name, override, message",
     [
