@@ -7,10 +7,15 @@
     method "grown"         grown to 8x, and from there to 16x
 
 All train with `growth_loss` by Muon and AdamW, warm-up and half a cosine, on the same clips in the
-same order. Trained stages are kept in the study's shared folder. Metrics per held-out clip: psnr, ssim;
-psnr_kept and sharpness of every (factor / 4)-th frame, the latter the ratio of mean |gradient| to
-the source's; corner_error, mean |error| in the corners over that elsewhere. With `overlap`, clips
-of `long_frames` are coded in chunks, or as a stream: psnr, and boundary_jump at chunk borders.
+same order. Trained stages are kept in the study's shared folder. Metrics per held-out clip:
+
+    psnr, ssim
+    psnr_kept, sharpness   of every (factor / 4)-th frame; sharpness is the ratio of mean |gradient|
+                           to the source's
+    corner_error           mean |error| in the corners over that elsewhere
+
+With `overlap`, clips of `long_frames` are coded in chunks or as a stream; then metrics are psnr and
+boundary_jump at chunk borders.
 """
 
 from __future__ import annotations
