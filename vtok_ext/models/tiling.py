@@ -187,7 +187,10 @@ class _Run:
         for index, (row, column) in enumerate((r, c) for r in rows for c in columns):
             part = self._tile(x, row, column, f"{self.prefix}.{index}.")
             if y is None:
-                shape, options = (*part.shape[:3], *size), {"dtype": part.dtype, "device": part.device}
+                shape, options = (
+                    (*part.shape[:3], *size),
+                    {"dtype": part.dtype, "device": part.device},
+                )
                 y = torch.empty(shape, memory_format=torch.channels_last_3d, **options)
             y[:, :, :, slice(*row), slice(*column)] = part
         assert y is not None  # there is at least one tile
