@@ -1,4 +1,4 @@
-"""The seam between loop and task: something that is no tokenizer trains, resumes and is exported."""
+"""The seam between loop and task: what is no tokenizer trains, resumes and is exported too."""
 
 from dataclasses import dataclass, field
 
