@@ -17,6 +17,8 @@ from vtok_ext.models.sit_config import SiTConfig
 from vtok_ext.models.streaming import StreamDecoder, StreamEncoder
 from vtok_ext.models.vidtok import VidTok
 from vtok_ext.models.vidtok_config import VidTokConfig
+from vtok_ext.models.vtok import VTok
+from vtok_ext.models.vtok_config import VTokConfig
 
 __all__ = [
     "GPT",
@@ -35,6 +37,8 @@ __all__ = [
     "StreamDecoder",
     "StreamEncoder",
     "Tokens",
+    "VTok",
+    "VTokConfig",
     "VidTok",
     "VidTokConfig",
     "VideoTokenizer",

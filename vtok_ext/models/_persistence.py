@@ -148,6 +148,11 @@ def read_description(folder: str) -> dict[str, Any]:
         description = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"from_pretrained: {path!r} must be JSON, got {error}") from error
+    if isinstance(description, dict) and "_class_name" in description:
+        raise ValueError(
+            f"from_pretrained: {folder!r} must be a folder of this package, got one of diffusers' "
+            f"{description['_class_name']}; vt.wrap_diffusers takes the model that diffusers loads"
+        )
     if not isinstance(description, dict) or not isinstance(description.get("config"), dict):
         raise ValueError(f"from_pretrained: {path!r} must be an object with `config`, got another")
     if description.get("format_version") != FORMAT_VERSION:

@@ -15,6 +15,7 @@ from vtok_ext.models.promag_grown import Grown
 from vtok_ext.models.vidtok import VidTok
 from vtok_ext.models.vidtok_diffusers import is_diffusers_folder, load_diffusers
 from vtok_ext.models.vidtok_released import YAML_SUFFIXES, released_config
+from vtok_ext.models.vtok import VTok
 
 # Class names as they stand in config.json; a file can name nothing outside this table.
 MODEL_CLASSES: dict[str, type[VideoTokenizer]] = {
@@ -22,6 +23,7 @@ MODEL_CLASSES: dict[str, type[VideoTokenizer]] = {
     "Grown": Grown,
     "ProMAG": ProMAG,
     "VidTok": VidTok,
+    "VTok": VTok,
 }
 
 

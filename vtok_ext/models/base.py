@@ -200,7 +200,13 @@ class VideoTokenizer(nn.Module):
         self.check_origin("detokenize", tokens.model_id, any_weights)
         device = next(self.parameters()).device
         latent = self.indices_to_latent(tokens.ids.to(device))
-        encoding = Encoding(latent, tokens.num_frames, tokens.size, frame_rule=tokens.frame_rule)
+        encoding = Encoding(
+            latent,
+            tokens.num_frames,
+            tokens.size,
+            fps=tokens.fps,
+            frame_rule=tokens.frame_rule,
+        )
         return self.decode(encoding, output=output)
 
     def stream_encoder(self, output: str = "latent"):

@@ -28,10 +28,12 @@ class GridTokenizer(VideoTokenizer):
     t is 1 + ceil((T - 1) / f) for models whose first latent stands for one frame, as that of causal
     ones does, ceil(T / f) otherwise. A model adds
     `encode_chunk`, `decode_chunk`, `encode_reference`, `decode_reference`, `regularize` and the
-    facts `is_causal`, `temporal_factor`, `spatial_factor`, `latent_channels`.
+    facts `is_causal`, `temporal_factor`, `spatial_factor`, `latent_channels`. One that takes k
+    latents at a time also gives `latents_per_unit`, and t is rounded up to 1 + a multiple of k.
     """
 
     video_channels: int = 3
+    is_exact: bool = True  # False for a view in blended tiles, see `tiled`
 
     @property
     def starts_alone(self) -> bool:
@@ -58,10 +60,16 @@ class GridTokenizer(VideoTokenizer):
         """Dtype of the parameters, to which videos and latents are converted."""
         return next(self.parameters()).dtype
 
+    @property
+    def latents_per_unit(self) -> int:
+        """k: latents that the networks take at a time; a first unit has k + 1."""
+        return 1
+
     def token_grid(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Returns (t, h, w) of the latent of a clip of that many frames and that size."""
-        f, s, alone = self.temporal_factor, self.spatial_factor, int(self.starts_alone)
-        return alone - (alone - num_frames) // f, -(-height // s), -(-width // s)
+        k, s, alone = self.latents_per_unit, self.spatial_factor, int(self.starts_alone)
+        units = -(-(num_frames - alone) // (self.temporal_factor * k))
+        return alone + k * units, -(-height // s), -(-width // s)
 
     @abstractmethod
     def encode_chunk(self, video: Tensor, state: State | None = None, return_state: bool = False):
@@ -150,11 +158,11 @@ class GridTokenizer(VideoTokenizer):
             return self.tiled(tile).encode(video, fps=fps, compute_loss=compute_loss, **options)
         video_input.check_video("encode", video, self.video_channels)
         video_input.check_frame_rule("encode", frames)
-        f, s = self.temporal_factor, self.spatial_factor
+        s, unit = self.spatial_factor, self.temporal_factor * self.latents_per_unit
         num_frames, height, width = video.shape[2:]
         x = video_input.to_float(video, self.dtype)
         if frames == "preserve":
-            x = video_input.pad_tail(video_input.pad_size(x, s), f, alone=int(self.starts_alone))
+            x = video_input.pad_tail(video_input.pad_size(x, s), unit, alone=int(self.starts_alone))
             raw = self.encode_chunk(x)
         elif min(height, width) < s:
             raise ValueError(f"encode: height and width must be >= {s}, got {[height, width]}")
@@ -223,14 +231,18 @@ class GridTokenizer(VideoTokenizer):
         self.encode_chunk(weight.new_empty(batch, self.video_channels, frames, *size))
         self.decode_chunk(weight.new_empty(batch, self.latent_channels, *grid))
 
-    def network_steps(self, network: Any) -> list[Step]:
+    def network_steps(self, network: Any, **options: bool) -> list[Step]:
         """Returns the steps of `encoder` or `decoder`, between which tiling may cut it.
+
+        Args:
+            network: one of the two.
+            **options: further ones of its `forward`.
 
         Raises:
             ValueError: the model declares none.
         """
         raise ValueError(
-            f"tiling: model must declare the steps of its networks, got {self.name}; "
+            f"tiled: model must declare the steps of its networks, got {self.name}; "
             "mode='blended' is possible, not exact"
         )
 

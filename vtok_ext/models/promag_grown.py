@@ -231,7 +231,8 @@ class Grown(GridTokenizer):
     @property
     def is_causal(self) -> bool:
         """Whether a latent depends on its own and earlier frames only."""
-        return self.config.mixing == "per_position" or not self.config.use_subsampled
+        looks_back = self.config.mixing == "per_position" or not self.config.use_subsampled
+        return looks_back and self.base.is_causal
 
     @property
     def starts_alone(self) -> bool:
@@ -414,7 +415,8 @@ def grow(model: VideoTokenizer, factor: int = 2, mixing: str = "per_position") -
     """
     if not isinstance(model, VideoTokenizer):
         raise TypeError(f"grow: model must be a VideoTokenizer, got {type(model).__name__}")
-    if type(model).__name__ not in GROWABLE or not model.is_causal:
+    # One grown with global mixing is not causal, but divides frames into groups as causal ones do.
+    if type(model).__name__ not in GROWABLE or not getattr(model, "starts_alone", False):
         raise ValueError(
             f"grow: model must be a causal one of {', '.join(GROWABLE)}, got {model.name}"
         )

@@ -138,6 +138,7 @@ class OptimizerRecipe:
 
     Attributes:
         lr, discriminator_lr: learning rates at the top of the schedule; null for the same.
+        muon_lr: of Muon for the matrices within the tokenizer; null for Adam everywhere.
         betas: decays of the two moments.
         weight_decay: decoupled (AdamW).
         clip: largest norm of all gradients of an optimiser.
@@ -149,6 +150,7 @@ class OptimizerRecipe:
 
     lr: float = 1e-5
     discriminator_lr: float | None = None
+    muon_lr: float | None = None
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = 0.0
     clip: float = 20.0
@@ -165,6 +167,7 @@ class OptimizerRecipe:
         _require(known, "optimizer.schedule", f"one of {SCHEDULES}", self.schedule)
         ok = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         _require(ok, "optimizer.betas", "two numbers in [0, 1)", self.betas)
+        _require(self.muon_lr is None or self.muon_lr > 0, "optimizer.muon_lr", "> 0", self.muon_lr)
         for name, limit in (("discriminator_lr", math.inf), ("ema_decay", 1.0)):
             value = getattr(self, name)
             ok = value is None or 0 <= value < limit
@@ -246,6 +249,12 @@ class Recipe:
     data: DataRecipe = field(default_factory=DataRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     run: RunRecipe = field(default_factory=RunRecipe)
+
+    def __post_init__(self) -> None:
+        """Checks what concerns several sections."""
+        # Muon needs whole matrices, of which a process then has a part.
+        whole = self.optimizer.muon_lr is None or self.run.parallel != "fsdp"
+        _require(whole, "optimizer.muon_lr", "null with run.parallel fsdp", self.optimizer.muon_lr)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all values, as YAML and JSON can hold them."""

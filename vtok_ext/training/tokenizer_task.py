@@ -21,6 +21,7 @@ from vtok_ext.models._registry import create_model, load_model
 from vtok_ext.training.checkpoint import latest_checkpoint, read_shapes, read_tensors
 from vtok_ext.training.losses import TokenizerLoss
 from vtok_ext.training.lpips import published_lpips, random_lpips
+from vtok_ext.training.optimizers import tokenizer_optimizers
 from vtok_ext.training.parallel import partial_backward
 from vtok_ext.training.recipe import ModelRecipe, Recipe, TokenizerRecipe
 from vtok_ext.training.sample_pictures import reconstruction_video
@@ -93,11 +94,7 @@ class TokenizerTask(Task):
             "weight_decay": settings.weight_decay,
         }
         logvar = [self.loss.logvar] if self.loss.logvar.requires_grad else []
-        found: dict[str, torch.optim.Optimizer] = {
-            "generator": torch.optim.AdamW(
-                [*self.trained("model"), *logvar], lr=settings.lr, **options
-            )
-        }
+        found = tokenizer_optimizers(self.model, settings, logvar)
         if self.discriminator is not None:
             lr = settings.lr if settings.discriminator_lr is None else settings.discriminator_lr
             parameters = self.discriminator.parameters()
