@@ -31,7 +31,8 @@ def _fresh_compiler():
 @pytest.fixture
 def record(request, capsys):
     """Call with a measured Case: prints it and keeps it for the JSON of this bench file."""
-    name = request.path.stem.removeprefix("bench_")
+    stem = request.path.stem.removeprefix("bench_")
+    name = getattr(request.module, "RESULTS_NAME", stem)
 
     def keep(case):
         CASES.setdefault(name, []).append(case)

@@ -35,7 +35,8 @@ class Measurement:
     p80_ms: float
     gb_per_s: float  # of the bytes that the op must move
     floor_fraction: float  # time of copying as many bytes / time of this
-    peak_mb: float | None  # GPU memory above the inputs; None on a CPU
+    peak_mb: float | None  # memory above the inputs; None where it is not known
+    retained_mb: float | None = None  # memory that a model still holds when its call has returned
 
 
 @dataclass
@@ -94,6 +95,7 @@ def measure(
     providers: dict[tuple[str, str], Callable[[], Any]],
     device: str,
     budget_s: float = 4.0,
+    least_rounds: int = 10,
 ) -> Case:
     """Fills `case.measurements` for providers {(name, allocation): call}; a copy of equal bytes is
     the floor."""
@@ -106,7 +108,7 @@ def measure(
         for _ in range(1 if QUICK else 3):
             call()
     longest = sum(timer.once(call) for call in calls.values()) / 1e3
-    rounds = 2 if QUICK else int(min(200, max(10, budget_s / longest)))
+    rounds = 2 if QUICK else int(min(200, max(least_rounds, budget_s / longest)))
     times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
     for _ in range(rounds):
         for key, call in calls.items():

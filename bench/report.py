@@ -136,7 +136,7 @@ def summary_rows(result: dict) -> list[str]:
 
 def summary() -> str:
     """One table for every device."""
-    names = sorted({path.stem for path in RESULTS.glob("*/*.json")} - {"threads"})
+    names = sorted({path.stem for path in RESULTS.glob("*/*.json")} - {"threads", *WHOLE_MODELS})
     by_device: dict[str, list[dict]] = {}
     for name in names:
         for result in load(name):
@@ -158,6 +158,51 @@ def summary() -> str:
     return "\n".join(lines)
 
 
+def vae_table(name: str) -> str:
+    """The Markdown of `bench_diffusers`: autoencoders as they are and patched."""
+    lines = []
+    results = [result for which in (name, f"{name}_real") for result in load(which)]
+    for result in results:
+        lines += [
+            f"{source(result)}:",
+            "",
+            "| autoencoder | direction | diffusers | in channels last | patched | faster | "
+            "peak memory | retained caches |",
+            "|---|---|---|---|---|---|---|---|",
+            *(vae_row(case) for case in result["cases"]),
+            "",
+        ]
+    if not any(is_gpu(r) for r in results):
+        lines += [NO_GPU, ""]
+    return "\n".join(lines)
+
+
+def vae_row(case: dict) -> str:
+    """One line: times with the default allocator; the ratio with reused memory in brackets."""
+    by_name = times(case)
+    rows = [by_name[p, "default"] for p in ("diffusers", "diffusers, channels last", "native")]
+    cells = [f"{row['median_ms']:.0f} ms" for row in rows]
+    reused = [by_name[p, "preallocated"]["median_ms"] for p in ("diffusers", "native")]
+    faster = f"{rows[0]['median_ms'] / rows[2]['median_ms']:.2f}x ({reused[0] / reused[1]:.2f}x)"
+    memory = [
+        " -> ".join("?" if row[key] is None else f"{row[key]:.0f}" for row in (rows[0], rows[2]))
+        for key in ("peak_mb", "retained_mb")
+    ]
+    facts = " | ".join([*cells, faster, *(f"{m} MB" for m in memory)])
+    return f"| {case['shape']} | {case['direction']} | {facts} |"
+
+
+# Benchmarks with a form of their own; "_real" is the same at published widths.
+WHOLE_MODELS = {"diffusers", "diffusers_real"}
+
+
+def block(name: str) -> str:
+    """The Markdown between the markers of `name`."""
+    if name == "summary":
+        return summary()
+    return vae_table(name) if name in WHOLE_MODELS else table(name)
+
+
 def main() -> int:
     """Rewrites or checks the pages."""
     parser = argparse.ArgumentParser(
@@ -170,9 +215,7 @@ def main() -> int:
     status = 0
     for page in PAGES:
         before = page.read_text()
-        after = BLOCK.sub(
-            lambda m: m[1] + (summary() if m[2] == "summary" else table(m[2])) + m[3], before
-        )
+        after = BLOCK.sub(lambda m: m[1] + block(m[2]) + m[3], before)
         if not arguments.check:
             page.write_text(after)
         elif before != after:

@@ -12,8 +12,8 @@ from vtok_ext.training.recipe_file import load_recipe
 TINY = {"ch": 4, "ch_mult": (1, 2), "num_res_blocks": 1, "time_levels": 1, "z_channels": 2}
 SMALL = [
     "data.num_frames=9",
-    "data.height=16",
-    "data.width=16",
+    "data.height=24",
+    "data.width=24",
     "data.num_clips=4",
     "data.validation_clips=1",
     "run.steps=3",
@@ -41,7 +41,7 @@ def test_stages_2_and_3(tmp_path):
 
     weights = [f"model.weights={result.model}", "loss.discriminator_start=1"]
     result = train(load_recipe("promag_decoder", [*SMALL, *weights]), tmp_path / "three")
-    unlocked, video = vt.load_model(result.model), torch.rand(1, 3, 9, 16, 16) * 2 - 1
+    unlocked, video = vt.load_model(result.model), torch.rand(1, 3, 9, 24, 24) * 2 - 1
     assert unlocked.config.decoder_unlocked
     with torch.no_grad():
         latent = grown.encode(video).latent

@@ -10,11 +10,12 @@ from tiny_recipe import tiny
 import vtok_ext as vt
 from vtok_ext.training.blocks import BLOCKS, compile_blocks, recompute_activations
 from vtok_ext.training.checkpoint import latest_checkpoint, read_shapes, read_tensors
+from vtok_ext.training.gradients import clip_gradients
 from vtok_ext.training.loop import train
 from vtok_ext.training.run_log import RunLog, read_log
 from vtok_ext.training.sentinel import NonFiniteLossError, first_bad_layer
 from vtok_ext.training.setup import build_training
-from vtok_ext.training.step import Stepper, clip_gradients
+from vtok_ext.training.step import Stepper
 
 PLAIN = ["loss.discriminator=none", "loss.perceptual_weight=0"]
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from .failures import EXIT_INTERRUPTED, describe_failure, wants_traceback
+from .memory_plan import MemoryOptions
 
 app = typer.Typer(
     name="vtok",
@@ -53,6 +54,17 @@ StreamingOption = Annotated[
 ]
 AnyWeightsOption = Annotated[
     bool, typer.Option("--any-weights", help="Accept tokens that other weights made.")
+]
+TileOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Compute pictures in tiles of SIZE or HEIGHTxWIDTH, with the result of the whole one; "
+        "auto: as large as memory allows."
+    ),
+]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(help="Limit of the process such as 4GB; chooses chunk length and tile by it."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
@@ -95,6 +107,8 @@ def reconstruct(
     ] = None,
     ema: EmaOption = False,
     trust_checkpoint: TrustOption = False,
+    tile: TileOption = None,
+    memory: MemoryOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -110,6 +124,7 @@ def reconstruct(
         max_frames=max_frames,
         ema=ema,
         trust_checkpoint=trust_checkpoint,
+        memory=MemoryOptions(tile, memory),
         device=device,
         as_json=as_json,
     )
@@ -132,6 +147,8 @@ def encode(
             "the whole clip in memory."
         ),
     ] = "preserve",
+    tile: TileOption = None,
+    memory: MemoryOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -145,6 +162,7 @@ def encode(
         name=name,
         ema=ema,
         trust_checkpoint=trust_checkpoint,
+        memory=MemoryOptions(tile, memory),
         device=device,
         output=output,
         streaming=streaming,
@@ -162,6 +180,8 @@ def decode(
     ema: EmaOption = False,
     trust_checkpoint: TrustOption = False,
     any_weights: AnyWeightsOption = False,
+    tile: TileOption = None,
+    memory: MemoryOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -175,6 +195,7 @@ def decode(
         name=name,
         ema=ema,
         trust_checkpoint=trust_checkpoint,
+        memory=MemoryOptions(tile, memory),
         device=device,
         any_weights=any_weights,
         as_json=as_json,
@@ -203,6 +224,8 @@ def stream(
         float, typer.Option(help="Seconds between saved states with --resume.")
     ] = 60.0,
     any_weights: AnyWeightsOption = False,
+    tile: TileOption = None,
+    memory: MemoryOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -221,6 +244,7 @@ def stream(
         resume=resume,
         save_every_s=save_every,
         any_weights=any_weights,
+        memory=MemoryOptions(tile, memory),
         device=device,
         as_json=as_json,
     )

@@ -29,11 +29,11 @@ from vtok_ext.models.tiling_steps import Reach, Step, measure_reaches
 Tile = tuple[int, int]
 
 # Note [Cuts]
-# One segment from the pixels to the attention would need no feature map as a whole, but VidTok 488
-# reaches 84 pixels in its encoder and 114 in its decoder: tiles of 256x256 would compute 2.7 and 3.6
-# times as much. Cut at every level, no segment reaches further than 8 positions of its own
-# resolution (tiles of 256x256 compute 1.1 times as much), and the largest map that is held whole
-# has, per pixel and frame, 32 values instead of the 128 to 256 of the maps that are tiled.
+# One segment from the pixels to the attention would need no feature map as a whole, but the decoder
+# of VidTok 488 reaches 114 pixels: tiles of 256x256 would compute 3.6 times as much. Cut at every
+# level, no segment reaches further than 8 positions of its own resolution (tiles of 256x256 compute
+# 1.1 times as much), and the largest map that is held whole has, per pixel and frame, 32 values
+# instead of the 128 to 256 of the maps that are tiled.
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def make_segments(steps: Sequence[Step], reaches: Sequence[Reach]) -> list[Segme
 
 
 def split_axis(size: int, tile: int) -> list[tuple[int, int]]:
-    """Returns equal ranges of at most `tile` that cover `size`; only the last one may be shorter."""
+    """Returns equal ranges of at most `tile` that cover `size`; the last one may be shorter."""
     length = -(-size // max(1, -(-size // tile)))
     return [(start, min(size, start + length)) for start in range(0, size, length)]
 
@@ -116,7 +116,7 @@ class TiledNetwork(nn.Module):
     def __init__(
         self,
         network: nn.Module,
-        steps: Callable[[], list[Step]],
+        steps: Callable[..., list[Step]],
         segments: Sequence[Segment],
         choose_tile: Callable[[tuple[int, int, int, int]], Tile],
     ) -> None:
@@ -124,10 +124,13 @@ class TiledNetwork(nn.Module):
         self.__dict__.update(network.__dict__)  # parameters, children, hooks
         self.steps, self.segments, self.choose_tile = steps, segments, choose_tile
 
-    def forward(self, x: Tensor, state: State | None = None, return_state: bool = False):
-        """Returns what the network does."""
+    def forward(
+        self, x: Tensor, state: State | None = None, return_state: bool = False, **options: bool
+    ):
+        """Returns what the network does; options are those of its steps."""
         tile = continued_tile(state, x) or self.choose_tile((x.shape[0], *x.shape[2:]))
-        steps, following = self.steps(), {} if return_state else None
+        steps = self.steps(**options)
+        following: dict[str, Tensor] | None = {} if return_state else None
         empty = x[:, :, :0]
         for number, segment in enumerate(self.segments):
             run = _Run(steps[slice(*segment.steps)], segment, f"tile.{number}", state, following)
@@ -141,7 +144,7 @@ def with_tile(following: dict[str, Tensor], tile: Tile, empty: Tensor) -> dict[s
     A model takes the state of the first layer for a piece of its input.
     """
     following.setdefault("conv_in", owned(empty))
-    following["tile"] = torch.tensor([*tile, *empty.shape[3:]])
+    following["tile"] = empty.new_empty((0, *tile, *empty.shape[3:]))  # its shape says it all
     return following
 
 
@@ -151,7 +154,7 @@ def continued_tile(state: State | None, x: Tensor) -> Tile | None:
         return None
     if "tile" not in state:
         raise ValueError("tiling: state must be that of a stream in tiles, got another")
-    height, width, *size = (int(value) for value in state["tile"].tolist())
+    height, width, *size = state["tile"].shape[1:]
     if size != list(x.shape[3:]):
         raise ValueError(f"tiling: x must have H and W of the state {size}, got {list(x.shape)}")
     return height, width
@@ -187,8 +190,12 @@ class _Run:
         for index, (row, column) in enumerate((r, c) for r in rows for c in columns):
             part = self._tile(x, row, column, f"{self.prefix}.{index}.")
             if y is None:
-                shape, options = (*part.shape[:3], *size), {"dtype": part.dtype, "device": part.device}
-                y = torch.empty(shape, memory_format=torch.channels_last_3d, **options)
+                y = torch.empty(
+                    (*part.shape[:3], *size),
+                    dtype=part.dtype,
+                    device=part.device,
+                    memory_format=torch.channels_last_3d,
+                )
             y[:, :, :, slice(*row), slice(*column)] = part
         assert y is not None  # there is at least one tile
         return y
@@ -205,11 +212,8 @@ class _Run:
         part = part.contiguous(memory_format=torch.channels_last_3d)
         part = self._steps(part, self.state, self.following, prefix)
         first_row, first_column = segment.output_size(top), segment.output_size(left)
-        return part[
-            *(slice(None),) * 3,
-            row[0] - first_row : row[1] - first_row,
-            column[0] - first_column : column[1] - first_column,
-        ]
+        rows = slice(row[0] - first_row, row[1] - first_row)
+        return part[:, :, :, rows, column[0] - first_column : column[1] - first_column]
 
     def _steps(self, x: Tensor, state, following, prefix: str) -> Tensor:
         previous = None if state is None else below(state, prefix)
@@ -230,7 +234,7 @@ def below(state: State, prefix: str) -> State:
 
 def check_tile(op: str, tile: Any) -> Tile:
     """Returns (height, width). Raises ValueError for anything but two integers >= 1."""
-    sizes = (tile, tile) if isinstance(tile, int) else tile
+    sizes = (tile, tile) if isinstance(tile, int) and tile is not True else tile
     if (
         not isinstance(sizes, tuple | list)
         or len(sizes) != 2
@@ -292,7 +296,7 @@ _measured: WeakKeyDictionary[nn.Module, tuple[list, list[Reach]]] = WeakKeyDicti
 
 def _reaches(model: Any, name: str, steps: Sequence[Step]) -> list[Reach]:
     network = getattr(model, name)
-    layers = [(id(layer), type(layer)) for layer in network.modules()]
+    layers = [(id(layer), type(layer), *layer._forward_hooks) for layer in network.modules()]
     known = _measured.get(network)
     if known is None or known[0] != layers:
         encodes = name == "encoder"
@@ -304,7 +308,7 @@ def _reaches(model: Any, name: str, steps: Sequence[Step]) -> list[Reach]:
     return known[1]
 
 
-def local_segments(model: Any, network: str) -> tuple[Callable[[], list[Step]], list[Segment]]:
+def local_segments(model: Any, network: str) -> tuple[Callable[..., list[Step]], list[Segment]]:
     """Returns what lists the steps of a network of `model`, and its segments.
 
     Args:
@@ -315,17 +319,27 @@ def local_segments(model: Any, network: str) -> tuple[Callable[[], list[Step]], 
         ValueError: the model declares no steps, or needs whole frames at full resolution.
     """
 
-    def steps() -> list[Step]:
-        return model.network_steps(getattr(model, network))
+    def steps(**options: bool) -> list[Step]:
+        return model.network_steps(getattr(model, network), **options)
 
     found = steps()
     reaches = _reaches(model, network, found)
     segments = make_segments(found, reaches)
-    end = 0 if network == "encoder" else -1
-    if not segments[end].is_local:
-        names = [s.name for s, r in zip(found, reaches, strict=True) if not r.is_local]
+    whole = _whole_at_full_size(found, reaches, network == "encoder")
+    if whole is not None:
         raise ValueError(
-            f"tiling: model must not need whole frames at full resolution, got {model.name}, whose "
-            f"{names[end]} does (statistics over a frame?); mode='blended' is possible, not exact"
+            f"tiled: model must not need whole frames at full resolution, got {model.name}, whose "
+            f"{whole} does (statistics over a frame?); mode='blended' is possible, not exact"
         )
     return steps, segments
+
+
+def _whole_at_full_size(steps: Sequence[Step], reaches: Sequence[Reach], encodes: bool):
+    """Returns the name of a step that needs the whole picture in full resolution, or None."""
+    pairs = list(zip(steps, reaches, strict=True))
+    for step, reach in pairs if encodes else reversed(pairs):
+        if not reach.is_local:
+            return step.name
+        if reach.up != reach.down:
+            return None
+    return None

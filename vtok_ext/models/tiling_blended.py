@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,9 @@ class BlendedNetwork(nn.Module):
         self._compute = network.forward
         self.scale, self.overlap, self.choose_tile = scale, overlap, choose_tile
 
-    def forward(self, x: Tensor, state: State | None = None, return_state: bool = False):
+    def forward(
+        self, x: Tensor, state: State | None = None, return_state: bool = False, **options: bool
+    ):
         """Returns about what the network does."""
         tile = continued_tile(state, x) or self.choose_tile((x.shape[0], *x.shape[2:]))
         rows, columns = (
@@ -57,7 +60,8 @@ class BlendedNetwork(nn.Module):
         y: Tensor | None = None
         for index, (row, column) in enumerate((r, c) for r in rows for c in columns):
             prefix = f"tile.{index}."
-            part, collected = self._tile(x, row, column, state, prefix, return_state)
+            run = partial(self._compute, return_state=return_state, **options)
+            part, collected = self._tile(x, row, column, state, prefix, run)
             if following is not None:
                 following.update({prefix + name: value for name, value in collected.items()})
             if y is None:
@@ -79,16 +83,13 @@ class BlendedNetwork(nn.Module):
         """Output positions per unit of the common grid."""
         return self.scale.numerator
 
-    def _tile(self, x: Tensor, row: Range, column: Range, state, prefix: str, return_state: bool):
+    def _tile(self, x: Tensor, row: Range, column: Range, state, prefix: str, run):
         """Returns the weighted output of a tile, and its state."""
-        part = x[
-            *(slice(None),) * 3,
-            row[0] * self.unit : row[1] * self.unit,
-            column[0] * self.unit : column[1] * self.unit,
-        ]
+        rows = slice(row[0] * self.unit, row[1] * self.unit)
+        part = x[:, :, :, rows, column[0] * self.unit : column[1] * self.unit]
         previous = None if state is None else below(state, prefix)
-        result = self._compute(part, previous, return_state)
-        part, collected = result if return_state else (result, {})
+        result = run(part, previous)
+        part, collected = result if isinstance(result, tuple) else (result, {})
         for axis, (before, length, behind) in ((3, row[2]), (4, column[2])):
             weights = _ramp(before * self.fine, length * self.fine, behind * self.fine)
             shape = [1] * 5

@@ -27,6 +27,8 @@ class ClipOrder:
         accumulate: micro-batches of a step.
         rank, world_size: which process this is, of how many.
         seed: of the shuffles.
+        first_step, first_sample: the row is at sample `first_sample` at the beginning of step
+            `first_step`: with other numbers of processes than before, steps have other sizes.
     """
 
     num_clips: int
@@ -35,12 +37,15 @@ class ClipOrder:
     rank: int = 0
     world_size: int = 1
     seed: int = 0
+    first_step: int = 0
+    first_sample: int = 0
     _shuffles: dict[int, list[int]] = field(default_factory=dict, repr=False)
 
     def places(self, step: int, part: int) -> list[tuple[int, int]]:
         """Returns the places of micro-batch `part` of step `step`, both from 0."""
         per_part = self.batch_size * self.world_size
-        first = (step * self.accumulate + part) * per_part + self.rank * self.batch_size
+        part += (step - self.first_step) * self.accumulate
+        first = self.first_sample + part * per_part + self.rank * self.batch_size
         row = (divmod(n, self.num_clips) for n in range(first, first + self.batch_size))
         return [(epoch, self._shuffled(epoch)[position]) for epoch, position in row]
 

@@ -19,8 +19,10 @@ from vtok_ext.metrics import psnr
 from vtok_ext.models._registry import create_model, load_model
 from vtok_ext.training.losses import TokenizerLoss
 from vtok_ext.training.lpips import published_lpips, random_lpips
+from vtok_ext.training.optimizers import tokenizer_optimizers
 from vtok_ext.training.parallel import partial_backward
 from vtok_ext.training.recipe import ModelRecipe, Recipe, TokenizerRecipe
+from vtok_ext.training.sample_pictures import reconstruction_video
 from vtok_ext.training.task import MicroBatch, Task
 
 # The random LPIPS is an eighth as wide as the published one: its code runs, quickly.
@@ -88,11 +90,7 @@ class TokenizerTask(Task):
             "weight_decay": settings.weight_decay,
         }
         logvar = [self.loss.logvar] if self.loss.logvar.requires_grad else []
-        found: dict[str, torch.optim.Optimizer] = {
-            "generator": torch.optim.AdamW(
-                [*self.trained("model"), *logvar], lr=settings.lr, **options
-            )
-        }
+        found = tokenizer_optimizers(self.model, settings, logvar)
         if self.discriminator is not None:
             lr = settings.lr if settings.discriminator_lr is None else settings.discriminator_lr
             parameters = self.discriminator.parameters()
@@ -164,6 +162,11 @@ class TokenizerTask(Task):
             totals["psnr"] += psnr(reconstruction.float(), video).mean().item() / len(samples)
         return totals
 
+    def pictures(self, samples: list[Tensor]) -> dict[str, Tensor]:
+        """Returns input, output and error map of each clip, side by side."""
+        pairs = (self._reconstruct(clip) for clip in samples)
+        return {f"clip-{i}": reconstruction_video(a[0], b[0]) for i, (a, b) in enumerate(pairs)}
+
     def _reconstruct(
         self,
         clip: Tensor,  # [3, T, H, W] uint8
@@ -200,9 +203,10 @@ def perceptual_network(recipe: Any) -> nn.Module | None:
 
 def to_video(
     clips: Tensor,  # [B, 3, T, H, W] uint8
+    device: torch.device | None = None,
 ) -> Tensor:
-    """Returns [B, 3, T, H, W] float32 in [-1, 1]."""
-    return clips.float() / 127.5 - 1
+    """Returns [B, 3, T, H, W] float32 in [-1, 1], on another device if one is given."""
+    return clips.to(device, non_blocking=True).float() / 127.5 - 1
 
 
 @contextmanager

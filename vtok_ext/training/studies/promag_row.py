@@ -6,8 +6,8 @@
                            work as base and growth together, or as growth alone
     method "grown"         grown to 8x, and from there to 16x
 
-All train with `growth_loss` by AdamW, warm-up and half a cosine, on the same clips in the same
-order. Trained stages are kept in the study's shared folder. Metrics per held-out clip: psnr, ssim;
+All train with `growth_loss` by Muon and AdamW, warm-up and half a cosine, on the same clips in the
+same order. Trained stages are kept in the study's shared folder. Metrics per held-out clip: psnr, ssim;
 psnr_kept and sharpness of every (factor / 4)-th frame, the latter the ratio of mean |gradient| to
 the source's; corner_error, mean |error| in the corners over that elsewhere. With `overlap`, clips
 of `long_frames` are coded in chunks, or as a stream: psnr, and boundary_jump at chunk borders.
@@ -44,6 +44,8 @@ from vtok_ext.models.promag_overlap import (
 from vtok_ext.training.clip_order import ClipOrder
 from vtok_ext.training.growth_loss import KL_WEIGHT, growth_loss
 from vtok_ext.training.growth_work import step_multiply_adds
+from vtok_ext.training.optimizers import tokenizer_optimizers
+from vtok_ext.training.recipe import OptimizerRecipe
 from vtok_ext.training.studies.clip_store import clip_store, fingerprint
 from vtok_ext.training.studies.kinds import Progress, shared_folder
 from vtok_ext.training.studies.row_result import RowResult
@@ -69,7 +71,8 @@ class PromagRow:
         overlap: frames by which chunks of 17 overlap, -1 for an exact stream; null measures clips
             of 17 frames.
         base_steps, growth_steps: of the base, and of each growth; 0 leaves the base untrained.
-        batch_size, base_lr, growth_lr, warmup, kl_weight: of the trainings.
+        batch_size, muon_lr, adam_lr, warmup, kl_weight: of all trainings; see
+            `tokenizer_optimizers`.
         size, train_clips, eval_clips: of the clips of 17 frames, H = W.
         long_frames, long_clips: of the clips with `overlap`.
     """
@@ -84,8 +87,8 @@ class PromagRow:
     base_steps: int = 400
     growth_steps: int = 200
     batch_size: int = 4
-    base_lr: float = 3e-3
-    growth_lr: float = 2e-3
+    muon_lr: float = 0.01
+    adam_lr: float = 2e-3
     warmup: int = 20
     kl_weight: float = KL_WEIGHT
     size: int = 32
@@ -150,14 +153,14 @@ class _Stages:
         if row.method == "direct":
             return self._direct()
         model: Any = self._new_base()
-        work = self._train(model, "base", row.base_steps, row.base_lr)
+        work = self._train(model, "base", row.base_steps)
         if row.method == "interpolated":
             return model, work
         factor = 4
         while factor < row.factor:
             factor *= 2
             model = self._grown(model)
-            work += self._train(model, f"grown {factor}x", steps, row.growth_lr)
+            work += self._train(model, f"grown {factor}x", steps)
         return model, work
 
     def _new_base(self, extra_halvings: int = 0) -> ProMAG:
@@ -183,16 +186,16 @@ class _Stages:
         work = sum(steps * step_multiply_adds(model, *self.shape) for model, steps in paid)
         model = self._new_base(halvings)
         steps = round(work / step_multiply_adds(model, *self.shape))
-        done = self._train(model, f"direct {row.factor}x", steps, row.base_lr)
+        done = self._train(model, f"direct {row.factor}x", steps)
         return model, done
 
-    def _train(self, model: Any, name: str, steps: int, lr: float) -> int:
+    def _train(self, model: Any, name: str, steps: int) -> int:
         """Returns the multiply-adds of training `model` in place, or of loading the result."""
         from safetensors.torch import load_file, save_file
 
         row = self.row
-        facts = [name, model.config.to_dict(), steps, lr, row.batch_size, row.warmup]
-        facts += [row.kl_weight, row.size, row.train_clips, self.seed]
+        facts = [name, model.config.to_dict(), steps, row.batch_size, row.muon_lr, row.adam_lr]
+        facts += [row.warmup, row.kl_weight, row.size, row.train_clips, self.seed]
         # The lineage in a grown model's configuration stands for how its base was trained.
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         path = self.shared / f"promag-{digest}.safetensors"
@@ -201,34 +204,40 @@ class _Stages:
             model.load_state_dict(load_file(path))
             return work
         if steps:
-            self._run(model, name, steps, lr)
+            self._run(model, name, steps)
             model.eval()
             with output_file(path, "study") as partial:
                 save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial)
         return work
 
-    def _run(self, model: Any, name: str, num_steps: int, lr: float) -> None:
+    def _run(self, model: Any, name: str, num_steps: int) -> None:
         row = self.row
         if self.clips is None:
             self.clips = clip_store(self.shared, row.train_clips, CHUNK_FRAMES, row.size)
         torch.manual_seed(self.seed)
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+        settings = OptimizerRecipe(lr=row.adam_lr, muon_lr=row.muon_lr, betas=[0.9, 0.99])
+        optimizers = list(tokenizer_optimizers(model, settings, []).values())
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        peaks = [group["lr"] for group in groups]
         order = ClipOrder(len(self.clips), row.batch_size, seed=self.seed)
         model.train()
         for step in range(num_steps):
             rising = min(1.0, (step + 1) / max(1, row.warmup))
             scale = rising * 0.5 * (1 + math.cos(math.pi * step / num_steps))
-            optimizer.param_groups[0]["lr"] = lr * scale
+            for group, peak in zip(groups, peaks, strict=True):
+                group["lr"] = peak * scale
             places = [index for _, index in order.places(step, 0)]
             video = to_float(self.clips[places], torch.float32)
             loss, terms = growth_loss(video, model(video), kl_weight=row.kl_weight)
             if not math.isfinite(loss.item()):
                 raise RuntimeError(f"study: the loss became {loss.item()} at step {step}")
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(trained, _GRADIENT_CLIP)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             note = f"{name}, step {step}, L1 {terms['rec_loss'].item():.4f}"
             self.progress(0.9 * step / num_steps, note)
 

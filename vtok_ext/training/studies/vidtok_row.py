@@ -26,10 +26,10 @@ from vtok_ext.models._config import closest
 from vtok_ext.models.vidtok import VidTok
 from vtok_ext.models.vidtok_config import VidTokConfig
 from vtok_ext.training.clip_order import ClipOrder
-from vtok_ext.training.step import to_video
 from vtok_ext.training.studies.clip_store import clip_store, fingerprint
 from vtok_ext.training.studies.kinds import Progress, shared_folder
 from vtok_ext.training.studies.row_result import RowResult
+from vtok_ext.training.tokenizer_task import to_video
 
 # Beyond any number of training clips, so that the held-out ones are none of them.
 _HELD_OUT_SEED = 1_000_000_000
