@@ -111,6 +111,28 @@ def test_a_trained_generator_can_be_trained_on(recipe, tmp_path):
     assert not torch.equal(old.blocks[0].mlp.fc1.weight, new.blocks[0].mlp.fc1.weight)
 
 
+@pytest.mark.parametrize("cache", ["false", "true"])
+def test_planes_of_coordtok(cache, recipe, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"video_shape": (8, 16, 16), "enc_patch_size": (4, 8, 8), "dec_patch_size": (1, 8, 8)}
+    sizes |= {"latent_resolution": (8, 4, 4), "latent_patch_size": (4, 2, 2), "latent_channels": 3}
+    thin = {
+        f"{p}_{k}": v
+        for p in ("enc", "dec")
+        for k, v in {"embed_dim": 16, "num_layers": 1, "num_heads": 2}.items()
+    }
+    tokenizer = vt.create_model("coordtok_small_128", **sizes, **thin, enc_patch_num_layers=1)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    folder = [f"latent.tokenizer={tmp_path / 'tokenizer'}", f"latent.cache={cache}"]
+    result = train(recipe("sit", *folder, "data.num_frames=8", "run.steps=2"), tmp_path / "run")
+    model = vt.load_generator(result.model)
+    assert set(model.statistics.mean) == {"xy", "yt", "xt"} and model.config.latent == "triplane"
+    made = model.sample(1, num_steps=2)
+    with torch.no_grad():
+        video = model.decode(vt.load_model(tmp_path / "tokenizer"), made)
+    assert video.shape == (1, 3, 8, 16, 16)
+
+
 def test_classes_are_folders(recipe, tmp_path):
     for name, seed in (("boats/a.mp4", 1), ("cats/b.mp4", 2), ("cats/c.mp4", 3)):
         path = tmp_path / "clips" / name
