@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "bench" / "RESULTS.md"]
+PAGES = [ROOT / "README.md", ROOT / "bench" / "RESULTS.md", ROOT / "docs" / "diffusers.md"]
 RESULTS = ROOT / "bench" / "results"
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 # What users run today. A convolution has no "eager": the best of its two forms stands for it.
@@ -223,8 +223,10 @@ def vae_row(case: dict) -> str:
     by_name = times(case)
     rows = [by_name[p, "default"] for p in ("diffusers", "diffusers, channels last", "native")]
     cells = [f"{row['median_ms']:.0f} ms" for row in rows]
-    reused = [by_name[p, "preallocated"]["median_ms"] for p in ("diffusers", "native")]
-    faster = f"{rows[0]['median_ms'] / rows[2]['median_ms']:.2f}x ({reused[0] / reused[1]:.2f}x)"
+    faster = f"{rows[0]['median_ms'] / rows[2]['median_ms']:.2f}x"
+    if ("native", "preallocated") in by_name:
+        reused = [by_name[p, "preallocated"]["median_ms"] for p in ("diffusers", "native")]
+        faster += f" ({reused[0] / reused[1]:.2f}x)"
     memory = [
         " -> ".join("?" if row[key] is None else f"{row[key]:.0f}" for row in (rows[0], rows[2]))
         for key in ("peak_mb", "retained_mb")
@@ -233,14 +235,34 @@ def vae_row(case: dict) -> str:
     return f"| {case['shape']} | {case['direction']} | {facts} |"
 
 
+def seam_table(name: str) -> str:
+    """The Markdown of `diffusers_seams.py`."""
+    lines = []
+    for result in load(name):
+        lines += [
+            f"{source(result)}, {result['clip']}, random weights:",
+            "",
+            "| autoencoder | borders | largest difference from the exact video | seam |",
+            "|---|---|---|---|",
+        ]
+        for row in result["rows"]:
+            seam = "none: the same video" if row["jump"] is None else f"{row['jump']:.2f}x"
+            borders = f"every {row['frames']} frames"
+            lines.append(f"| {row['name']} | {borders} | {row['difference']:.1e} | {seam} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 # Benchmarks with a form of their own; "_real" is the same at published widths.
-WHOLE_MODELS = {"diffusers", "diffusers_real"}
+WHOLE_MODELS = {"diffusers", "diffusers_real", "diffusers_seams"}
 
 
 def block(name: str) -> str:
     """The Markdown between the markers of `name`."""
     if name == "summary":
         return summary()
+    if name == "diffusers_seams":
+        return seam_table(name)
     return vae_table(name) if name in WHOLE_MODELS else table(name)
 
 

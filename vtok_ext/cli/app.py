@@ -365,6 +365,14 @@ def train(
     resume: Annotated[
         str, typer.Option(help="auto continues the newest undamaged checkpoint; or never.")
     ] = "never",
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show parameters, memory and the first batch; no training."),
+    ] = False,
+    overfit: Annotated[
+        int | None,
+        typer.Option(help="Learn four clips by heart in so many steps, and check that it did."),
+    ] = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -378,6 +386,8 @@ def train(
         resume=resume,
         device=device,
         as_json=as_json,
+        dry=dry_run,
+        overfit=overfit,
     )
     if left is not None:
         raise Interrupted(left)
@@ -497,11 +507,48 @@ def grow_command(
 
 
 @app.command()
+def ask(
+    model: Annotated[str, typer.Argument(help="Folder of a unified model (recipe of vtok_lm).")],
+    video: Annotated[Path, typer.Argument(help="Video file.")],
+    question: Annotated[str, typer.Argument(help="In words, in quotes.")],
+    max_frames: Annotated[int, typer.Option(min=1, help="Frames to look at.")] = 512,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames per second [default: that of the file].")
+    ] = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Answer a question about a video with a unified model (VTok)."""
+    from .unified import run_ask
+
+    run_ask(
+        model=model,
+        video=video,
+        question=question,
+        max_frames=max_frames,
+        fps=fps,
+        device=device,
+        as_json=as_json,
+    )
+
+
+@app.command()
 def generate(
-    model: Annotated[str, typer.Argument(help="Folder of a generator, or a released checkpoint.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the videos.")] = Path(
-        "vtok-generated"
-    ),
+    model: Annotated[
+        str,
+        typer.Argument(help="Folder of a generator or a unified model, or a released checkpoint."),
+    ],
+    text: Annotated[
+        str | None, typer.Argument(help="What the video shows, in quotes; unified models only.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder for the videos, or the video of a text [default: vtok-generated].",
+        ),
+    ] = None,
     num_samples: Annotated[int, typer.Option("-n", help="How many videos.")] = 4,
     tokenizer: Annotated[
         str | None,
@@ -541,12 +588,39 @@ def generate(
     last: Annotated[
         bool, typer.Option("--last", help="A checkpoint's last weights, not their averages.")
     ] = False,
+    frames: Annotated[int, typer.Option(help="Of a text: length of the video.")] = 32,
+    height: Annotated[
+        int | None, typer.Option(min=1, help="Of a text [default: the model's].")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(min=1, help="Of a text [default: the model's].")
+    ] = None,
     any_weights: AnyWeightsOption = False,
     trust_checkpoint: TrustOption = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Make new videos with a trained generator (SiT or GPT) and its tokenizer."""
+    """Make new videos with a generator (SiT or GPT), or of a text with a unified model (VTok)."""
+    if text is not None:
+        from .unified import TextVideoOptions, run_generate_text
+
+        run_generate_text(
+            TextVideoOptions(
+                model=model,
+                text=text,
+                out=Path("vtok-generated.mp4") if out is None else out,
+                num_frames=frames,
+                height=height,
+                width=width,
+                fps=8.0 if fps is None else fps,
+                temperature=1.0 if temperature is None else temperature,
+                num_steps=steps,
+                seed=seed,
+                device=device,
+            ),
+            as_json=as_json,
+        )
+        return
     from .generate import GenerateOptions, run_generate
 
     given = {
@@ -559,7 +633,7 @@ def generate(
     }
     options = GenerateOptions(
         model=model,
-        out=out,
+        out=Path("vtok-generated") if out is None else out,
         name=name,
         last=last,
         statistics=statistics,

@@ -1,7 +1,8 @@
 """`vtok reconstruct`: a video of any length through a model and back, in constant memory.
 
 Frames are pushed into the model's stream encoder and what comes out into its stream decoder; both
-are exact, so the result is that of the whole clip. Quality is accumulated on the way.
+are exact, so the result is that of the whole clip. Quality is accumulated on the way. Models
+without an exact stream (CoordTok, VTok) get all frames at once, up to --max-frames.
 """
 
 from __future__ import annotations
@@ -126,6 +127,9 @@ class _Reconstruction:
 
         is_discrete = self.model.is_discrete
         self.usage = CodebookCounter(self.model.codebook_size) if is_discrete else None
+        if not self.model.is_causal:
+            self._process_whole(reader, max_frames, progress)
+            return
         encoder = self.model.stream_encoder(output="tokens" if is_discrete else "latent")
         decoder = self.model.stream_decoder(size=(self.info.height, self.info.width))
         # Decoded frames come later than their sources: a decoder holds back what the end may crop.
@@ -143,6 +147,23 @@ class _Reconstruction:
         decoded = [part for latent in latents for part in decoder.push(latent)]
         decoded += decoder.flush(num_frames=encoder.num_frames)
         self._take(latents, decoded, start)
+        progress.update(self.sums.frames, self._note())
+
+    @torch.no_grad()
+    def _process_whole(
+        self, reader: VideoReader, max_frames: int | None, progress: Progress
+    ) -> None:
+        """Returns None after one pass over all frames together: no exact stream exists."""
+        parts = list(self._chunks(reader, max_frames))
+        self._sources = deque(parts)
+        device = next(self.model.parameters()).device
+        start = time.monotonic()
+        clip = torch.cat([frames for frames, _ in parts], dim=1)[None].to(device)
+        encoding = self.model.encode(clip, fps=float(self.info.fps or 24))
+        decoded = self.model.decode(encoding)
+        latent = encoding.indices if self.model.is_discrete else encoding.latent
+        planes = list(latent.values()) if isinstance(latent, dict) else [latent]
+        self._take(planes, [decoded], start)
         progress.update(self.sums.frames, self._note())
 
     def _chunks(
