@@ -223,10 +223,10 @@ def merge(measured: dict[str, Any], earlier: dict[str, Any]) -> None:
         again = [c for c in measured["cases"] if all(c[name] == case[name] for name in names)]
         found = {(m["provider"], m["allocation"]) for c in again for m in c["measurements"]}
         missing = [m for m in case["measurements"] if (m["provider"], m["allocation"]) not in found]
-        if not again:
-            measured["cases"].append(case)
-        elif any(m["provider"] == "native" for m in missing):
+        if again:
             again[0]["measurements"] += missing
+        else:
+            measured["cases"].append(case)
 
 
 def save(name: str, device: str, cases: list[Case]) -> Path | None:
