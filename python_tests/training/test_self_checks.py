@@ -13,6 +13,9 @@ from vtok_ext.training.dry_run import dry_run
 from vtok_ext.training.log_sinks import WandbSink
 from vtok_ext.training.loop import train
 from vtok_ext.training.overfit_check import OverfitCheck, four_clips
+from vtok_ext.training.setup import build_training
+from vtok_ext.training.task import MicroBatch
+from vtok_ext.training.training_memory import saved_bytes
 
 CPU = torch.device("cpu")
 
@@ -61,12 +64,7 @@ def test_dry_run_counts():
 
 def test_dry_run_counts_what_autograd_keeps():
     """Without LPIPS and discriminator, as a real step saves it."""
-    from vtok_ext.training.training_memory import saved_bytes
-
     recipe = tiny("loss.discriminator=none", "loss.perceptual_weight=0")
-    from vtok_ext.training.setup import build_training
-    from vtok_ext.training.task import MicroBatch
-
     training = build_training(recipe, CPU)
     data = batch(num_frames=5)[:, :, :, :16, :16].contiguous()
     seen = []

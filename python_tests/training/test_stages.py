@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_recipe import OVERRIDES
 
+from vtok_ext.training.checkpoint import read_tensors, verify_checkpoint
 from vtok_ext.training.loop import train
 from vtok_ext.training.recipe_file import load_recipe, load_stages
 from vtok_ext.training.stages import stage_recipes
@@ -132,8 +133,6 @@ def test_a_stage_begins_where_the_one_before_ended(tmp_path):
     same = {name.split(".")[0] for name, v in after.items() if torch.equal(v, before[name])}
     changed = {name.split(".")[0] for name, v in after.items() if not torch.equal(v, before[name])}
     assert "encoder" in same and changed == {"decoder"}
-
-    from vtok_ext.training.checkpoint import read_tensors, verify_checkpoint
 
     weights = []
     for _, folder in pairs:
