@@ -84,7 +84,8 @@ def test_released_files_are_recipes(released):
 
 
 def test_released_files_train(released, tmp_path):
-    small = ["run.steps=1", "run.precision=float32", "data.num_clips=3", "data.validation_clips=0"]
+    small = ["run.steps=1", "run.precision=float32", "data.num_clips=3", "data.validation_clips=0",
+             "loss.discriminator_width=4", "run.batch_size=1"]  # fmt: skip
     result = train(load_recipe(released, [*PATHS, *small]), tmp_path / "run")
     assert result.step == 1 and result.model.is_dir()
 
