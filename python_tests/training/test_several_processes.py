@@ -61,7 +61,7 @@ def run_two(*calls):
         )
         for rank in range(2)
     ]
-    done = [process.communicate(timeout=200) for process in processes]
+    done = [process.communicate(timeout=600) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], done
     return done
 
