@@ -459,7 +459,7 @@ class AutoencoderVidTok(vidtok.AutoencoderVidTok):
         return self._with_caches(self.decoder, super()._decode, z, decode_from_indices)
 
     def _with_caches(self, network: nn.Module, function: Any, *arguments: Any) -> Tensor:
-        layers = [module for module in network.modules() if hasattr(module, "causal_cache")]
+        layers: list[Any] = [m for m in network.modules() if hasattr(m, "causal_cache")]
         for layer in layers:
             setattr(layer, KEEPS, self.use_tiling)
         try:
