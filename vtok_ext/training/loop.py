@@ -109,7 +109,7 @@ def train(
         try:
             return run.loop(request, on_step if rank() == 0 else None)
         finally:
-            run.log.close()
+            run.close()
 
 
 def _nothing(line: str) -> None:
@@ -150,7 +150,8 @@ class _Run:
             if found is not None:
                 warn(
                     f"the checkpoint is of {found.world_size} processes and these are "
-                    f"{world_size()}: the clips stay the same, random noise does not"
+                    f"{world_size()}: samples and their noise stay the same, the global random "
+                    "generators begin anew"
                 )
 
     def _found(self, resume: str) -> checkpoints.Checkpoint | None:
@@ -250,6 +251,14 @@ class _Run:
             checkpoint=self.saved,
             validation=self.validation,
         )
+
+    def close(self) -> None:
+        """Ends what goes on in the background; after an error it may be what failed."""
+        self.log.close()
+        try:
+            self.writer.wait()
+        except (OSError, ValueError) as error:
+            self.warn(str(error))
 
     def _check(self, parts: list[Any]) -> None:
         """Looks at the first batch."""
