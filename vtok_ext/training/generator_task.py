@@ -25,7 +25,7 @@ from vtok_ext.models.latent_statistics import Latent, LatentStatistics, Statisti
 from vtok_ext.models.sit import SiT
 from vtok_ext.training.generator_recipe import GeneratorRecipe
 from vtok_ext.training.latent_clips import CachedLatents, LabelledClips
-from vtok_ext.training.parallel import plain_class
+from vtok_ext.training.parallel import is_sharded, plain_class
 from vtok_ext.training.recipe import Recipe
 from vtok_ext.training.task import MicroBatch, Task
 
@@ -180,7 +180,12 @@ class GeneratorTask(Task):
         return {"val_loss": total / (len(samples) * draws)}
 
     def pictures(self, samples: list[Any]) -> dict[str, Tensor]:
-        """Returns as many new videos as there are samples, from the same noise every time."""
+        """Returns as many new videos as there are samples, from the same noise every time.
+
+        None of a model that FSDP2 has divided: sampling reads weights outside of its forward pass.
+        """
+        if is_sharded(self.model):
+            return {}
         self.model.origin = self.origin
         found = {}
         for i in range(len(samples)):
