@@ -164,8 +164,8 @@ def _encode_whole(options: EncodeOptions, model: Any, kind: str, reader: VideoRe
         encoding.model_id, encoding.indices, encoding.moments = model.model_id, None, None
         encoding.save(options.out)
         is_grid = isinstance(encoding.latent, torch.Tensor)
-        shape = encoding.latent.shape if is_grid else model.token_grid(*video.shape[2:])
-    grid = list(shape[-3:])
+        shape = encoding.latent.shape if is_grid else (1, *model.token_grid(*video.shape[2:]))
+    grid = list(shape[1:][-3:])
     return {"frames": video.shape[2], "grid": grid, "resumed_at_frame": 0}
 
 

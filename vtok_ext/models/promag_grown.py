@@ -373,6 +373,23 @@ class Grown(GridTokenizer):
         """Returns codes [B, C, t, h, w] of ids [B, t, h, w]."""
         return self.base.indices_to_latent(indices)
 
+    def tiled(self, tile: Any = "auto", *, mode: str = "exact", **options: Any) -> Any:
+        """Returns a view in tiles; an exact one is tiled inside each layer, see `promag_tiling`.
+
+        Args:
+            tile: (height, width) in pixels, rounded up to multiples of the spatial factor.
+            mode, **options: as `GridTokenizer.tiled`.
+
+        Raises:
+            ValueError: an option is not as described, or a base with other
+                layers than ProMAG's.
+        """
+        if mode != "exact":
+            return super().tiled(tile, mode=mode, **options)
+        from vtok_ext.models.promag_tiling import exact_view  # it builds on this file
+
+        return exact_view(self, tile)
+
 
 GROWABLE: dict[str, Any] = {"ProMAG": ProMAG, "VidTok": VidTok, "Grown": Grown}
 

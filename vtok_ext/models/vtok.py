@@ -109,6 +109,11 @@ class VTok(VideoTokenizer):
         return None if self.quantizer is None else self.quantizer.codebook_size
 
     @property
+    def latent_channels(self) -> int:
+        """Numbers per token."""
+        return self.config.latent_dim
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the parameters, to which videos and latents are converted."""
         return self.decoder.out.weight.dtype

@@ -125,6 +125,7 @@ def build_lm(text: str) -> nn.Module:
     transformers = require_transformers("build_lm")
     fields = json.loads(text)
     kind = fields.pop("model_type")
+    fields.pop("auto_map", None)  # names code in a repository: only transformers' own is run
     config = transformers.AutoConfig.for_model(kind, **fields)
     return transformers.AutoModelForCausalLM.from_config(config).float()
 
