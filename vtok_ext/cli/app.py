@@ -376,7 +376,7 @@ def train(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Train a tokenizer by a recipe; the same under torchrun. SIGTERM saves and ends it."""
+    """Train a tokenizer or generator by a recipe, also under torchrun. SIGTERM saves and stops."""
     from .train import run_train
 
     left = run_train(

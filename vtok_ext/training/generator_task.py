@@ -25,7 +25,7 @@ from vtok_ext.models.latent_statistics import Latent, LatentStatistics, Statisti
 from vtok_ext.models.sit import SiT
 from vtok_ext.training.generator_recipe import GeneratorRecipe
 from vtok_ext.training.latent_clips import CachedLatents, LabelledClips
-from vtok_ext.training.parallel import plain_class
+from vtok_ext.training.parallel import is_sharded, plain_class
 from vtok_ext.training.recipe import Recipe
 from vtok_ext.training.task import MicroBatch, Task
 
@@ -48,6 +48,8 @@ class GeneratorTask(Task):
     recipe_class: ClassVar[type[Recipe]] = GeneratorRecipe
     metric: ClassVar[str] = "val_loss"
     generator_class: ClassVar[type]
+    # Fewer steps than `sample` takes by itself: pictures interrupt the training.
+    picture_options: ClassVar[dict[str, Any]] = {}
     recipe: GeneratorRecipe
 
     def __init__(self, recipe: GeneratorRecipe, device: torch.device) -> None:
@@ -177,6 +179,21 @@ class GeneratorTask(Task):
                     total += self.model.loss(latent, labels, generator).item()
         return {"val_loss": total / (len(samples) * draws)}
 
+    def pictures(self, samples: list[Any]) -> dict[str, Tensor]:
+        """Returns as many new videos as there are samples, from the same noise every time.
+
+        None of a model that FSDP2 has divided: sampling reads weights outside of its forward pass.
+        """
+        if is_sharded(self.model):
+            return {}
+        self.model.origin = self.origin
+        found = {}
+        for i in range(len(samples)):
+            generator = torch.Generator().manual_seed(_VALIDATION_SEED + i)
+            latent = self.model.sample(1, generator=generator, **self.picture_options)
+            found[f"sample-{i}"] = self.model.decode(self.tokenizer, latent)[0].cpu()
+        return found
+
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Writes the generator with the facts about its latents."""
         plain = plain_class(self.model)(self.model.config, self.model.name)
@@ -216,6 +233,11 @@ class SiTTask(GeneratorTask):
     """Trains a SiT on planes of CoordTok or grids of a continuous VidTok."""
 
     generator_class = SiT
+    picture_options: ClassVar[dict[str, Any]] = {
+        "sampler": "ode",
+        "method": "heun",
+        "num_steps": 16,
+    }
 
     def __init__(self, recipe: GeneratorRecipe, device: torch.device) -> None:
         super().__init__(recipe, device)
@@ -253,6 +275,11 @@ class SiTTask(GeneratorTask):
         """Returns `val_loss`, see `GeneratorTask`."""
         self._ensure_statistics()
         return super().validate(samples)
+
+    def pictures(self, samples: list[Any]) -> dict[str, Tensor]:
+        """Returns new videos, see `GeneratorTask`."""
+        self._ensure_statistics()
+        return super().pictures(samples)
 
     def _ensure_statistics(self) -> None:
         """Takes the statistics of the checkpoint, or measures them before the first step."""
