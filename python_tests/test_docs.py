@@ -26,6 +26,7 @@ def test_snippets_run_and_their_assertions_hold(page):
         assert scope["indices"].shape == (2, 3, 8, 8)
 
 
+@pytest.mark.slow  # importing diffusers in a process of its own takes most of it
 @pytest.mark.parametrize("kind", ["AutoencoderKLWan", "AutoencoderKLCogVideoX"])
 def test_example_of_a_patched_autoencoder(kind, tmp_path):
     pytest.importorskip("diffusers")

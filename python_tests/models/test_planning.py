@@ -33,10 +33,10 @@ linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="n
 
 
 @linux
-@pytest.mark.parametrize(("direction", "tile"), [("encode", None), ("decode", [160, 160])])
+@pytest.mark.parametrize(("direction", "tile"), [("encode", None), ("decode", [128, 128])])
 def test_prediction_is_within_15_percent(direction, tile):
-    predicted, measured = peaks(NAME, WIDE, direction, (1, 4, 512, 512), tile)
-    assert measured > 2**26
+    predicted, measured = peaks(NAME, WIDE, direction, (1, 4, 400, 400), tile)
+    assert measured > 2**25
     assert predicted == pytest.approx(measured, rel=0.15)
 
 
@@ -78,12 +78,13 @@ def test_rehearsal_counts_what_is_alive(model):
 
 def test_plans_keep_to_the_memory(model):
     size = {"height": 160, "width": 192}
-    whole = predict_stream(model, "decode", (1, 4, 160, 192), None)
+    f = model.temporal_factor
+    whole = predict_stream(model, "decode", (1, f, 160, 192), None)
     ample = plan_stream(model, "decode", memory=10 * whole, **size)
     assert ample.tile is None and ample.chunk_frames == 16 and ample.predicted_bytes <= 10 * whole
     assert ample.view(model) is model
     just = plan_stream(model, "decode", memory=whole, **size)
-    assert just == MemoryPlan(4, None, whole)
+    assert just == MemoryPlan(f, None, whole)
     scarce = plan_stream(model, "decode", memory=int(0.9 * whole), **size)
     assert scarce.tile is not None and scarce.predicted_bytes <= 0.9 * whole
     assert scarce.predicted_bytes == predict_stream(

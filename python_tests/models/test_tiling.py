@@ -40,11 +40,12 @@ def test_tiles_equal_the_whole_picture(build, clip, name, options):
     view, video = model.tiled((16, 24)), clip(1, 5, 37, 45)
     whole, found = model.encode(video), view.encode(video)
     assert found.size == (37, 45)
-    raw = whole.latent if whole.moments is None else whole.moments
-    tiled_raw = found.latent if whole.moments is None else found.moments
-    assert relative_error(tiled_raw, raw) <= TOLERANCE
+    if model.is_discrete:  # values next to a rounding boundary may round differently
+        assert (found.indices != whole.indices).float().mean() < 0.01
+    else:
+        assert relative_error(found.moments, whole.moments) <= TOLERANCE
     assert relative_error(view.decode(whole), model.decode(whole)) <= TOLERANCE
-    assert view.model_id == model.model_id and view.encoder.is_exact
+    assert view.model_id == model.model_id and view.is_exact
 
 
 @torch.no_grad()
@@ -159,27 +160,30 @@ def test_gradients_are_those_of_the_whole_picture(build, clip):
         model.zero_grad()
         if runs is model:
             expected = grads
+    # Gradients that vanish, as that of a bias of keys in a softmax, are noise.
+    least = 1e-4 * max(grad.abs().max() for grad in expected)
     for name, a, b in zip(names, grads, expected, strict=True):
-        assert (a - b).abs().max() <= 1e-4 * b.abs().max(), name
+        assert (a - b).abs().max() <= 1e-4 * max(least, b.abs().max()), name
 
 
 @torch.no_grad()
 def test_blended_tiles_are_close_and_their_seams_are_measured(build, clip):
-    """Without attention, far from tile borders nothing differs; at the borders something does."""
+    """Seams are where tiles meet, and an overlap makes them less visible."""
     model, video = build("vidtok_kl_causal_488_4chn", ch_mult=(1, 2)), clip(1, 1, 64, 64)
     view = model.tiled((32, 32), mode="blended", overlap=0.25)
-    assert not view.encoder.is_exact and not view.decoder.is_exact
+    assert not view.is_exact and model.is_exact
     latent = model.encode(video).latent
     whole, exact, blended = (m.decode(latent) for m in (model, model.tiled(32), view))
     assert blended.shape == whole.shape and relative_error(blended, whole) > 1e-3
-    # Columns take the place of frames. Of 32 latents, a tile has 16 and shares 4 with the next.
-    borders = [start * 2 for start, _, _ in overlapping_ranges(32, 16, 0.25)[1:]]
-
-    def jump(video):
+    hard = model.tiled((32, 32), mode="blended", overlap=0.01).decode(latent)
+    seams = {}
+    for name, video, overlap in (("soft", blended, 0.25), ("hard", hard, 0.01)):
+        ranges = overlapping_ranges(32, 16, overlap)[1:]
+        # Columns take the place of frames; the middle of an overlap is where two tiles meet.
+        borders = [2 * start + parts[0] for start, _, parts in ranges]
         columns = (y.transpose(2, 4) for y in (video, whole))
-        return vt.metrics.boundary_jump(*columns, borders=borders).item()
-
-    assert jump(blended) > 1.2
+        seams[name] = vt.metrics.boundary_jump(*columns, borders=borders).item()
+    assert seams["hard"] > 1.2 and seams["hard"] > seams["soft"]
     assert relative_error(exact, whole) <= TOLERANCE
     stream = view.stream_decoder()
     frames = stream.push(latent) + stream.flush()
@@ -195,6 +199,26 @@ def test_statistics_over_a_frame_are_refused_and_may_be_blended(build, clip):
     with pytest.raises(ValueError, match=r"whole frames at full resolution, got .* down.0.block.0"):
         model.encode(video, tile=(64, 64))
     assert model.tiled(64, mode="blended").encode(video).latent.shape == (1, 4, 1, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["vidtok_kl_causal_488_4chn_v1_1", "promag_base_4x8x8"])
+@torch.no_grad()
+def test_blended_streams_equal_blended_clips(build, clip, name):
+    """The look-ahead of 1.1, group norms, models without steps: tiles have streams of their own."""
+    if name.startswith("promag"):
+        torch.manual_seed(0)
+        model = vt.create_model(name, ch=8, ch_mult=(1, 1, 1, 1), num_res_blocks=1).eval()
+        with pytest.raises(ValueError, match="tiled: model must declare the steps"):
+            model.tiled(16)
+    else:
+        model = build(name, ch_mult=(1, 2, 2))
+    view, video = model.tiled((16, 24), mode="blended"), clip(1, 9, 32, 40)
+    whole = view.encode(video)
+    encoder, decoder = view.stream_encoder(), view.stream_decoder(size=(32, 40))
+    latents = [z for chunk in video.split(4, dim=2) for z in encoder.push(chunk)] + encoder.flush()
+    assert relative_error(torch.cat(latents, dim=2), whole.latent) <= TOLERANCE
+    frames = [y for z in latents for y in decoder.push(z)] + decoder.flush(9)
+    assert relative_error(torch.cat(frames, dim=2), view.decode(whole)) <= TOLERANCE
 
 
 def test_weights_of_overlapping_ranges_add_up_to_one():

@@ -38,35 +38,34 @@ class DecodeStep(torch.nn.Module):
         return self.model.decode_chunk(latent, state, return_state=True)
 
 
-@pytest.mark.parametrize("name", ["vidtok_fsq_causal_488_262144", "vidtok_kl_causal_488_4chn_v1_1"])
-def test_chunk_steps_export(build, clip, name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "direction"),
+    [("vidtok_fsq_causal_488_262144", "encode"), ("vidtok_kl_causal_488_4chn_v1_1", "decode")],
+)
+@torch.no_grad()
+def test_chunk_step_exports(build, clip, name, direction, tmp_path):
     """Exported, saved and loaded, a stream of fixed chunks goes on as the model does."""
     model = build(name, **SHALLOW).requires_grad_(False)
-    f, s, generator = model.temporal_factor, model.spatial_factor, torch.Generator().manual_seed(1)
-    video = clip(1, 1 + 3 * f, 16, 16)
-    latents = torch.randn((1, model.latent_channels, 6, 16 // s, 16 // s), generator=generator)
-    cases = [
-        (EncodeStep(model), model.encode_chunk, [video[:, :, 0:1], *video[:, :, 1:].split(f, 2)]),
-        (
-            DecodeStep(model),
-            model.decode_chunk,
-            [latents[:, :, :3], *latents.split(1, 2)[3:]],
-        ),
-    ]
-    with torch.no_grad():
-        for step, start, chunks in cases:
-            _, state = start(chunks[0], None, True)
-            # The state's shapes settle after one step.
-            _, state = step(chunks[1], state)
-            program = torch.export.export(step, (chunks[2], state))
-            torch.export.save(program, tmp_path / "step.pt2")
-            exported = torch.export.load(tmp_path / "step.pt2").module()
-            mine, theirs = state, state
-            for chunk in chunks[2:]:
-                expected, mine = step(chunk, mine)
-                found, theirs = exported(chunk, theirs)
-                assert torch.allclose(found, expected, **TOLERANCE)
-            assert all(torch.allclose(theirs[n], mine[n], **TOLERANCE) for n in mine)
+    f, s = model.temporal_factor, model.spatial_factor
+    if direction == "encode":
+        step, start = EncodeStep(model), model.encode_chunk
+        first, *chunks = clip(1, 1 + 4 * f, 16, 16).split([1, *[f] * 4], dim=2)
+    else:
+        step, start = DecodeStep(model), model.decode_chunk
+        generator = torch.Generator().manual_seed(1)
+        shape = (1, model.latent_channels, 7, 16 // s, 16 // s)
+        first, *chunks = torch.randn(shape, generator=generator).split([3, *[1] * 4], dim=2)
+    _, state = start(first, None, True)
+    _, state = step(chunks[0], state)  # the shapes of the state settle
+    program = torch.export.export(step, (chunks[1], state))
+    torch.export.save(program, tmp_path / "step.pt2")
+    exported = torch.export.load(tmp_path / "step.pt2").module()
+    mine, theirs = state, state
+    for chunk in chunks[1:]:
+        expected, mine = step(chunk, mine)
+        found, theirs = exported(chunk, theirs)
+        assert torch.allclose(found, expected, **TOLERANCE)
+    assert all(torch.allclose(theirs[n], mine[n], **TOLERANCE) for n in mine)
 
 
 def test_two_processes_share_gradients_and_parameters():

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from vtok_ext.training.blocks import blocks
+from vtok_ext.training.blocks import sharding_units
 
 NAME, OPTIONS = "vidtok_kl_causal_488_4chn_v1_1", {"ch_mult": (1, 2)}
 
@@ -60,8 +60,8 @@ def main() -> None:
     report["ddp"] = difference(gradients(ddp), expected)
 
     sharded = tiny(NAME, **OPTIONS).train()
-    for block in blocks(sharded):  # the smallest unit: a block reads its children's parameters
-        fully_shard(block)
+    for unit in sharding_units(sharded):  # a unit reads its children's parameters
+        fully_shard(unit)
     fully_shard(sharded)
     loss_of(sharded, mine).backward()
     report["fsdp"] = difference(gradients(sharded), expected)

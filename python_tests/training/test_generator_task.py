@@ -91,8 +91,9 @@ def test_a_resumed_run_and_cached_latents_give_the_same(task, recipe, tmp_path):
     train(recipe(task, "run.steps=2"), tmp_path / "parts", warn=lambda line: None)
     parts = train(recipe(task), tmp_path / "parts", resume="auto", warn=lambda line: None)
     assert parts.resumed_from == 2 and losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    cached = train(recipe(task, "latent.cache=true"), tmp_path / "cached")
-    # Encoded one by one instead of two by two.
+    # Encoded one by one instead of two by two, and blocks run twice.
+    other = ["latent.cache=true", "run.checkpoint_activations=true"]
+    cached = train(recipe(task, *other), tmp_path / "cached")
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
     states = [vt.load_generator(r.model).state_dict() for r in (whole, parts)]
     assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
@@ -109,6 +110,28 @@ def test_a_trained_generator_can_be_trained_on(recipe, tmp_path):
     old, new = vt.load_generator(first.model), vt.load_generator(second.model)
     assert torch.equal(old.statistics.mean["grid"], new.statistics.mean["grid"])
     assert not torch.equal(old.blocks[0].mlp.fc1.weight, new.blocks[0].mlp.fc1.weight)
+
+
+@pytest.mark.parametrize("cache", ["false", "true"])
+def test_planes_of_coordtok(cache, recipe, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"video_shape": (8, 16, 16), "enc_patch_size": (4, 8, 8), "dec_patch_size": (1, 8, 8)}
+    sizes |= {"latent_resolution": (8, 4, 4), "latent_patch_size": (4, 2, 2), "latent_channels": 3}
+    thin = {
+        f"{p}_{k}": v
+        for p in ("enc", "dec")
+        for k, v in {"embed_dim": 16, "num_layers": 1, "num_heads": 2}.items()
+    }
+    tokenizer = vt.create_model("coordtok_small_128", **sizes, **thin, enc_patch_num_layers=1)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    folder = [f"latent.tokenizer={tmp_path / 'tokenizer'}", f"latent.cache={cache}"]
+    result = train(recipe("sit", *folder, "data.num_frames=8", "run.steps=2"), tmp_path / "run")
+    model = vt.load_generator(result.model)
+    assert set(model.statistics.mean) == {"xy", "yt", "xt"} and model.config.latent == "triplane"
+    made = model.sample(1, num_steps=2)
+    with torch.no_grad():
+        video = model.decode(vt.load_model(tmp_path / "tokenizer"), made)
+    assert video.shape == (1, 3, 8, 16, 16)
 
 
 def test_classes_are_folders(recipe, tmp_path):

@@ -125,6 +125,22 @@ def test_bfloat16_trains():
     assert all(p.dtype == torch.float32 for p in training.task.model.parameters())
 
 
+def test_float16_leaves_steps_out_and_lowers_its_scale():
+    """A scale at which gradients overflow: weights stay, the next step has half of it."""
+    training = build_training(tiny(*PLAIN, "run.precision=float16"), torch.device("cpu"))
+    step, weight = Stepper(training), training.task.last_weight
+    training.loss_scale.value = 2.0**24
+    before, terms = weight.detach().clone(), {"left_out": 1.0}
+    for batch in clip_batches(40):
+        if "left_out" not in terms:
+            break
+        assert torch.equal(weight, before)
+        terms = step([batch])
+    assert 1 < training.step < 40 and training.loss_scale.value < 2.0**24
+    assert not torch.equal(weight, before) and terms["grad_norm"] > 0
+    assert training.samples == 2 * training.step
+
+
 @pytest.mark.parametrize("change", [recompute_activations, "compile"])
 def test_recomputed_and_compiled_blocks_compute_the_same(change):
     found = []

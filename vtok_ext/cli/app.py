@@ -365,6 +365,14 @@ def train(
     resume: Annotated[
         str, typer.Option(help="auto continues the newest undamaged checkpoint; or never.")
     ] = "never",
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show parameters, memory and the first batch; no training."),
+    ] = False,
+    overfit: Annotated[
+        int | None,
+        typer.Option(help="Learn four clips by heart in so many steps, and check that it did."),
+    ] = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -378,6 +386,8 @@ def train(
         resume=resume,
         device=device,
         as_json=as_json,
+        dry=dry_run,
+        overfit=overfit,
     )
     if left is not None:
         raise Interrupted(left)

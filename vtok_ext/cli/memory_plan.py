@@ -78,8 +78,10 @@ def prepare(
         return Prepared(model.tiled(side), chunk_frames, {"tile": side})
     if side not in (None, "auto"):
         raise ValueError("--tile must be auto together with --memory, got a size")
+    from vtok_ext.models.memory_rehearsal import predicted_bytes
     from vtok_ext.models.planning import plan_stream
 
+    predicted_bytes(model, lambda: None)  # loads parts of torch that stay, and count
     present = present_bytes(model)
     budget = None if limit is None else max(0, limit - present)
     size = {"height": height, "width": width}

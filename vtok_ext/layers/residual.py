@@ -102,7 +102,7 @@ class _TemporalResidualBlock(nn.Module):
         conv = getattr(self, name)
         if not _writes_front(norm, conv, x):
             return flow(name, conv, norm(x), **residual)
-        return flow(name, _BehindFront(norm, conv), x, **residual)  # type: ignore[arg-type]
+        return flow(name, _BehindFront(norm, conv), x, **residual)
 
 
 class ResidualBlock1d(_TemporalResidualBlock):

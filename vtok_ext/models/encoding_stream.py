@@ -138,7 +138,8 @@ class EncodingReader:
 
     Attributes:
         kind: "tokens" or "encoding".
-        is_planes: whether there are no portions: a dict of planes, or a sequence [1, L] or [1, L, D].
+        is_planes: whether there are no portions: a dict of planes, or a sequence [1, L] or
+            [1, L, D].
         num_latents: t; 0 without portions.
         num_frames, size, fps, frame_rule, model_id: as in `Tokens` and `Encoding`.
         chunk_frames: of the published chunked encoding, None for any other.

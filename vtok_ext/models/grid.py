@@ -33,6 +33,7 @@ class GridTokenizer(VideoTokenizer):
     """
 
     video_channels: int = 3
+    is_exact: bool = True  # False for a view in blended tiles, see `tiled`
 
     @property
     def starts_alone(self) -> bool:

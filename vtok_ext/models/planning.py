@@ -208,7 +208,8 @@ def choose_tile(
     scale = 1 if network == "encoder" else model.spatial_factor
     needed = 0
     for tile in _candidates(model, scale * height, scale * width):
-        run = getattr(model if tile is None else model.tiled(tile), network)
+        tile = (scale * height, scale * width) if tile is None else tile
+        run = getattr(model.tiled(tile), network)
         size = (batch, channels, frames, height, width)
         weight = next(model.parameters())
 
@@ -217,7 +218,7 @@ def choose_tile(
 
         needed = predicted_bytes(model, call)
         if needed <= memory:
-            return (scale * height, scale * width) if tile is None else tile
+            return tile
     raise ValueError(
         f"tiled: memory must be at least {needed:,} bytes for {list(shape)} with {model.name}, got "
         f"{memory:,}"

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -61,6 +62,10 @@ class Segment:
             scale *= reach.up / reach.down
             scales.append(scale)
         return max(scales) / scale
+
+    def output_tile(self, limit: int) -> int:
+        """Returns the height or width of outputs that take `limit` positions where it is finest."""
+        return max(1, int(limit / self.finest))
 
     def output_size(self, size: int) -> int:
         """Returns the height or width of the output for that of the input."""
@@ -111,8 +116,6 @@ class TiledNetwork(nn.Module):
             are computed at once, at every resolution; the neighbours come on top.
     """
 
-    is_exact = True
-
     def __init__(
         self,
         network: nn.Module,
@@ -123,19 +126,33 @@ class TiledNetwork(nn.Module):
         super().__init__()
         self.__dict__.update(network.__dict__)  # parameters, children, hooks
         self.steps, self.segments, self.choose_tile = steps, segments, choose_tile
+        self.whole = network.forward
 
     def forward(
         self, x: Tensor, state: State | None = None, return_state: bool = False, **options: bool
     ):
         """Returns what the network does; options are those of its steps."""
         tile = continued_tile(state, x) or self.choose_tile((x.shape[0], *x.shape[2:]))
+        empty = x[:, :, :0]
+        if self._is_one(tile, x.shape[3:]):
+            state = None if state is None else {n: v for n, v in state.items() if n != "tile"}
+            result = self.whole(x, state, return_state, **options)
+            return (result[0], with_tile(result[1], tile, empty)) if return_state else result
         steps = self.steps(**options)
         following: dict[str, Tensor] | None = {} if return_state else None
-        empty = x[:, :, :0]
         for number, segment in enumerate(self.segments):
             run = _Run(steps[slice(*segment.steps)], segment, f"tile.{number}", state, following)
             x = run.on(x, tile)
         return x if following is None else (x, with_tile(following, tile, empty))
+
+    def _is_one(self, tile: Tile, size: Sequence[int]) -> bool:
+        """Returns whether one tile is the whole picture everywhere."""
+        for segment in self.segments:
+            size = [segment.output_size(extent) for extent in size]
+            limits = [segment.output_tile(limit) for limit in tile]
+            if segment.is_local and any(s > t for s, t in zip(size, limits, strict=True)):
+                return False
+        return True
 
 
 def with_tile(following: dict[str, Tensor], tile: Tile, empty: Tensor) -> dict[str, Tensor]:
@@ -179,7 +196,7 @@ class _Run:
     def on(self, x: Tensor, tile: Tile) -> Tensor:
         """Returns the segment's output for the whole x [B, C, T, H, W]."""
         rows, columns = (
-            split_axis(self.segment.output_size(size), self._output_tile(limit))
+            split_axis(self.segment.output_size(size), self.segment.output_tile(limit))
             for size, limit in zip(x.shape[3:], tile, strict=True)
         )
         if not self.segment.is_local or len(rows) * len(columns) == 1:
@@ -199,9 +216,6 @@ class _Run:
             y[:, :, :, slice(*row), slice(*column)] = part
         assert y is not None  # there is at least one tile
         return y
-
-    def _output_tile(self, limit: int) -> int:
-        return max(1, int(limit / self.segment.finest))
 
     def _tile(self, x: Tensor, row: Tile, column: Tile, prefix: str) -> Tensor:
         """Returns outputs [row, column) of x [B, C, T, H, W]."""
@@ -253,30 +267,35 @@ def tiled_view(
     if not 0 < overlap <= 0.5:
         raise ValueError(f"tiled: overlap must be in (0, 0.5], got {overlap}")
     fixed = None if tile == "auto" else check_tile("tiled", tile)
-    networks: dict[str, nn.Module] = {}
-    for name in ("encoder", "decoder"):
-        choose = _chooser(model, name, mode, fixed, memory)
-        network = getattr(model, name)
-        if mode == "exact":
-            networks[name] = TiledNetwork(network, *local_segments(model, name), choose)
-        else:
-            from vtok_ext.models.tiling_blended import BlendedNetwork  # it builds on this file
-
-            scale = Fraction(model.spatial_factor)
-            scale = 1 / scale if name == "encoder" else scale
-            networks[name] = BlendedNetwork(network, scale, overlap, choose)
     view = copy.copy(model)
+    view.is_exact = mode == "exact"
+    if mode == "blended":
+        return _blended(model, view, fixed, overlap)
+    networks = {}
+    for name in ("encoder", "decoder"):
+        choose = (lambda shape: fixed) if fixed else _planned(model, name, memory)
+        steps, segments = local_segments(model, name)
+        networks[name] = TiledNetwork(getattr(model, name), steps, segments, choose)
     # copy.copy shares the dict of children; nothing of `model` may change.
     view.__dict__["_modules"] = {**model._modules, **networks}
     return view
 
 
-def _chooser(model: Any, network: str, mode: str, fixed: Tile | None, memory: int | None):
-    """Returns what gives the tile for (B, T, H, W) of a network's input, once per B, H, W."""
-    if fixed is not None:
-        return lambda shape: fixed
-    if mode == "blended":
+def _blended(model: Any, view: Any, tile: Tile | None, overlap: float) -> Any:
+    """Returns `view` with the passes of `model` in overlapping tiles."""
+    from vtok_ext.models.tiling_blended import BlendedPass  # it builds on this file
+
+    if tile is None:
         raise ValueError('tiled: tile must be (height, width) with mode="blended", got "auto"')
+    scale = Fraction(model.spatial_factor)
+    view.encode_chunk = BlendedPass(model.encode_chunk, 1 / scale, overlap, tile)
+    view.decode_chunk = BlendedPass(model.decode_chunk, scale, overlap, tile)
+    view.decode_rest = partial(view.decode_chunk.rest, model.decode_rest)
+    return view
+
+
+def _planned(model: Any, network: str, memory: int | None):
+    """Returns what gives the tile for (B, T, H, W) of a network's input, once per B, H, W."""
     known: dict[tuple[int, ...], Tile] = {}
 
     def choose(shape: tuple[int, int, int, int]) -> Tile:
@@ -320,9 +339,9 @@ def local_segments(model: Any, network: str) -> tuple[Callable[..., list[Step]],
     """
 
     def steps(**options: bool) -> list[Step]:
-        return model.network_steps(getattr(model, network), **options)
+        return model.network_steps(getattr(model, network, None), **options)
 
-    found = steps()
+    found = steps()  # raises for models without steps
     reaches = _reaches(model, network, found)
     segments = make_segments(found, reaches)
     whole = _whole_at_full_size(found, reaches, network == "encoder")

@@ -56,6 +56,11 @@ def _swish(x: Tensor) -> Tensor:
     return x * torch.sigmoid(x)
 
 
+def _wide(x: Tensor) -> Tensor:
+    """`x` in float32, float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _inner(conv: nn.Module) -> Any:
     """The convolution that holds the parameters: causal layers have a child."""
     return getattr(conv, "conv", conv)
@@ -187,7 +192,7 @@ class _Published:
     def space_up(self, layer: Any, x: Tensor) -> Tensor:
         """Twice the height and width."""
         y = _frames(x)
-        y = F.interpolate(y.float(), scale_factor=2.0, mode="nearest").to(y.dtype)
+        y = F.interpolate(_wide(y), scale_factor=2.0, mode="nearest").to(y.dtype)
         return self.conv_2d(layer.conv, y).unflatten(0, (x.shape[0], -1)).permute(0, 2, 1, 3, 4)
 
     def time_down(self, layer: Any, x: Tensor) -> Tensor:
@@ -197,7 +202,7 @@ class _Published:
             padded = self.pad_time(x, 1)
         else:
             padded = x = F.pad(x, (0, 0, 0, 0, 0, 1))
-        mean = F.avg_pool3d(padded.float(), (3, 1, 1), (2, 1, 1)).to(x.dtype)
+        mean = F.avg_pool3d(_wide(padded), (3, 1, 1), (2, 1, 1)).to(x.dtype)
         return alpha * mean + (1 - alpha) * self.conv_3d(layer.conv, x)
 
     def time_up(self, layer: Any, x: Tensor) -> Tensor:
@@ -212,5 +217,5 @@ class _Published:
 
     @staticmethod
     def double(x: Tensor, mode: str) -> Tensor:
-        """Interpolates in time, in float32."""
-        return F.interpolate(x.float(), scale_factor=(2.0, 1.0, 1.0), mode=mode).to(x.dtype)
+        """Interpolates in time, half types in float32."""
+        return F.interpolate(_wide(x), scale_factor=(2.0, 1.0, 1.0), mode=mode).to(x.dtype)

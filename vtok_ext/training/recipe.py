@@ -117,7 +117,14 @@ class PerceptualRecipe:
 
 @dataclass(frozen=True)
 class LossRecipe(PerceptualRecipe, LossConfig):
-    """What is minimised: `LossConfig`, and where LPIPS comes from."""
+    """What is minimised: `LossConfig`, and where LPIPS comes from.
+
+    Attributes:
+        continue_from: folder of checkpoints whose log variance, LeCam averages and discriminator
+            are the first ones here; null to begin anew.
+    """
+
+    continue_from: str | None = None
 
     def __post_init__(self) -> None:
         """Checks every field."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from vtok_ext.metrics import psnr
 from vtok_ext.models._registry import create_model, load_model
+from vtok_ext.training.checkpoint import latest_checkpoint, read_shapes, read_tensors
 from vtok_ext.training.losses import TokenizerLoss
 from vtok_ext.training.lpips import published_lpips, random_lpips
 from vtok_ext.training.optimizers import tokenizer_optimizers
@@ -47,6 +49,8 @@ class TokenizerTask(Task):
         super().__init__(recipe, device)
         self.model: Any = build_model(recipe.model).to(device)
         self.loss = TokenizerLoss(recipe.loss, perceptual_network(recipe.loss)).to(device)
+        if recipe.loss.continue_from is not None:
+            continue_losses(self.loss, Path(recipe.loss.continue_from))
         self.discriminator = self.loss.discriminator
         self.modules = {"model": self.model, "loss": self.loss}
         self.networks = {"model": self.model}
@@ -175,6 +179,24 @@ class TokenizerTask(Task):
         video = to_video(clip.unsqueeze(0).to(self.device))
         with self.autocast():
             return video, self.model(video).reconstruction
+
+
+def continue_losses(loss: TokenizerLoss, root: Path) -> None:
+    """Returns None after taking over the state of the losses from the newest checkpoint in `root`.
+
+    Raises:
+        ValueError: there is no undamaged checkpoint, or its losses are others.
+    """
+    found = latest_checkpoint(root, print)
+    own = {f"loss.{name}": tensor for name, tensor in loss.state_dict().items()}
+    shapes = {} if found is None else read_shapes(found)
+    if found is None or any(shapes.get(name) != tensor.shape for name, tensor in own.items()):
+        what = "none" if found is None else "one with other losses"
+        raise ValueError(
+            f"recipe: loss.continue_from must hold a checkpoint with the same losses, got {what} "
+            f"in {root}"
+        )
+    read_tensors(found, own)
 
 
 def build_model(recipe: ModelRecipe) -> Any:

@@ -4,13 +4,19 @@
                            linear interpolation
     method "direct"        a model of that temporal factor trained from random weights, with as much
                            work as base and growth together, or as growth alone
-    method "grown"         grown to 8x, and from there to 16x
+    method "grown"         grown to 8x, and from there to 16x; at factor 4 the base itself
 
 All train with `growth_loss` by Muon and AdamW, warm-up and half a cosine, on the same clips in the
-same order. Trained stages are kept in the study's shared folder. Metrics per held-out clip: psnr, ssim;
-psnr_kept and sharpness of every (factor / 4)-th frame, the latter the ratio of mean |gradient| to
-the source's; corner_error, mean |error| in the corners over that elsewhere. With `overlap`, clips
-of `long_frames` are coded in chunks, or as a stream: psnr, and boundary_jump at chunk borders.
+same order. Trained stages are kept in the study's shared folder. Metrics per held-out clip:
+
+    psnr, ssim
+    psnr_kept, sharpness   of every (factor / 4)-th frame; sharpness is the ratio of mean |gradient|
+                           to the source's
+    corner_error           mean |error| in the corners over that elsewhere
+
+With `overlap`, clips of `long_frames` are coded in chunks or as a stream; then metrics are psnr and
+boundary_jump at chunk borders. With `generator_work`, a SiT is trained on the latents instead, see
+`promag_generation`.
 """
 
 from __future__ import annotations
@@ -48,6 +54,7 @@ from vtok_ext.training.optimizers import tokenizer_optimizers
 from vtok_ext.training.recipe import OptimizerRecipe
 from vtok_ext.training.studies.clip_store import clip_store, fingerprint
 from vtok_ext.training.studies.kinds import Progress, shared_folder
+from vtok_ext.training.studies.promag_generation import measure_generation
 from vtok_ext.training.studies.row_result import RowResult
 
 METHODS = ("interpolated", "direct", "grown")
@@ -64,7 +71,7 @@ class PromagRow:
     """Settings of a row.
 
     Attributes:
-        method, factor: see above; factor 8 or 16.
+        method, factor: see above; factor 4, 8 or 16.
         model: fields of `ProMAGConfig` for all models.
         budget: of method "direct": the work of "summed" base and growth, or of "growth" alone.
         mixing, use_subsampled: of method "grown".
@@ -75,6 +82,7 @@ class PromagRow:
             `tokenizer_optimizers`.
         size, train_clips, eval_clips: of the clips of 17 frames, H = W.
         long_frames, long_clips: of the clips with `overlap`.
+        generator_work: 10^12 multiply-adds for training a SiT on the latents; null for none.
     """
 
     method: str
@@ -96,12 +104,13 @@ class PromagRow:
     eval_clips: int = 64
     long_frames: int = 56
     long_clips: int = 16
+    generator_work: float | None = None
 
     def __post_init__(self) -> None:
         """Checks every field."""
         for name, choices in (
             ("method", METHODS),
-            ("factor", (8, 16)),
+            ("factor", (4, 8, 16)),
             ("budget", BUDGETS),
         ):
             if getattr(self, name) not in choices:
@@ -130,12 +139,31 @@ def run_row(settings: dict[str, Any], seed: int, folder: Path, progress: Progres
         RuntimeError: a loss became NaN or infinite.
     """
     row = PromagRow.of(settings)
-    model, work = _Stages(row, seed, shared_folder(folder), progress).trained()
+    shared = shared_folder(folder)
+    model, work = _Stages(row, seed, shared, progress).trained()
+    if row.generator_work is not None:
+        return _generation(model.eval(), row, seed, folder, progress)
     result = _measure(model.eval(), row, folder, picture=seed == 0)
     result.summary = {
         "million_parameters": sum(p.numel() for p in model.parameters()) / 1e6,
         "training_tera_macs": work / 1e12,
     }
+    return result
+
+
+def _generation(
+    model: Any, row: PromagRow, seed: int, folder: Path, progress: Progress
+) -> RowResult:
+    """Returns what a generator on the latents of a model measured."""
+    shared, frames = shared_folder(folder), CHUNK_FRAMES
+    clips = clip_store(shared, row.train_clips, frames, row.size)
+    held_out = clip_store(shared, row.eval_clips, frames, row.size, first_seed=_HELD_OUT_SEED)
+    work = 1e12 * (row.generator_work or 0.0)
+    summary, samples = measure_generation(model, clips, held_out, work, seed, progress)
+    result = RowResult(summary=summary, held_out=fingerprint(held_out))
+    if seed == 0:
+        shown = [to_float(video, torch.float32) for video in samples[:2]]
+        result.pictures = [_picture(folder / "samples.png", shown[0], shown[1])]
     return result
 
 
@@ -178,7 +206,7 @@ class _Stages:
     def _direct(self) -> tuple[Any, int]:
         """Returns a directly trained model, with the steps that its work pays for."""
         row = self.row
-        halvings = {8: 1, 16: 2}[row.factor]
+        halvings = {4: 0, 8: 1, 16: 2}[row.factor]
         stages: list[tuple[Any, int]] = [(self._new_base(), row.base_steps)]
         for _ in range(halvings):
             stages.append((self._grown(stages[-1][0]), row.growth_steps))
