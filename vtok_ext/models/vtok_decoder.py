@@ -6,8 +6,9 @@
 The loss is that of the velocity, |velocity - (x1 - noise)|^2, with weight (1 - t)^2: without it,
 times near the clip, where x_t tells it anyway, would count up to 400 times as much as those where
 only the tokens do. Predicting the clip instead of the velocity lets a narrow network do it: noise
-has as many dimensions as a patch has numbers, clips have fewer. Tokens are read by cross-attention, each with
-the frame and slot that it belongs to. Any number of frames and any size.
+has as many dimensions as a patch has numbers, clips have fewer.
+Tokens are read by cross-attention, each with the frame and slot that it belongs to. Any number of
+frames and any size.
 Source: Lipman et al. (arXiv 2210.02747); blocks as in DiT (arXiv 2212.09748) and SiT (arXiv
 2401.08740); predicting x1 as in Li and He (arXiv 2511.13720). It stands where VTok puts a frozen
 video model.
