@@ -21,7 +21,7 @@ import torch
 
 from vtok_ext.data.atomic_output import output_file
 from vtok_ext.training import checkpoint as checkpoints
-from vtok_ext.training.clip_order import ClipOrder, step_batches
+from vtok_ext.training.clip_order import ClipOrder, buckets_of, step_batches
 from vtok_ext.training.distributed import any_rank, rank, wait_for_all, world_size
 from vtok_ext.training.recipe import Recipe
 from vtok_ext.training.run_log import RunLog
@@ -180,6 +180,7 @@ class _Run:
             rank(),
             world_size(),
             settings.seed,
+            buckets_of(self.clips),
         )
         batches = step_batches(
             self.clips, order, self.first_step, settings.steps, self.recipe.data.num_workers
