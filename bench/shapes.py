@@ -124,3 +124,26 @@ NORM_ACT_SHAPES = [
     VideoShape("128 x 17x256x256", (1, 128, 17, 256, 256)),
     VideoShape("256 x 17x128x128", (1, 256, 17, 128, 128)),
 ]
+
+
+@dataclass(frozen=True)
+class PoolShape:
+    """Features [B, T, N, C] of T frames, Q queries, D outputs of the projection."""
+
+    name: str
+    batch: int
+    frames: int
+    places: int
+    channels: int
+    queries: int
+    outputs: int
+
+
+# VTok on 5 s at 6 tokens per second: its own encoders, and CLIP-L/336 (24x24 places); one frame of
+# a stream.
+POOL_SHAPES = [
+    PoolShape("vtok_small, 1 clip of 30 frames", 1, 30, 64, 192, 4, 192),
+    PoolShape("vtok_base, 8 clips of 30 frames", 8, 30, 256, 384, 4, 384),
+    PoolShape("CLIP-L/336, 1 clip of 30 frames", 1, 30, 576, 1024, 4, 1024),
+    PoolShape("CLIP-L/336, 1 streamed frame", 1, 1, 576, 1024, 4, 1024),
+]

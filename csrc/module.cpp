@@ -21,6 +21,7 @@ void bind_alpha_blend(py::module_& m);
 void bind_temporal_resample(py::module_& m);
 void bind_triplane_gather(py::module_& m);
 void bind_norm_act(py::module_& m);
+void bind_residual_pool(py::module_& m);
 
 static py::dict build_info() {
   py::dict info;
@@ -70,6 +71,7 @@ PYBIND11_MODULE(_C, m) {
   vtok::bind_temporal_resample(m);
   vtok::bind_triplane_gather(m);
   vtok::bind_norm_act(m);
+  vtok::bind_residual_pool(m);
 #ifdef VTOK_EMULATE_CUDA
   vtok::emulation::bind_emulation(m);
 #endif

@@ -20,7 +20,8 @@ from emulated_cuda import THREAD_ORDERS, EmulatedCuda, load_emulated_module
 torch.backends.cudnn.allow_tf32 = False
 
 REPOSITORY = Path(__file__).parent.parent
-EMULATION_SEED = int(os.environ.get("VTOK_EMULATION_SEED", int(time.time()) % 100_000))
+# In the environment, so that the workers of pytest-xdist have the seed that the header prints.
+EMULATION_SEED = int(os.environ.setdefault("VTOK_EMULATION_SEED", str(int(time.time()) % 100_000)))
 
 
 def pytest_addoption(parser):

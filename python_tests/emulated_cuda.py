@@ -1,5 +1,6 @@
 """Builds the package's CUDA kernels on the host emulation and runs ops on them."""
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -38,6 +39,13 @@ def _build(repository: Path) -> str:
         pytest.skip(message)
     tag = f"{sys.implementation.cache_tag}"
     folder = repository / "build" / "emulation" / tag
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # workers of pytest-xdist wait for the first one
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build_in(folder, repository, tools)
+
+
+def _build_in(folder: Path, repository: Path, tools: dict[str, str]) -> str:
     configure = [tools["cmake"], "-S", repository, "-B", folder, "-DVTOK_EMULATE_CUDA=ON"]
     configure.append(f"-DPython_EXECUTABLE={sys.executable}")
     if shutil.which("ninja"):

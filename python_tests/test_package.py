@@ -16,7 +16,7 @@ from vtok_ext import _native
 REPOSITORY = Path(__file__).parent.parent
 PACKAGE = REPOSITORY / "vtok_ext"
 # Each part may import those before it; data and metrics are leaves that training and cli use.
-ORDER = ["_version", "_native", "ops", "layers", "models", "training", "cli"]
+ORDER = ["_version", "_native", "ops", "layers", "models", "diffusers_vae", "training", "cli"]
 LEAVES = ["data", "metrics"]
 
 

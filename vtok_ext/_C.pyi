@@ -223,3 +223,32 @@ def norm_act_backward(
     options: tuple[int, int, float, bool, int, bool],
     context: tuple[int, int],
 ) -> None: ...
+def residual_pool_forward(
+    frames: torch.Tensor,
+    key: torch.Tensor,
+    position: torch.Tensor,
+    query: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    out: torch.Tensor,
+    pooled: torch.Tensor,
+    log_sum: torch.Tensor,
+    partials: torch.Tensor | None,
+    context: tuple[int, int],
+) -> None: ...
+def residual_pool_backward(
+    frames: torch.Tensor,
+    key: torch.Tensor,
+    position: torch.Tensor,
+    query: torch.Tensor,
+    log_sum: torch.Tensor,
+    grad_pooled: torch.Tensor,
+    mean_grad: torch.Tensor,
+    grad_frames: torch.Tensor | None,
+    grad_key: torch.Tensor | None,
+    grad_position: torch.Tensor | None,
+    grad_query: torch.Tensor | None,
+    attention: torch.Tensor,
+    partials: torch.Tensor | None,
+    context: tuple[int, int],
+) -> None: ...

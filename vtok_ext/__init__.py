@@ -17,6 +17,7 @@ __path__ = extend_path(__path__, __name__)
 from vtok_ext import metrics
 from vtok_ext._native import build_info
 from vtok_ext._version import __version__
+from vtok_ext.diffusers_vae import patch_diffusers, unpatch_diffusers, wrap_diffusers
 from vtok_ext.layers import (
     FSQ,
     AlphaBlender,
@@ -28,11 +29,16 @@ from vtok_ext.layers import (
 )
 from vtok_ext.models import (
     Encoding,
+    LatentGenerator,
     Output,
     Tokens,
     VideoTokenizer,
+    create_generator,
     create_model,
+    grow,
+    list_generators,
     list_models,
+    load_generator,
     load_model,
 )
 from vtok_ext.ops.alpha_blend import alpha_blend
@@ -45,6 +51,7 @@ from vtok_ext.ops.fsq import (
 from vtok_ext.ops.fsq_codebook_statistics import fsq_codebook_statistics
 from vtok_ext.ops.fsq_entropy import fsq_entropy_loss
 from vtok_ext.ops.norm_act import norm_act
+from vtok_ext.ops.residual_pool import residual_pool
 from vtok_ext.ops.temporal_resample import (
     temporal_downsample_blend,
     temporal_upsample,
@@ -57,6 +64,7 @@ __all__ = [
     "AlphaBlender",
     "CausalConv3d",
     "Encoding",
+    "LatentGenerator",
     "NormAct",
     "Output",
     "TemporalDownsample",
@@ -68,18 +76,26 @@ __all__ = [
     "alpha_blend",
     "build_info",
     "causal_conv3d",
+    "create_generator",
     "create_model",
     "fsq",
     "fsq_codebook_statistics",
     "fsq_codes_to_indices",
     "fsq_entropy_loss",
     "fsq_indices_to_codes",
+    "grow",
+    "list_generators",
     "list_models",
+    "load_generator",
     "load_model",
     "metrics",
     "norm_act",
+    "patch_diffusers",
+    "residual_pool",
     "temporal_downsample_blend",
     "temporal_upsample",
     "temporal_upsample_blend",
     "triplane_gather",
+    "unpatch_diffusers",
+    "wrap_diffusers",
 ]

@@ -5,6 +5,7 @@ from case_causal_conv3d import CAUSAL_CONV3D
 from case_fsq import FSQ, FSQ_DECODE
 from case_fsq_entropy import FSQ_ENTROPY, FSQ_ENTROPY_CLAMPED
 from case_norm_act import NORM_ACT, NORM_ACT_STATE, NORM_ACT_WITHOUT_AFFINE
+from case_residual_pool import RESIDUAL_POOL
 from case_temporal_resample import TEMPORAL_DOWNSAMPLE, TEMPORAL_UPSAMPLE, TEMPORAL_UPSAMPLE_BLEND
 from case_triplane_gather import (
     TRIPLANE_GATHER,
@@ -28,4 +29,5 @@ OP_CASES = [
     NORM_ACT_STATE,
     NORM_ACT_WITHOUT_AFFINE,
     CAUSAL_CONV3D,
+    RESIDUAL_POOL,
 ]

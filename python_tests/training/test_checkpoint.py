@@ -10,7 +10,9 @@ import torch
 from vtok_ext.training import checkpoint as module
 from vtok_ext.training.checkpoint import (
     latest_checkpoint,
-    read_state,
+    read_numbers,
+    read_shapes,
+    read_tensors,
     restore_generators,
     save_checkpoint,
     verify_checkpoint,
@@ -21,7 +23,16 @@ CPU = torch.device("cpu")
 
 
 def save(root, step, **options):
-    return save_checkpoint(root, step, {"weight": torch.full((3,), step)}, device=CPU, **options)
+    tensors = {"weight": torch.full((3,), float(step)), "count": torch.tensor(step)}
+    return save_checkpoint(root, step, tensors, {"samples": 2 * step}, device=CPU, **options)
+
+
+def weight(found):
+    into = {"weight": torch.zeros(3), "count": torch.tensor(0)}
+    assert read_shapes(found) == {name: tensor.shape for name, tensor in into.items()}
+    read_tensors(found, into)
+    assert into["count"] == found.step and read_numbers(found) == {"samples": 2 * found.step}
+    return into["weight"]
 
 
 def test_trees_come_back_as_they_were(tmp_path):
@@ -49,7 +60,7 @@ def test_newest_is_found_and_read(tmp_path):
     save(tmp_path, 10, metric=0.5)
     found = latest_checkpoint(tmp_path, pytest.fail)
     assert (found.step, found.metric, found.world_size) == (10, 0.5, 1)
-    assert torch.equal(read_state(found)["weight"], torch.full((3,), 10))
+    assert torch.equal(weight(found), torch.full((3,), 10.0))
 
 
 def test_random_generators_continue(tmp_path):
@@ -135,7 +146,7 @@ def test_failing_to_write_leaves_the_earlier_ones(tmp_path, monkeypatch):
 
 
 def test_states_that_are_not_finite_are_refused(tmp_path):
-    state = {"model": {"a": torch.ones(2), "b.weight": torch.tensor([1.0, float("nan")])}}
+    state = {"model.a": torch.ones(2), "model.b.weight": torch.tensor([1.0, float("nan")])}
     with pytest.raises(ValueError, match=r"got NaN or inf in model\.b\.weight"):
-        save_checkpoint(tmp_path / "root", 1, state, device=CPU)
+        save_checkpoint(tmp_path / "root", 1, state, {}, device=CPU)
     assert not (tmp_path / "root").exists()

@@ -4,13 +4,14 @@ import math
 
 import pytest
 
-from vtok_ext.training.recipe import OptimizerRecipe, Recipe, list_recipes, load_recipe
+from vtok_ext.training.recipe import OptimizerRecipe
+from vtok_ext.training.recipe_file import list_recipes, load_recipe, recipe_from_dict
 
 
 @pytest.mark.parametrize("name", list_recipes())
 def test_built_in_recipes_survive_being_written(name):
     recipe = load_recipe(name)
-    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert recipe_from_dict(recipe.to_dict()) == recipe
 
 
 def test_smoke_recipes_are_there():
@@ -40,7 +41,9 @@ def test_file_and_overrides(tmp_path):
         ("model.weights=folder", r"one of model.name and model.weights must be given"),
         ("optimizer.betas=[0.9]", r"optimizer.betas must be two numbers in \[0, 1\), got \[0.9\]"),
         ("optimizer.ema_decay=1.0", r"optimizer.ema_decay must be null or in \[0, 1\), got 1.0"),
-        ("run.precision=float16", r"run.precision must be one of .*, got 'float16'"),
+        ("run.precision=float8", r"run.precision must be one of .*, got 'float8'"),
+        ("run.parallel=fsdp2", r"run.parallel must be one of .*, got 'fsdp2'"),
+        ("task=tokeniser", r"task must be one of .*, got 'tokeniser'; did you mean 'tokenizer'"),
         ("run", r"an override must be section.key=value, got 'run'"),
         ("run=3", r"run must be a section, got 3"),
         ("data.validation_folder=x", r"data.validation_folder must be null without data.folder"),

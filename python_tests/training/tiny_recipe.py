@@ -1,6 +1,7 @@
 """A recipe small enough for tests, with every loss term from its third step on."""
 
-from vtok_ext.training.recipe import Recipe, load_recipe
+from vtok_ext.training.recipe import TokenizerRecipe
+from vtok_ext.training.recipe_file import load_recipe
 
 OVERRIDES = [
     "model.overrides.ch=4",
@@ -20,5 +21,5 @@ OVERRIDES = [
 ]
 
 
-def tiny(*overrides: str, base: str = "smoke_kl") -> Recipe:
+def tiny(*overrides: str, base: str = "smoke_kl") -> TokenizerRecipe:
     return load_recipe(base, [*OVERRIDES, *overrides])

@@ -22,6 +22,9 @@ app = typer.Typer(
     add_completion=False,
 )
 
+bench_app = typer.Typer(no_args_is_help=True, help="Measure or predict what a model takes.")
+app.add_typer(bench_app, name="bench")
+
 ModelOption = Annotated[
     str, typer.Option(help="Folder of a saved model, a released checkpoint, or a preset name.")
 ]
@@ -318,6 +321,36 @@ def train(
         raise Interrupted(left)
 
 
+@bench_app.command("max-batch")
+def max_batch(
+    systems: Annotated[
+        list[str] | None, typer.Argument(help="Models [default: CoordTok's and a VidTok].")
+    ] = None,
+    frames: Annotated[
+        list[int] | None, typer.Option(help="Clip lengths [default: 16, 32, 64, 128].")
+    ] = None,
+    size: Annotated[int, typer.Option(help="Height and width of the clips.")] = 128,
+    memory: Annotated[float, typer.Option(help="Memory budget in GiB.")] = 24.0,
+    precision: Annotated[str, typer.Option(help="float32, or bfloat16 for autocast.")] = "bfloat16",
+    check: Annotated[
+        bool, typer.Option("--check", help="Run steps on the GPU and compare its peak.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Predict the largest training batch within a memory budget, by clip length."""
+    from .max_batch import SYSTEMS, run_max_batch
+
+    run_max_batch(
+        systems=systems or list(SYSTEMS),
+        lengths=frames or [16, 32, 64, 128],
+        size=size,
+        memory_gib=memory,
+        precision=precision,
+        check=check,
+        as_json=as_json,
+    )
+
+
 @app.command()
 def study(
     name: Annotated[
@@ -361,6 +394,44 @@ def study(
     )
     if failed:
         raise RuntimeError(f"study: {len(failed)} runs failed, the first: {failed[0]}")
+
+
+@app.command(name="grow")
+def grow_command(
+    model: Annotated[str, typer.Argument(help="Folder of a trained causal tokenizer.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Single values, such as run.steps=100.")
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option(help="YAML file, or a built-in recipe, of task grow.")
+    ] = "promag_grow",
+    mixing: Annotated[
+        str | None, typer.Option(help="per_position or global [default: the recipe's].")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder of the run: log, model, comparison.png.")
+    ] = Path("vtok-grown"),
+    resume: Annotated[
+        str, typer.Option(help="auto continues the newest undamaged checkpoint; or never.")
+    ] = "never",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Double a tokenizer's temporal compression: train new parts on the frozen model."""
+    from .grow import run_grow
+
+    left = run_grow(
+        model=model,
+        recipe=recipe,
+        overrides=overrides or [],
+        out=out,
+        mixing=mixing,
+        resume=resume,
+        device=device,
+        as_json=as_json,
+    )
+    if left is not None:
+        raise Interrupted(left)
 
 
 @app.command()

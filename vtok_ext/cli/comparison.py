@@ -41,20 +41,31 @@ def comparison_picture(
         "output": shown_output,
         "error": error_map(shown_source, shown_output, full_scale=_ERROR_FULL_SCALE),
     }
+    return labelled_rows(rows, [f"{seconds[moment]:.2f} s" for moment in moments.tolist()])
+
+
+def labelled_rows(rows: dict[str, torch.Tensor], titles: list[str]) -> torch.Tensor:
+    """Returns [3, H', W'] uint8: one row of pictures per name, one column per title.
+
+    Args:
+        rows: name -> [3, N, H, W] uint8, small ones are enlarged.
+        titles: N texts above the columns.
+    """
     rows = {name: enlarged(row) for name, row in rows.items()}
-    height, width = rows["input"].shape[2:]
+    height, width = next(iter(rows.values())).shape[2:]
+    label_width = max(_LABEL_WIDTH, 8 + 6 * max(len(name) for name in rows))
     canvas = torch.full(
         (
             3,
             _LABEL_HEIGHT + len(rows) * (height + _GAP),
-            _LABEL_WIDTH + count * (width + _GAP),
+            label_width + len(titles) * (width + _GAP),
         ),
         24,
         dtype=torch.uint8,
     )
-    for column, moment in enumerate(moments.tolist()):
-        left = _LABEL_WIDTH + column * (width + _GAP)
-        draw_label(canvas, f"{seconds[moment]:.2f} s", top=2, left=left)
+    for column, title in enumerate(titles):
+        left = label_width + column * (width + _GAP)
+        draw_label(canvas, title, top=2, left=left)
         for i, row in enumerate(rows.values()):
             top = _LABEL_HEIGHT + i * (height + _GAP)
             canvas[:, top : top + height, left : left + width] = row[:, column]

@@ -275,7 +275,7 @@ def _is_chunked(model: Any) -> bool:
 
 
 def _clip_frames(model: Any) -> int:
-    return CHUNK_FRAMES + int(model.is_causal)
+    return CHUNK_FRAMES + int(getattr(model, "starts_alone", model.is_causal))
 
 
 def _size_of(reader: VideoReader, options: EvalOptions) -> tuple[int, int]:

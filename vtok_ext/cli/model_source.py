@@ -48,8 +48,8 @@ def load_model_for(
     """Returns (model in eval mode on `device`, whether its weights are random).
 
     Args:
-        source: folder of a saved model, released checkpoint, hub id, or the name of a preset,
-            which gives random weights and a warning.
+        source: folder of a saved model, also of a video autoencoder of diffusers, released
+            checkpoint, hub id, or the name of a preset, which gives random weights and a warning.
         name: preset that a checkpoint belongs to, or its released YAML file.
         device: where the model goes.
         console: gets the warning.
@@ -68,6 +68,22 @@ def load_model_for(
         torch.manual_seed(0)
         model = vt.create_model(source)
     else:
+        model = None if name is not None or ema else _diffusers_model(source, console)
         options = {"ema": ema, "trust_checkpoint": trust_checkpoint}
-        model = vt.load_model(source, name=name, **options)
+        model = model or vt.load_model(source, name=name, **options)
     return model.eval().to(device), is_random
+
+
+def _diffusers_model(source: str, console: Console) -> Any:
+    """Returns the model of a folder of diffusers; None for others, VidTok's among them."""
+    from vtok_ext.diffusers_vae import load_diffusers_vae, patch_diffusers
+    from vtok_ext.diffusers_vae._folder import VIDTOK, vae_class_of
+
+    if vae_class_of(source) in (None, VIDTOK):
+        return None
+    model: Any = load_diffusers_vae(source, patch=False)
+    try:
+        patch_diffusers(model.vae)
+    except ValueError as error:
+        console.warn(f"diffusers' own layers are used: {error}")
+    return model

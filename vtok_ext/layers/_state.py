@@ -7,10 +7,11 @@ names: the state of a whole network is `{"conv_in": tensor, "mid.block_1.conv2":
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 State = Mapping[str, Tensor]
 
@@ -27,14 +28,14 @@ class StateFlow:
         self.previous = previous
         self.following: dict[str, Tensor] | None = {} if collect else None
 
-    def __call__(self, name: str, layer: nn.Module, x: Tensor) -> Tensor:
-        """Returns `layer(x)` continued from the child's previous state."""
+    def __call__(self, name: str, layer: Callable[..., Any], x: Tensor, **options: Any) -> Tensor:
+        """Returns `layer(x, **options)` continued from the child's previous state."""
         if self.previous is None and self.following is None:
-            return layer(x)  # a whole clip: the layer need not know of streams
+            return layer(x, **options)  # a whole clip: the layer need not know of streams
         state = None if self.previous is None else _child_state(self.previous, name)
         if self.following is None:
-            return layer(x, state)
-        y, new_state = layer(x, state, return_state=True)
+            return layer(x, state, **options)
+        y, new_state = layer(x, state, return_state=True, **options)
         if isinstance(new_state, Tensor):
             self.following[name] = new_state
         else:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtok_ext.layers.causal_conv3d import video_conv3d
+from vtok_ext.layers.causal_conv3d import fuses, video_conv3d
 from vtok_ext.layers.norm_act import norm_act
 
 
@@ -41,4 +41,6 @@ class FrameAttention(nn.Module):
             tokens(self.q(h)), tokens(self.k(h)), tokens(self.v(h))
         )
         mixed = mixed.view(batch, frames, height, width, channels).permute(0, 4, 1, 2, 3)
+        if fuses(self.proj_out):
+            return self.proj_out(mixed, residual=x)
         return x + self.proj_out(mixed)

@@ -118,6 +118,13 @@ def is_plain(module: nn.Module) -> bool:
     return type(module) in (VolumeConv3d, PixelConv1d, FrameConv2d) and not has_hooks(module)
 
 
+def fuses(module: nn.Module) -> bool:
+    """Whether `module` is a convolution that adds a residual itself, unseen by hooks."""
+    if type(module) in (CausalConv3d, CausalConv1d):
+        return not has_hooks(module) and is_plain(module.conv)  # type: ignore[arg-type]
+    return is_plain(module)
+
+
 class _CausalConv(nn.Module):
     """Options, streaming state, and a child `conv` that holds the parameters.
 

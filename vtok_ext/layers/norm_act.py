@@ -117,7 +117,8 @@ class GroupNormAct(nn.GroupNorm):
     """Returns silu(GroupNorm) of [B, C, T, H, W] with statistics per frame, pixel or clip.
 
     Args:
-        channels: C, a multiple of 32.
+        channels: C, a multiple of num_groups.
+        num_groups: groups of channels.
         act: whether x * sigmoid(x) follows.
         per_pixel: statistics over the C / 32 values of one group at one pixel of one frame. This is
             what the published temporal block computes; with few channels it is ill conditioned.
@@ -130,14 +131,15 @@ class GroupNormAct(nn.GroupNorm):
         self,
         channels: int,
         *,
+        num_groups: int = NUM_GROUPS,
         act: bool = True,
         per_pixel: bool = False,
         across_time: bool = False,
         subtract_mean: bool = True,
     ) -> None:
-        if channels % NUM_GROUPS:
+        if channels % num_groups:
             raise ValueError(
-                f"norm_act: channels must be a multiple of {NUM_GROUPS} for groupnorm, "
+                f"norm_act: channels must be a multiple of {num_groups} for groupnorm, "
                 f"got {channels}"
             )
         if (per_pixel or across_time) and not subtract_mean:
@@ -145,7 +147,7 @@ class GroupNormAct(nn.GroupNorm):
                 "norm_act: subtract_mean must be True for statistics per pixel or across time, "
                 "got False"
             )
-        super().__init__(NUM_GROUPS, channels, eps=EPS)
+        super().__init__(num_groups, channels, eps=EPS)
         self.act, self.subtract_mean = act, subtract_mean
         self.apart = ([] if across_time else [2]) + ([3, 4] if per_pixel else [])
 

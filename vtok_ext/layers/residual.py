@@ -10,19 +10,51 @@ Source: VidTok (arXiv 2412.13061), section 3.2.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from vtok_ext.layers._ownership import may_overwrite
-from vtok_ext.layers._state import State, StateFlow
-from vtok_ext.layers.causal_conv3d import FrameConv2d, pixel_conv1d, video_conv3d
-from vtok_ext.layers.norm_act import norm_act
+from vtok_ext.layers._hooks import has_hooks
+from vtok_ext.layers._state import State, StateFlow, owned
+from vtok_ext.layers.causal_conv3d import (
+    CausalConv1d,
+    CausalConv3d,
+    FrameConv2d,
+    fuses,
+    pixel_conv1d,
+    video_conv3d,
+)
+from vtok_ext.layers.norm_act import GroupNormAct, NormAct, norm_act
 
 
-def _add(skip: Tensor, h: Tensor, producer: nn.Module) -> Tensor:
-    """Returns skip + h, written into `h` where nobody else can see it."""
-    if may_overwrite(producer) and h.dtype == skip.dtype:
-        return h.add_(skip)
-    return skip + h
+def _writes_front(norm: nn.Module, conv: nn.Module, x: Tensor) -> bool:
+    """Whether `norm` is to write the buffer that holds the front frames of `conv`.
+
+    On a CPU, where a convolution could only join them to a copy; a GPU kernel reads them from where
+    they are.
+    """
+    if type(norm) not in (NormAct, GroupNormAct) or has_hooks(norm):
+        return False
+    if type(conv) not in (CausalConv1d, CausalConv3d) or not fuses(conv):
+        return False
+    return x.device.type == "cpu" and x.shape[2] > 0 and conv.stride == 1
+
+
+class _BehindFront:
+    """A norm and the causal convolution of its result, as one layer with the latter's state."""
+
+    def __init__(self, norm: nn.Module, conv: Any) -> None:
+        self.norm, self.conv = norm, conv
+
+    def __call__(
+        self, x: Tensor, state: Tensor | None = None, return_state: bool = False, **residual: Tensor
+    ):
+        conv, front = self.conv, self.conv.geometry.front
+        if state is not None and state.shape[3] == 0:
+            state = None  # a stream that has not begun
+        buffer = self.norm(x, front=front, temporal=conv.temporal, state=state)
+        y = conv.conv(buffer, temporal="valid", spatial_padding=conv.spatial_padding, **residual)
+        return (y, owned(buffer[:, :, x.shape[2] :])) if return_state else y
 
 
 class ResidualBlock2d(nn.Module):
@@ -42,10 +74,9 @@ class ResidualBlock2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns [B, C_out, T, H, W]."""
-        h = self.conv1(self.norm1(x))
-        h = self.conv2(self.norm2(h))
+        h = self.norm2(self.conv1(self.norm1(x)))
         skip = x if self.nin_shortcut is None else self.nin_shortcut(x)
-        return _add(skip, h, self.conv2)
+        return self.conv2(h, residual=skip) if fuses(self.conv2) else skip + self.conv2(h)
 
 
 class _TemporalResidualBlock(nn.Module):
@@ -59,9 +90,19 @@ class _TemporalResidualBlock(nn.Module):
     def forward(self, x: Tensor, state: State | None = None, return_state: bool = False):
         """Returns y as x [B, C, T, H, W], or `(y, state)` with `return_state=True`."""
         flow = StateFlow(state, return_state)
-        h = flow("conv1", self.conv1, self.norm1(x))
-        h = flow("conv2", self.conv2, self.norm2(h))
-        return flow.result(_add(x, h, self.conv2))
+        h = self._convolved(flow, "conv1", self.norm1, x)
+        if fuses(self.conv2):
+            return flow.result(self._convolved(flow, "conv2", self.norm2, h, residual=x))
+        return flow.result(x + self._convolved(flow, "conv2", self.norm2, h))
+
+    def _convolved(
+        self, flow: StateFlow, name: str, norm: nn.Module, x: Tensor, **residual: Tensor
+    ) -> Tensor:
+        """Returns the convolution `name` of `norm(x)`."""
+        conv = getattr(self, name)
+        if not _writes_front(norm, conv, x):
+            return flow(name, conv, norm(x), **residual)
+        return flow(name, _BehindFront(norm, conv), x, **residual)
 
 
 class ResidualBlock1d(_TemporalResidualBlock):

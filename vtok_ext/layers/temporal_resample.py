@@ -21,7 +21,9 @@ from vtok_ext.layers.causal_conv3d import (
     VolumeConv3d,
     check_temporal,
     is_plain,
+    pad_front,
 )
+from vtok_ext.ops.alpha_blend import alpha_blend
 from vtok_ext.ops.temporal_resample import (
     temporal_downsample_blend,
     temporal_upsample,
@@ -71,13 +73,28 @@ class TemporalDownsample(nn.Module):
             self.conv = VolumeConv3d(channels, channels, 3, stride=stride, padding=padding)
         self.mix_factor = nn.Parameter(torch.tensor([INITIAL_MIX_FACTOR]))
 
-    def forward(self, x: Tensor, state: Tensor | None = None, return_state: bool = False):
-        """Returns [B, C, floor(T / 2), H, W], or `(y, state)` with `return_state=True`."""
+    def forward(
+        self,
+        x: Tensor,
+        state: Tensor | None = None,
+        return_state: bool = False,
+        *,
+        first_alone: bool = False,
+    ):
+        """Returns [B, C, floor(T / 2), H, W], or `(y, state)` with `return_state=True`.
+
+        With `first_alone`, the first of T frames stands for itself and an odd number of copies in
+        front of it, of which one result is returned; floor((T + 1) / 2) frames. Exact where copies
+        precede a clip.
+        """
         if not self.causal:
             _refuse_streams("temporal_downsample", state, return_state)
             return self._whole_clip(x)
         conv: CausalConv3d = self.conv  # type: ignore[assignment]
-        padded = conv.pad(x, state)
+        if first_alone and state is None:
+            padded = pad_front(x, conv.kernel_frames - 1, None, conv.temporal)
+        else:
+            padded = conv.pad(x, state)
         y = conv.convolve(padded)
         y = temporal_downsample_blend(padded, y, self.mix_factor, padding="none")
         return (y, conv.carry(padded)) if return_state else y
@@ -137,10 +154,24 @@ class TemporalUpsample(nn.Module):
         self.interpolation, self.segment = interpolation, segment
         self.mix_factor = nn.Parameter(torch.tensor([INITIAL_MIX_FACTOR]))
 
-    def forward(self, x: Tensor, state: State | None = None, return_state: bool = False):
-        """Returns [B, C, 2 T, H, W], or `(y, state)` with `return_state=True`."""
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        return_state: bool = False,
+        *,
+        first_alone: bool = False,
+    ):
+        """Returns [B, C, 2 T, H, W], or `(y, state)` with `return_state=True`.
+
+        With `first_alone` ("linear" only), the first frame of a clip stands for the whole first
+        segment, whose frames are equal where copies precede a clip: it becomes one frame and T
+        frames 2 T - 1.
+        """
         if not self.causal:
             _refuse_streams("temporal_upsample", state, return_state)
+        if first_alone and state is None:
+            return self._behind_first(x, return_state)
         if self.interpolation == "nearest":
             return self._blended(x, state, return_state, {})
         segment, carried = self._interrupted(state)
@@ -177,6 +208,23 @@ class TemporalUpsample(nn.Module):
         upsampled = temporal_upsample(x, **options)
         y = flow("conv", conv, upsampled) if self.causal else conv(upsampled)
         return flow.result(temporal_upsample_blend(x, y, self.mix_factor, **options))
+
+    def _behind_first(self, x: Tensor, return_state: bool):
+        """Returns a clip whose first frame is copied, not interpolated; see `forward`."""
+        conv, rest = self.conv, x[:, :, 1:]
+        options = {"interpolation": "linear", "final": not return_state}
+        front = x[:, :, :1].expand(-1, -1, 3, -1, -1)  # two frames of context and the first itself
+        padded = temporal_upsample(rest, front=front, **options)
+        if type(conv) is CausalConv3d and not has_hooks(conv):
+            y, carry = conv.convolve(padded), conv.carry(padded) if return_state else None
+        else:
+            y = conv(padded[:, :, 2:], None, return_state)
+            y, carry = y if return_state else (y, None)
+        y = alpha_blend(padded[:, :, 2:], y, self.mix_factor)
+        if not return_state:
+            return y
+        last = {} if rest.shape[2] == 0 else {"last": owned(rest[:, :, -1:])}
+        return y, {"conv": carry, **last}
 
     def _interrupted(self, state: State | None) -> tuple[int, Tensor | None]:
         """Returns the frames of the first segment, 0 behind it, and the carried frames."""

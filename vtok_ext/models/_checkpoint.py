@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import pickle
@@ -89,14 +90,43 @@ def _moving_averages(kept: dict[str, Any], content: dict[Any, Any], path: str) -
     return {name: content[average] for name, average in averages.items()}
 
 
-def _numpy_numbers_allowed(version: tuple[int, ...]) -> contextlib.AbstractContextManager:
-    """Lets a score beside the weights be a NumPy number; rebuilding one runs nothing."""
+def read_generator_checkpoint(
+    path: str, trust_checkpoint: bool = False, ema: bool = True
+) -> dict[str, Tensor]:
+    """Returns the tensors of a generator's checkpoint: moving averages, or the last weights.
+
+    Such a file is a dict of `ema`, `model`, `opt` and `args`, the latter an argparse.Namespace; it
+    may also be the weights alone.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_checkpoint`.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"load_generator: {path!r} must be a file, got none")
+    if path.lower().endswith(PICKLED):
+        content = _unpickle(path, trust_checkpoint)
+    else:
+        content = read_safetensors(path, "load_generator")
+    wanted = "ema" if ema else "model"
+    if isinstance(content, dict) and {"ema", "model"} & set(content):
+        content = content.get(wanted)
+        if not isinstance(content, dict):
+            raise ValueError(f"load_generator: {path!r} must hold {wanted!r}, got none")
+    weights = {_unwrapped(str(k)): v for k, v in (content or {}).items()}
+    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(f"load_generator: {path!r} must hold tensors by name, got another content")
+    return weights
+
+
+def _harmless_types_allowed(version: tuple[int, ...]) -> contextlib.AbstractContextManager:
+    """Lets a file hold NumPy numbers and an argparse.Namespace; rebuilding them runs nothing."""
     if version < NUMPY_TORCH:
-        return contextlib.nullcontext()
+        allow = getattr(torch.serialization, "safe_globals", None)  # since 2.5
+        return allow([argparse.Namespace]) if allow else contextlib.nullcontext()
     kinds = [type(np.dtype(name)) for name in ("float64", "float32", "int64")]
     rebuild = np.float64(0).__reduce__()[0]
     names = [(rebuild, name) for name in NUMPY_SCALARS]
-    return torch.serialization.safe_globals([np.dtype, *kinds, *names])
+    return torch.serialization.safe_globals([argparse.Namespace, np.dtype, *kinds, *names])
 
 
 def _unpickle(path: str, trust_checkpoint: bool) -> Any:
@@ -107,7 +137,7 @@ def _unpickle(path: str, trust_checkpoint: bool) -> Any:
             f"{torch.__version__}; trust_checkpoint=True reads it nevertheless"
         )
     try:
-        with _numpy_numbers_allowed(version):
+        with _harmless_types_allowed(version):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -14,13 +14,16 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from vtok_ext.models.base import VideoTokenizer
+    from vtok_ext.models.generator import LatentGenerator
+
+Saved = TypeVar("Saved", bound="VideoTokenizer | LatentGenerator")
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -65,8 +68,18 @@ def package_version() -> str:
         return "unknown"
 
 
-def save_model(model: VideoTokenizer, folder: str | os.PathLike) -> None:
-    """Writes config.json and model.safetensors into `folder`, creating it; both appear complete."""
+def save_model(
+    model: VideoTokenizer | LatentGenerator,
+    folder: str | os.PathLike,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes config.json and model.safetensors into `folder`, creating it; both appear complete.
+
+    Args:
+        model: what is saved.
+        folder: where to.
+        facts: further entries of config.json, JSON values.
+    """
     from safetensors.torch import save_file
 
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
@@ -77,6 +90,7 @@ def save_model(model: VideoTokenizer, folder: str | os.PathLike) -> None:
         "reference_version": model.reference_version,
         "vtok_ext_version": package_version(),
         "config": model.config.to_dict(),
+        **(facts or {}),
     }
     is_new = not os.path.isdir(folder)
     os.makedirs(folder, exist_ok=True)
@@ -134,6 +148,11 @@ def read_description(folder: str) -> dict[str, Any]:
         description = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"from_pretrained: {path!r} must be JSON, got {error}") from error
+    if isinstance(description, dict) and "_class_name" in description:
+        raise ValueError(
+            f"from_pretrained: {folder!r} must be a folder of this package, got one of diffusers' "
+            f"{description['_class_name']}; vt.wrap_diffusers takes the model that diffusers loads"
+        )
     if not isinstance(description, dict) or not isinstance(description.get("config"), dict):
         raise ValueError(f"from_pretrained: {path!r} must be an object with `config`, got another")
     if description.get("format_version") != FORMAT_VERSION:
@@ -167,7 +186,9 @@ def recorded_version(path: str) -> str | None:
         return (file.metadata() or {}).get(VERSION_KEY)
 
 
-def load_weights(model: VideoTokenizer, weights: Mapping[str, Tensor], op: str) -> None:
+def load_weights(
+    model: VideoTokenizer | LatentGenerator, weights: Mapping[str, Tensor], op: str
+) -> None:
     """Copies `weights` into `model`, which keeps its dtype. All names and shapes must agree.
 
     Raises:
@@ -195,3 +216,28 @@ def load_weights(model: VideoTokenizer, weights: Mapping[str, Tensor], op: str) 
     with torch.no_grad():
         for key, target in expected.items():
             target.copy_(weights[key])
+
+
+def read_model(model_class: type[Saved], folder: str | os.PathLike) -> tuple[Saved, dict[str, Any]]:
+    """Returns (model of that class with the weights saved in `folder`, in eval mode, config.json).
+
+    Raises:
+        FileNotFoundError, ValueError: as `VideoTokenizer.from_pretrained`.
+    """
+    description = read_description(os.fspath(folder))
+    if description.get("model") != model_class.__name__:
+        raise ValueError(
+            f"from_pretrained: model must be {model_class.__name__}, "
+            f"got {description.get('model')!r}"
+        )
+    name = description.get("name")
+    config = model_class.config_class.from_dict(description["config"])
+    model: Any = model_class(config, name if isinstance(name, str) else None)
+    if description.get("reference_version") != model.reference_version:
+        raise ValueError(
+            f"from_pretrained: reference_version must be {model.reference_version!r}, "
+            f"got {description.get('reference_version')!r}"
+        )
+    weights = read_safetensors(os.path.join(folder, WEIGHTS_NAME), "from_pretrained")
+    load_weights(model, weights, "from_pretrained")
+    return model.eval(), description

@@ -10,12 +10,21 @@ from vtok_ext.models import _checkpoint, _persistence
 from vtok_ext.models._config import closest
 from vtok_ext.models.base import VideoTokenizer
 from vtok_ext.models.coordtok import CoordTok
+from vtok_ext.models.promag import ProMAG
+from vtok_ext.models.promag_grown import Grown
 from vtok_ext.models.vidtok import VidTok
 from vtok_ext.models.vidtok_diffusers import is_diffusers_folder, load_diffusers
 from vtok_ext.models.vidtok_released import YAML_SUFFIXES, released_config
+from vtok_ext.models.vtok import VTok
 
 # Class names as they stand in config.json; a file can name nothing outside this table.
-MODEL_CLASSES: dict[str, type[VideoTokenizer]] = {"CoordTok": CoordTok, "VidTok": VidTok}
+MODEL_CLASSES: dict[str, type[VideoTokenizer]] = {
+    "CoordTok": CoordTok,
+    "Grown": Grown,
+    "ProMAG": ProMAG,
+    "VidTok": VidTok,
+    "VTok": VTok,
+}
 
 
 def _presets() -> dict[str, tuple[type[VideoTokenizer], Any]]:

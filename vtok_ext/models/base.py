@@ -200,7 +200,13 @@ class VideoTokenizer(nn.Module):
         self.check_origin("detokenize", tokens.model_id, any_weights)
         device = next(self.parameters()).device
         latent = self.indices_to_latent(tokens.ids.to(device))
-        encoding = Encoding(latent, tokens.num_frames, tokens.size, frame_rule=tokens.frame_rule)
+        encoding = Encoding(
+            latent,
+            tokens.num_frames,
+            tokens.size,
+            fps=tokens.fps,
+            frame_rule=tokens.frame_rule,
+        )
         return self.decode(encoding, output=output)
 
     def stream_encoder(self, output: str = "latent"):
@@ -226,24 +232,7 @@ class VideoTokenizer(nn.Module):
             ValueError: not a saved model, one of another class, an unknown configuration field (the
                 message names the closest), or weights with other names or shapes.
         """
-        folder = _persistence.resolve_folder(source)
-        description = _persistence.read_description(folder)
-        if description.get("model") != cls.__name__:
-            raise ValueError(
-                f"from_pretrained: model must be {cls.__name__}, got {description.get('model')!r}"
-            )
-        name = description.get("name")
-        config = cls.config_class.from_dict(description["config"])
-        model = cls(config, name if isinstance(name, str) else None)
-        if description.get("reference_version") != model.reference_version:
-            raise ValueError(
-                f"from_pretrained: reference_version must be {model.reference_version!r}, "
-                f"got {description.get('reference_version')!r}"
-            )
-        path = os.path.join(folder, _persistence.WEIGHTS_NAME)
-        weights = _persistence.read_safetensors(path, "from_pretrained")
-        _persistence.load_weights(model, weights, "from_pretrained")
-        return model.eval()
+        return _persistence.read_model(cls, _persistence.resolve_folder(source))[0]
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
         """Returns the address of the commit that uploads the model to the Hugging Face hub.

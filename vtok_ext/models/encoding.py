@@ -26,6 +26,8 @@ FORMAT_VERSION = 1
 # Layout of a latent that was written in portions: [t, C, h, w] of one clip.
 TIME_FIRST = "time_first"
 ID_DTYPES = (torch.int32, torch.int64)
+# Tensors of an encoding that not every model gives.
+_OPTIONAL = ("indices", "moments", "positions")
 
 
 @dataclasses.dataclass
@@ -44,6 +46,8 @@ class Encoding:
         frame_rule: "preserve" or "reference", how frames and latents correspond; see `encode`.
         model_id: `VideoTokenizer.model_id` of the model it is from, "" when unknown: `encode`
             leaves it empty, files that the command line writes have it.
+        positions: int32 [B, L, 2] of a sequence latent [B, L, D]: frame and slot of each token, see
+            `VTok`; None for other latents.
     """
 
     latent: Tensor | dict[str, Tensor]
@@ -55,12 +59,13 @@ class Encoding:
     fps: float | None = None
     frame_rule: str = "preserve"
     model_id: str = ""
+    positions: Tensor | None = None
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes everything but `losses` to `path`. Raises OSError when that is impossible."""
         planes = self.latent if isinstance(self.latent, dict) else {"": self.latent}
         tensors = {f"latent.{k}" if k else "latent": v for k, v in planes.items()}
-        for name in ("indices", "moments"):
+        for name in _OPTIONAL:
             if getattr(self, name) is not None:
                 tensors[name] = getattr(self, name)
         facts = {
@@ -76,9 +81,10 @@ class Encoding:
     def load(cls, path: str | os.PathLike) -> Encoding:
         """Returns the Encoding saved at `path`, on the CPU. Raises ValueError when it is none."""
         with _EncodingFile(path, "encoding") as reader:
-            names = reader.shapes.keys() - {"indices", "moments"}
+            names = reader.shapes.keys() - set(_OPTIONAL)
             if names != {"latent"} and not all(name.startswith("latent.") for name in names):
-                reader.fail(f"tensors must be latent, indices, moments, got {sorted(names)[:4]}")
+                allowed = ", ".join(("latent", *_OPTIONAL))
+                reader.fail(f"tensors must be {allowed}, got {sorted(names)[:4]}")
             tensors = {name: reader.tensor(name) for name in reader.shapes}
             if (
                 reader.facts.get("layout") == TIME_FIRST
@@ -92,6 +98,7 @@ class Encoding:
                 size=reader.size(),
                 indices=tensors.get("indices"),
                 moments=tensors.get("moments"),
+                positions=tensors.get("positions"),
                 fps=reader.fps(),
                 frame_rule=reader.frame_rule(),
                 model_id=reader.model_id(),

@@ -8,26 +8,36 @@ stream never needs to know it, and equals the whole-clip result.
 """
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vtok_ext.layers._state import State
+from vtok_ext.layers.kl import Generators
 from vtok_ext.models import _video_input as video_input
 from vtok_ext.models.base import VideoTokenizer
 from vtok_ext.models.encoding import Encoding, Output
 from vtok_ext.models.streaming import StreamDecoder, StreamEncoder
+from vtok_ext.models.tiling_steps import Step
 
 
 class GridTokenizer(VideoTokenizer):
     """Base of models with a latent [B, C, t, ceil(H / s), ceil(W / s)].
 
-    t is 1 + ceil((T - 1) / f) for causal models, ceil(T / f) otherwise. A model adds
+    t is 1 + ceil((T - 1) / f) for models whose first latent stands for one frame, as that of causal
+    ones does, ceil(T / f) otherwise. A model adds
     `encode_chunk`, `decode_chunk`, `encode_reference`, `decode_reference`, `regularize` and the
-    facts `is_causal`, `temporal_factor`, `spatial_factor`, `latent_channels`.
+    facts `is_causal`, `temporal_factor`, `spatial_factor`, `latent_channels`. One that takes k
+    latents at a time also gives `latents_per_unit`, and t is rounded up to 1 + a multiple of k.
     """
 
     video_channels: int = 3
+
+    @property
+    def starts_alone(self) -> bool:
+        """Whether the first latent frame stands for the first frame alone."""
+        return self.is_causal
 
     @property
     @abstractmethod
@@ -49,10 +59,16 @@ class GridTokenizer(VideoTokenizer):
         """Dtype of the parameters, to which videos and latents are converted."""
         return next(self.parameters()).dtype
 
+    @property
+    def latents_per_unit(self) -> int:
+        """k: latents that the networks take at a time; a first unit has k + 1."""
+        return 1
+
     def token_grid(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Returns (t, h, w) of the latent of a clip of that many frames and that size."""
-        f, s, alone = self.temporal_factor, self.spatial_factor, int(self.is_causal)
-        return alone - (alone - num_frames) // f, -(-height // s), -(-width // s)
+        k, s, alone = self.latents_per_unit, self.spatial_factor, int(self.starts_alone)
+        units = -(-(num_frames - alone) // (self.temporal_factor * k))
+        return alone + k * units, -(-height // s), -(-width // s)
 
     @abstractmethod
     def encode_chunk(self, video: Tensor, state: State | None = None, return_state: bool = False):
@@ -89,7 +105,7 @@ class GridTokenizer(VideoTokenizer):
         raw: Tensor,
         *,
         sample: bool = False,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         step: int = 0,
         compute_loss: bool = False,
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
@@ -113,10 +129,11 @@ class GridTokenizer(VideoTokenizer):
         *,
         fps: float | None = None,
         sample: bool = False,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         frames: str = "preserve",
         step: int = 0,
         compute_loss: bool | None = None,
+        tile: tuple[int, int] | str | None = None,
     ) -> Encoding:
         """Returns the Encoding of a video.
 
@@ -124,22 +141,27 @@ class GridTokenizer(VideoTokenizer):
             video: [B, 3, T, H, W], float in [-1, 1] or uint8.
             fps: frames per second, only recorded.
             sample: draw a continuous latent from the posterior instead of taking its mean.
-            generator: source of that noise; default the global CPU one.
+            generator: source of that noise, or a sequence of one per sample; default the global CPU
+                one.
             frames: "preserve" every frame and pixel; or "reference" for the published frame rule.
             step: training step, which anneals the weight of FSQ's entropy loss.
             compute_loss: whether FSQ's auxiliary loss is computed; default in training mode with
                 gradients. The KL loss is always there.
+            tile: compute tile by tile, exactly; (height, width) or "auto" as in `tiled`.
 
         Raises:
             TypeError, ValueError: the video or an option is not as described; NaN or infinity.
         """
+        if tile is not None:
+            options = {"sample": sample, "generator": generator, "frames": frames, "step": step}
+            return self.tiled(tile).encode(video, fps=fps, compute_loss=compute_loss, **options)
         video_input.check_video("encode", video, self.video_channels)
         video_input.check_frame_rule("encode", frames)
-        f, s = self.temporal_factor, self.spatial_factor
+        s, unit = self.spatial_factor, self.temporal_factor * self.latents_per_unit
         num_frames, height, width = video.shape[2:]
         x = video_input.to_float(video, self.dtype)
         if frames == "preserve":
-            x = video_input.pad_tail(video_input.pad_size(x, s), f, alone=int(self.is_causal))
+            x = video_input.pad_tail(video_input.pad_size(x, s), unit, alone=int(self.starts_alone))
             raw = self.encode_chunk(x)
         elif min(height, width) < s:
             raise ValueError(f"encode: height and width must be >= {s}, got {[height, width]}")
@@ -162,6 +184,7 @@ class GridTokenizer(VideoTokenizer):
         size: tuple[int, int] | None = None,
         output: str = "float",
         frames: str | None = None,
+        tile: tuple[int, int] | str | None = None,
     ) -> Tensor:
         """Returns the video [B, 3, T, H, W] of an encoding.
 
@@ -172,11 +195,15 @@ class GridTokenizer(VideoTokenizer):
                 bare tensor all frames: f * t, without the first f - 1 of a causal model.
             output: "float", nominally in [-1, 1] and not clamped; or "uint8", clamped and rounded.
             frames: the frame rule of `encode`; default what the Encoding records, and "preserve".
+            tile: compute tile by tile, exactly; (height, width) or "auto" as in `tiled`.
 
         Raises:
             TypeError, ValueError: an argument is not as described, or asks for more than there is,
                 or an Encoding records another model.
         """
+        if tile is not None:
+            options = {"num_frames": num_frames, "size": size, "output": output, "frames": frames}
+            return self.tiled(tile).decode(encoding, **options)
         latent = encoding
         if isinstance(encoding, Encoding):
             self.check_origin("decode", encoding.model_id)
@@ -196,12 +223,52 @@ class GridTokenizer(VideoTokenizer):
     def run_networks(self, batch: int, num_frames: int, height: int, width: int) -> None:
         """Runs encoder and decoder on clips without meaningful values, padded as by `encode`."""
         grid = self.token_grid(num_frames, height, width)
-        f, s, alone = self.temporal_factor, self.spatial_factor, int(self.is_causal)
+        f, s, alone = self.temporal_factor, self.spatial_factor, int(self.starts_alone)
         frames = alone + f * (grid[0] - alone)
         weight = next(self.parameters())
         size = s * grid[1], s * grid[2]
         self.encode_chunk(weight.new_empty(batch, self.video_channels, frames, *size))
         self.decode_chunk(weight.new_empty(batch, self.latent_channels, *grid))
+
+    def network_steps(self, network: Any) -> list[Step]:
+        """Returns the steps of `encoder` or `decoder`, between which tiling may cut it.
+
+        Raises:
+            ValueError: the model declares none.
+        """
+        raise ValueError(
+            f"tiling: model must declare the steps of its networks, got {self.name}; "
+            "mode='blended' is possible, not exact"
+        )
+
+    def tiled(
+        self,
+        tile: tuple[int, int] | int | str = "auto",
+        *,
+        mode: str = "exact",
+        overlap: float = 0.25,
+        memory: int | None = None,
+    ) -> Any:
+        """Returns a view of this model that computes its networks tile by tile.
+
+        The view has the same weights, id and methods, streams included; see `models.tiling`.
+
+        Args:
+            tile: (height, width) in positions of a feature map that are computed at once, at every
+                resolution, with a few more around them; or "auto": the largest for which encoding
+                or decoding fits into `memory`, as the planner predicts at the first call.
+            mode: "exact": equal to the whole picture; "blended": overlapping tiles of (height,
+                width) pixels, each by itself, faded into each other.
+            overlap: of blended tiles, as a share of a tile.
+            memory: bytes for everything but the weights; default 80 % of what is free.
+
+        Raises:
+            ValueError: an option is not as described, or an exact view of a model that declares no
+                steps or needs whole frames at full resolution (group norms).
+        """
+        from vtok_ext.models.tiling import tiled_view  # it builds on this file
+
+        return tiled_view(self, tile, mode=mode, overlap=overlap, memory=memory)
 
     def stream_encoder(self, output: str = "latent") -> StreamEncoder:
         """Returns a StreamEncoder: push frames in any portions, collect latents or ids.

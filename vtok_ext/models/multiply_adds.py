@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,14 +44,23 @@ def _conv3d_flops(x_shape: Any, weight_shape: Any, *_: Any, out_shape: Any, **__
 @functools.lru_cache(maxsize=256)
 def _count(model_class, config, num_frames: int, height: int, width: int) -> int:
     from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        model = model_class(config).eval().requires_grad_(False)
+        return multiply_adds_of(lambda: model.run_networks(1, num_frames, height, width))
+
+
+@torch.no_grad()
+def multiply_adds_of(run: Callable[[], Any]) -> int:
+    """Returns the multiply-adds of the convolutions and attention that `run` does."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    # Attention as its definition: matrix products, which the counter knows on every device.
-    definition = sdpa_kernel(SDPBackend.MATH)
     own_ops = {torch.ops.vtok_ext.causal_conv3d_forward: _conv3d_flops}
-    with torch.no_grad(), FakeTensorMode(), definition:
-        model = model_class(config).eval().requires_grad_(False)
-        with FlopCounterMode(display=False, custom_mapping=own_ops) as counter:
-            model.run_networks(1, num_frames, height, width)
+    # Attention as its definition: matrix products, which the counter knows on every device.
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False, custom_mapping=own_ops) as counter,
+    ):
+        run()
     return counter.get_total_flops() // 2

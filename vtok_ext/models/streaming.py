@@ -148,9 +148,11 @@ class StreamEncoder(_Stream):
             )
         self.num_frames += num_frames
         frames = self._join(self._fit(video_input.to_float(chunk, self.model.dtype)))
-        # The first latent covers the first frame alone.
+        # The first latent covers the first frame alone, and is encoded with its unit if that is long.
         first = 1 if self._state is None else 0
+        least = first if self.model.latents_per_unit == 1 else first + self._unit
         complete = first + (frames.shape[2] - first) // self._unit * self._unit
+        complete = complete if complete >= least else 0
         self._wait(frames[:, :, complete:])
         return self._encode(frames[:, :, :complete]) if complete else []
 
@@ -167,7 +169,7 @@ class StreamEncoder(_Stream):
     @property
     def _unit(self) -> int:
         """Frames that are encoded together, after the first one."""
-        return self.model.temporal_factor
+        return self.model.temporal_factor * self.model.latents_per_unit
 
     def _fit(self, frames: Tensor) -> Tensor:
         """Returns the frames in a size that the network takes."""
@@ -175,7 +177,7 @@ class StreamEncoder(_Stream):
 
     def _complete(self, frames: Tensor) -> Tensor:
         """Returns the last, unfinished group with what it lacks."""
-        return video_input.pad_tail(frames, self.model.temporal_factor, alone=0)
+        return video_input.pad_tail(frames, self._unit, alone=1 if self._state is None else 0)
 
     def _encode(self, frames: Tensor) -> list[Tensor]:
         raw, self._state = self.model.encode_chunk(frames, self._state, return_state=True)
@@ -229,8 +231,9 @@ class StreamDecoder(_Stream):
         frames = self._join(frames)
         certain = self.num_frames
         if certain is None:
-            # n latents stand for at least (n - 2) f + 2 frames.
-            certain = max(1, (self.num_latents - 2) * self.model.temporal_factor + 2)
+            # n latents stand for at least (n - 2) f + 2 frames, those of a longer unit for fewer.
+            known = self.num_latents - 1 - self.model.latents_per_unit
+            certain = max(1, known * self.model.temporal_factor + 2)
         count = min(max(0, certain - self.num_emitted), frames.shape[2])
         # Beyond a known end nothing is needed any more.
         self._wait(frames[:, :, count:] if self.num_frames is None else frames[:, :, :0])

@@ -34,9 +34,12 @@ from vtok_ext.layers import (
 )
 from vtok_ext.layers._state import State, StateFlow
 from vtok_ext.layers.causal_conv3d import video_conv3d
+from vtok_ext.layers.kl import Generators
+from vtok_ext.models import _vidtok_in_place as in_place
 from vtok_ext.models._video_input import pad_front
 from vtok_ext.models.grid import GridTokenizer
 from vtok_ext.models.streaming import StreamDecoder, StreamEncoder
+from vtok_ext.models.tiling_steps import Step
 from vtok_ext.models.vidtok_config import PRESETS, VidTokConfig
 from vtok_ext.models.vidtok_published import (
     CHUNK_FRAMES,
@@ -56,6 +59,9 @@ class Stage(nn.Module):
         self.block = nn.ModuleList(blocks)
         for name, module in resample.items():
             self.add_module(name, module)
+
+
+_CONTAINERS: set[type] = set()  # classes that do nothing but call layers; filled below
 
 
 def _paired(space: nn.ModuleList, time: nn.ModuleList) -> list[tuple[Stage, Stage]]:
@@ -86,10 +92,14 @@ class Encoder(nn.Module):
     zc is 2 z for KL (mean and log variance), z for FSQ. With `return_state=True`, the result is
     `(latent, state)`: chunks of multiples of f frames, each given the state of the one before,
     equal one call.
+
+    With `first_alone` (version 1.1), the first frame of a clip stands for itself and f - 1 copies
+    in front of it: all frames that a layer makes of them are equal and are computed once.
     """
 
     def __init__(self, config: VidTokConfig) -> None:
         super().__init__()
+        self.causal = config.causal
         widths, norm, options = config.widths, config.norm_type, config.time_options
         self.conv_in = video_conv3d(config.in_channels, widths[0], **options)
         self.down, self.down_temporal = nn.ModuleList(), nn.ModuleList()
@@ -106,8 +116,19 @@ class Encoder(nn.Module):
         self.norm_out = norm_act(widths[-1], norm, across_time=not config.causal)
         self.conv_out = video_conv3d(widths[-1], config.raw_channels, **options)
 
-    def forward(self, x: Tensor, state: State | None = None, return_state: bool = False):
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        return_state: bool = False,
+        *,
+        first_alone: bool = False,
+    ):
         """Returns the raw latent of `x`, or `(latent, state)`."""
+        alone = {"first_alone": True} if first_alone else {}
+        if self.causal and in_place.applies(self, x, state, _CONTAINERS):
+            run = in_place.EncoderPass(self, first_alone)
+            return in_place.each_item(run, x, state, return_state)
         flow = StateFlow(state, return_state)
         x = x.contiguous(memory_format=torch.channels_last_3d)
         x = flow("conv_in", self.conv_in, x)
@@ -119,7 +140,7 @@ class Encoder(nn.Module):
             if space.downsample is not None:
                 x = space.downsample(x)
             if time.downsample is not None:
-                x = flow(f"{name}.downsample", time.downsample, x)
+                x = flow(f"{name}.downsample", time.downsample, x, **alone)
         x = flow("mid", self.mid, x)
         return flow.result(flow("conv_out", self.conv_out, self.norm_out(x)))
 
@@ -131,10 +152,15 @@ class Decoder(nn.Module):
     `return_state=True`, `(frames, state)`: chunks of any length, each given the state of the one
     before, equal one call. With linear interpolation frames then wait in the state, as in
     `TemporalUpsample`; a chunk without latents and without `return_state` ends the stream.
+
+    With `first_alone` (linear interpolation of version 1.1), of the f equal frames that the first
+    latent of a clip becomes one is computed and returned. `drop` leaves out so many frames at the
+    beginning.
     """
 
     def __init__(self, config: VidTokConfig) -> None:
         super().__init__()
+        self.causal, self.linear = config.causal, config.interpolation == "linear"
         widths, norm, options = config.widths, config.norm_type, config.time_options
         self.conv_in = video_conv3d(config.latent_channels, widths[-1], **options)
         self.mid = Middle(widths[-1], norm, options)
@@ -160,8 +186,28 @@ class Decoder(nn.Module):
             **config.time_options,
         )
 
-    def forward(self, x: Tensor, state: State | None = None, return_state: bool = False):
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        return_state: bool = False,
+        *,
+        first_alone: bool = False,
+        drop: int = 0,
+    ):
         """Returns the frames of latent `x`, or `(frames, state)`."""
+        if self._runs_in_place(x, state, first_alone):
+            run = in_place.DecoderPass(self, drop, final=not return_state)
+            return in_place.each_item(run, x, state, return_state)
+        y = self._frames(x, state, return_state, {"first_alone": True} if first_alone else {})
+        return (y[0][:, :, drop:], y[1]) if return_state else y[:, :, drop:]
+
+    def _runs_in_place(self, x: Tensor, state: State | None, first_alone: bool) -> bool:
+        """Whether `in_place` knows this chunk: linear interpolation starts with `first_alone`."""
+        known = not self.linear or first_alone or state is not None
+        return self.causal and known and in_place.applies(self, x, state, _CONTAINERS)
+
+    def _frames(self, x: Tensor, state: State | None, return_state: bool, alone: dict[str, bool]):
         flow = StateFlow(state, return_state)
         x = x.contiguous(memory_format=torch.channels_last_3d)
         x = flow("conv_in", self.conv_in, x)
@@ -175,8 +221,11 @@ class Decoder(nn.Module):
             if space.upsample is not None:
                 x = space.upsample(x)
             if time.upsample is not None:
-                x = flow(f"{name}.upsample", time.upsample, x)
+                x = flow(f"{name}.upsample", time.upsample, x, **alone)
         return flow.result(flow("conv_out", self.conv_out, self.norm_out(x)))
+
+
+_CONTAINERS.update({Stage, Middle, Encoder, Decoder})
 
 
 def _quantizer(config: VidTokConfig) -> FSQ | LFQ | VQ | None:
@@ -269,6 +318,12 @@ class VidTok(GridTokenizer):
         """Version of the published behaviour that the weights belong to."""
         return self.config.version
 
+    def network_steps(self, network: Any) -> list[Step]:
+        """Returns the steps of `encoder` or `decoder`, between which tiling may cut it."""
+        from vtok_ext.models.vidtok_steps import network_steps
+
+        return network_steps(network)
+
     def _check_state(self, op: str, state: State | None, return_state: bool) -> None:
         if not self.is_causal and (state is not None or return_state):
             raise self._not_causal(op)
@@ -276,11 +331,13 @@ class VidTok(GridTokenizer):
     def encode_chunk(self, video: Tensor, state: State | None = None, return_state: bool = False):
         """Returns the raw latent of the next frames of a stream, or `(latent, state)`."""
         self._check_state("encode_chunk", state, return_state)
-        if state is None and self.is_causal:
-            # The convolutions before the first frame see f - 1 copies of it; before these 1.0 sees
-            # zeros, 1.1 more copies.
-            video = pad_front(video, self.temporal_factor - 1)
-        return self.encoder(video, state, return_state)
+        if state is not None or not self.is_causal:
+            return self.encoder(video, state, return_state)
+        # The convolutions before the first frame see f - 1 copies of it; before these 1.0 sees
+        # zeros, 1.1 more copies.
+        if self.config.version == "1.1":
+            return self.encoder(video, None, return_state, first_alone=True)
+        return self.encoder(pad_front(video, self.temporal_factor - 1), None, return_state)
 
     def encode_reference(self, video: Tensor) -> tuple[Tensor, int]:
         """Returns the raw latent of a clip under the published frame rule, and its frame count."""
@@ -301,10 +358,16 @@ class VidTok(GridTokenizer):
     def decode_chunk(self, latent: Tensor, state: State | None = None, return_state: bool = False):
         """Returns the frames of the next latents of a stream, or `(frames, state)`."""
         self._check_state("decode_chunk", state, return_state)
-        drop = self.temporal_factor - 1 if state is None and self.is_causal else 0
+        if state is not None or not self.is_causal:
+            return self.decoder(latent, state, return_state)
+        drop = self.temporal_factor - 1
+        if isinstance(self.decoder, Decoder):
+            if self.decoder.linear:
+                return self.decoder(latent, None, return_state, first_alone=True)
+            return self.decoder(latent, None, return_state, drop=drop)
         if not return_state:
-            return self.decoder(latent, state)[:, :, drop:]
-        frames, state = self.decoder(latent, state, True)
+            return self.decoder(latent)[:, :, drop:]
+        frames, state = self.decoder(latent, None, True)
         return frames[:, :, drop:], state
 
     def decode_rest(self, state: State) -> Tensor | None:
@@ -362,7 +425,7 @@ class VidTok(GridTokenizer):
         raw: Tensor,
         *,
         sample: bool = False,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         step: int = 0,
         compute_loss: bool = False,
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:

@@ -106,11 +106,16 @@ def save_diffusers(model: VidTok, folder: str | os.PathLike) -> None:
         save_file(weights, weights_file, header)
 
 
-def from_diffusers(vae: Any) -> VidTok:
-    """Returns a VidTok with copies of the weights of an AutoencoderVidTok, in its mode and dtype.
+def from_diffusers(vae: Any, *, share: bool = False) -> VidTok:
+    """Returns a VidTok with the weights of an AutoencoderVidTok, in its mode and dtype.
+
+    Args:
+        vae: the model.
+        share: have the very parameters of `vae` instead of copies.
 
     Raises:
-        ValueError: values that `VidTokConfig` cannot express.
+        TypeError: another class.
+        ValueError: values that `VidTokConfig` cannot express, or parameters of an adapter.
     """
     if type(vae).__name__ != CLASS_NAME:
         raise TypeError(f"from_diffusers: vae must be {CLASS_NAME}, got {type(vae).__name__}")
@@ -119,6 +124,8 @@ def from_diffusers(vae: Any) -> VidTok:
     first = next(vae.parameters())
     model = VidTok(config, _preset_name(config)).to(first.device, first.dtype)
     _persistence.load_weights(model, vae.state_dict(), "from_diffusers")
+    if share:
+        model.load_state_dict(vae.state_dict(keep_vars=True), assign=True)
     return model.train(vae.training)
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtok_ext.ops import _causal_conv3d_folding as folding
+from vtok_ext.ops._accumulate_cpu import transposed_weight, upsampled_conv3d
 from vtok_ext.ops._causal_conv3d_geometry import Geometry
 from vtok_ext.ops._dtypes import without_autocast
 
@@ -53,11 +54,13 @@ def forward(
     # float16 is converted: oneDNN has it on few CPUs, and torch's own kernel is slow.
     real = torch.float32 if x.dtype == torch.float16 else x.dtype
     shape = g.output_shape(x.shape, weight.shape, None if state is None else state.shape[2])
-    h = torch.empty(shape, dtype=real, device=x.device, memory_format=_LAYOUT)
     with without_autocast("cpu"):
-        if h.numel() > 0 and _folds(x, weight, state, g):
-            _convolve_folded(x.to(real), weight.to(real), _as(bias, real), _as(state, real), h, g)
-        elif h.numel() > 0:
+        if 0 in shape:
+            h = torch.empty(shape, dtype=real, device=x.device, memory_format=_LAYOUT)
+        elif _folds(x, weight, state, g):
+            inputs = x.to(real), weight.to(real), _as(bias, real), _as(state, real)
+            h = _convolve_folded(*inputs, shape, g)
+        else:
             frames, padding = padded_frames(x, weight, state, g)
             h = _convolve(frames.to(real), weight.to(real), _as(bias, real), padding, g)
             h = channels_last(h)
@@ -125,6 +128,8 @@ def weight_gradient(
 
 def channels_last(x: Tensor) -> Tensor:
     """`x` [B, C, T, H, W] in channels_last_3d memory: itself, or a copy."""
+    if x.is_contiguous(memory_format=_LAYOUT):  # without an event of its own in a profile
+        return x
     return x.contiguous(memory_format=_LAYOUT)
 
 
@@ -265,10 +270,17 @@ def _convolve_folded(
     weight: Tensor,  # [O, C / groups, kt, kh, kw]
     bias: Tensor | None,  # [O]
     state: Tensor | None,  # [B, C, n, H, W]
-    out: Tensor,  # [B, O, T', H', W']
+    shape: Sequence[int],  # of the result, [B, O, T', H', W']
     g: Geometry,
-) -> None:
-    """Writes the convolution of upsampled x; all phases are channels of one convolution."""
+) -> Tensor:
+    """Returns the convolution of upsampled x with fewer products.
+
+    One frame doubled in space is a transposed convolution; otherwise all phases are channels of one
+    convolution.
+    """
+    if g.repeat_space == 2 and weight.shape[2] == 1 and g.groups == 1:
+        return channels_last(upsampled_conv3d(channels_last(x), transposed_weight(weight), bias))
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_LAYOUT)
     phases = folding.folded_weight(weight, g)
     bias = None if bias is None else bias.view(g.groups, 1, -1).expand(phases.shape[:3]).flatten()
     small, smaller = phases.flatten(0, 2), folding.folded_geometry(g)
@@ -276,6 +288,7 @@ def _convolve_folded(
     state = state if state is None or g.repeat_time == 1 else state[:, :, ::2]
     frames, padding = padded_frames(x, small, state, smaller)
     folding.unfold(channels_last(_convolve(frames, small, bias, padding, smaller)), out, g)
+    return out
 
 
 def _backward(

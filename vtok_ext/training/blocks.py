@@ -1,7 +1,8 @@
 """What is done to every block of a model at once: recomputation and compilation.
 
-A block is a residual block or an attention; whole models are left alone, because the adaptive
-weight asks for the gradient of the last layer only and must not go through everything for it.
+A block is a residual block, an attention or a transformer block; whole models are left alone,
+because the adaptive weight asks for the gradient of the last layer only and must not go through
+everything for it.
 """
 
 from __future__ import annotations
@@ -12,9 +13,41 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from vtok_ext.layers import FrameAttention, ResidualBlock1d, ResidualBlock2d, ResidualBlock3d
+from vtok_ext.layers import (
+    FrameAttention,
+    ResidualBlock1d,
+    ResidualBlock2d,
+    ResidualBlock3d,
+    SpatialDownsample,
+    SpatialUpsample,
+    TemporalDownsample,
+    TemporalUpsample,
+)
+from vtok_ext.layers.transformer import QueryBlock, TransformerBlock
+from vtok_ext.layers.volume import VolumeBlock, VolumeDown, VolumeUp
+from vtok_ext.models.gpt import CausalBlock
+from vtok_ext.models.sit_network import SiTBlock
 
-BLOCKS = (ResidualBlock1d, ResidualBlock2d, ResidualBlock3d, FrameAttention)
+BLOCKS = (
+    ResidualBlock1d,
+    ResidualBlock2d,
+    ResidualBlock3d,
+    VolumeBlock,
+    FrameAttention,
+    TransformerBlock,
+    QueryBlock,
+    SiTBlock,
+    CausalBlock,
+)
+# Changes of resolution read their parameters by themselves too; recomputing them saves nothing.
+_RESAMPLING = (
+    SpatialDownsample,
+    SpatialUpsample,
+    TemporalDownsample,
+    TemporalUpsample,
+    VolumeDown,
+    VolumeUp,
+)
 # Blocks of a class share their code and differ in shape and width: that many versions of it.
 _COMPILED_VERSIONS = 128
 
@@ -22,6 +55,15 @@ _COMPILED_VERSIONS = 128
 def blocks(model: nn.Module) -> list[nn.Module]:
     """Returns the blocks of a model in order of their names."""
     return [module for module in model.modules() if isinstance(module, BLOCKS)]
+
+
+def sharding_units(model: nn.Module) -> list[nn.Module]:
+    """Returns the smallest modules that `fully_shard` may divide, inner ones first.
+
+    Nobody but a unit itself reads its parameters, hence nobody meets divided ones.
+    """
+    modules = reversed(list(model.modules()))
+    return [module for module in modules if isinstance(module, (*BLOCKS, *_RESAMPLING))]
 
 
 def recompute_activations(model: nn.Module) -> int:

@@ -50,7 +50,8 @@ class Checkpoint:
 def save_checkpoint(
     root: Path,
     step: int,
-    state: Any,
+    tensors: dict[str, torch.Tensor],
+    numbers: dict[str, Any],
     *,
     device: torch.device,
     metric: float | None = None,
@@ -62,17 +63,18 @@ def save_checkpoint(
     Args:
         root: folder of the checkpoints.
         step: steps done.
-        state: nested dicts and tensors, see `write_tree`; that of rank 0 is written.
+        tensors: by name; those of rank 0 are written.
+        numbers: what JSON can hold.
         device: whose random generator is saved, beside those of the CPU, Python and numpy.
         metric: of the validation at this step, lower is better.
         keep_last: remove older ones than the last so many, except that with the lowest metric.
         generators: from `random_generators`; default as they are now.
 
     Raises:
-        ValueError: a tensor of `state` is not finite; nothing is written.
+        ValueError: a tensor is not finite; nothing is written.
         OSError: writing failed; earlier checkpoints are as they were.
     """
-    bad = first_non_finite(state)
+    bad = first_non_finite(tensors)
     if any_rank(bad is not None, device):
         where = bad or "another process"
         raise ValueError(f"save_checkpoint: every tensor must be finite, got NaN or inf in {where}")
@@ -86,7 +88,7 @@ def save_checkpoint(
     wait_for_all()
     write_tree(generators or random_generators(device), partial / f"rank-{rank()}")
     if rank() == 0:
-        write_tree(state, partial / "state")
+        write_tree({"tensors": tensors, "numbers": numbers}, partial / "state")
     wait_for_all()
     if rank() == 0:
         _complete(partial, step, metric)
@@ -161,9 +163,23 @@ def verify_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, manifest["step"], manifest["world_size"], manifest["metric"])
 
 
-def read_state(checkpoint: Checkpoint) -> Any:
-    """Returns the `state` of `save_checkpoint`, tensors on the CPU."""
-    return read_tree(checkpoint.folder / "state")
+def read_numbers(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Returns the `numbers` of `save_checkpoint`."""
+    return read_tree(checkpoint.folder / "state")["numbers"]
+
+
+def read_shapes(checkpoint: Checkpoint) -> dict[str, torch.Size]:
+    """Returns the shapes of the `tensors` of `save_checkpoint`."""
+    saved = read_tree(checkpoint.folder / "state")["tensors"]
+    return {name: tensor.shape for name, tensor in saved.items()}
+
+
+@torch.no_grad()
+def read_tensors(checkpoint: Checkpoint, into: dict[str, torch.Tensor]) -> None:
+    """Returns None after copying the `tensors` of `save_checkpoint` into those of their names."""
+    saved = read_tree(checkpoint.folder / "state")["tensors"]
+    for name, tensor in into.items():
+        tensor.copy_(saved[name])
 
 
 def restore_generators(checkpoint: Checkpoint, device: torch.device) -> bool:

@@ -23,10 +23,11 @@ from vtok_ext.data.atomic_output import output_file
 from vtok_ext.training import checkpoint as checkpoints
 from vtok_ext.training.clip_order import ClipOrder, buckets_of, step_batches
 from vtok_ext.training.distributed import any_rank, rank, wait_for_all, world_size
+from vtok_ext.training.parallel import local
 from vtok_ext.training.recipe import Recipe
 from vtok_ext.training.run_log import RunLog
 from vtok_ext.training.sentinel import NonFiniteLossError, is_finite
-from vtok_ext.training.setup import build_clips, build_training
+from vtok_ext.training.setup import build_training
 from vtok_ext.training.step import NonFiniteStep, Stepper
 from vtok_ext.training.stop_request import StopRequest, stop_requests
 from vtok_ext.training.validation import validate
@@ -123,7 +124,9 @@ class _Run:
         self.folder = out / "checkpoints"
         found = self._found(resume)
         self.training = build_training(recipe, device)
-        self.clips, self.held_out = build_clips(recipe.data, recipe.run.seed, warn)
+        for line in self.training.task.notes():
+            warn(line)
+        self.clips, self.held_out = self.training.task.data(warn)
         self.validation: dict[str, float] = {}
         self.saved: Path | None = None
         if found is not None:
@@ -154,10 +157,12 @@ class _Run:
         return None
 
     def _load(self, found: checkpoints.Checkpoint) -> None:
-        state = checkpoints.read_state(found)
-        for line in _differences(state["recipe"], self.recipe.to_dict()):
+        numbers = checkpoints.read_numbers(found)
+        for line in _differences(numbers["recipe"], self.recipe.to_dict()):
             self.warn(f"resuming with another recipe: {line}")
-        self.training.load_state_dict(state)
+        into = self.training.destinations(checkpoints.read_shapes(found))
+        checkpoints.read_tensors(found, into)
+        self.training.adopt(into, numbers)
         self.saved = found.folder
 
     def _write_recipe(self) -> None:
@@ -195,7 +200,8 @@ class _Run:
                 now = time.monotonic()
                 speed = (step - logged) * clips_per_step / max(now - start, 1e-9)
                 start, logged = now, step
-                rates = {"lr": self.training.optimizer.param_groups[0]["lr"]}
+                main = next(iter(self.training.optimizers.values()))
+                rates = {"lr": main.param_groups[0]["lr"]}
                 self.log.write("train", step, **terms, **rates, clips_per_s=round(speed, 3))
                 if on_step is not None:
                     on_step(TrainProgress(self.first_step, step, settings.steps, terms, speed))
@@ -225,7 +231,7 @@ class _Run:
             if saving or step % settings.validate_every == 0:
                 self.validation = validate(self.training, self.held_out)
                 self.log.write("validation", step, **self.validation)
-                metric = self.validation["rec_loss"]
+                metric = self.validation[self.training.task.metric]
         if saving:
             self._save(metric if metric is not None and metric == metric else None)
 
@@ -233,7 +239,8 @@ class _Run:
         self.saved = checkpoints.save_checkpoint(
             self.folder,
             self.training.step,
-            self.training.state_dict(),
+            self.training.tensors(),
+            self.training.numbers(),
             device=self.device,
             metric=metric,
             keep_last=self.recipe.run.keep_last,
@@ -254,8 +261,8 @@ class _Run:
         weights. Without held-out clips, finite weights must do.
         """
         number = self.training.step
-        state = self.training.state_dict()
-        good = is_finite(state)
+        state = self.training.tensors()
+        good = is_finite([local(tensor) for tensor in state.values()])
         if good and self.held_out:
             generators = checkpoints.random_generators(self.device)
             good = is_finite(torch.tensor(list(validate(self.training, self.held_out).values())))
@@ -263,7 +270,9 @@ class _Run:
         good = not any_rank(not good, self.device)
         if good and (self.saved is None or self.saved.name != f"step-{number:08d}"):
             # Nothing is removed for it: older states may be wanted now.
-            self.saved = checkpoints.save_checkpoint(self.folder, number, state, device=self.device)
+            self.saved = checkpoints.save_checkpoint(
+                self.folder, number, state, self.training.numbers(), device=self.device
+            )
         wait_for_all()
         kept = f"is in {self.saved}" if self.saved else "is none: no checkpoint was written before"
         self.log.write("non_finite", number, where=where)
@@ -273,14 +282,9 @@ class _Run:
         )
 
     def _write_model(self) -> Path:
-        folder, averages = self.out / "model", self.training.averages
+        folder, weights = self.out / "model", self.training.exported_weights()
         if rank() == 0:
-            model = self.training.model.eval()
-            if averages is None:
-                model.save_pretrained(folder)
-            else:
-                with averages.applied():
-                    model.save_pretrained(folder)
+            self.training.task.export(folder, weights)
         wait_for_all()
         return folder
 
@@ -290,12 +294,12 @@ def _noise_seed(seed: int, first_step: int) -> int:
     return (seed * 1_000_003 + first_step * 1_009 + rank() + 1) % 2**63
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def _differences(old: Any, new: Any, name: str = "") -> list[str]:
     """Returns "run.steps was 10, is 20" for every value of two recipes that differs."""
-    lines = []
-    for section, values in new.items():
-        for name, value in values.items():
-            was = old.get(section, {}).get(name)
-            if was != value:
-                lines.append(f"{section}.{name} was {was!r}, is {value!r}")
-    return lines
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [f"{name} was {old!r}, is {new!r}"]
+    return [
+        line
+        for key, value in new.items()
+        for line in _differences(old.get(key), value, f"{name}.{key}" if name else key)
+    ]

@@ -1,31 +1,24 @@
-"""Recipes: everything that decides a training run, as YAML over dataclasses.
+"""Recipes: everything that decides a training run.
 
-    model, data, loss, optimizer, run: see the classes; every key has a default but model.name
+    task, model, data, optimizer, run, and the sections of the task, such as loss: see the classes
 
-A key that does not exist is an error that names the closest one. `a.b=value` on the command line
-replaces one value; it is read as YAML.
+Every key has a default but model.name. They are written as YAML, see `recipe_file`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import types
-import typing
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from vtok_ext.models._config import closest
 from vtok_ext.training.losses import LossConfig
 
-BUILT_IN = Path(__file__).parent / "recipes"
 SCHEDULES = ("constant", "cosine", "linear")
-PRECISIONS = ("float32", "bfloat16")
+PARALLEL = ("ddp", "fsdp")
+PRECISIONS = ("float32", "bfloat16", "float16")
 PERCEPTUAL_NETWORKS = ("published", "random")
 FREEZABLE = ("encoder",)
-_MAX_BYTES = 1 << 20
 
 
 def _require(ok: bool, name: str, requirement: str, value: Any) -> None:
@@ -134,8 +127,8 @@ class DataRecipe:
 
 
 @dataclass(frozen=True)
-class LossRecipe(LossConfig):
-    """What is minimised: `LossConfig`, and where LPIPS comes from.
+class PerceptualRecipe:
+    """Where LPIPS comes from.
 
     Attributes:
         perceptual_network: "published"; or "random", a narrow one that measures nothing known.
@@ -148,10 +141,19 @@ class LossRecipe(LossConfig):
 
     def __post_init__(self) -> None:
         """Checks every field."""
-        super().__post_init__()
         known = self.perceptual_network in PERCEPTUAL_NETWORKS
         choices = f"one of {PERCEPTUAL_NETWORKS}"
         _require(known, "loss.perceptual_network", choices, self.perceptual_network)
+
+
+@dataclass(frozen=True)
+class LossRecipe(PerceptualRecipe, LossConfig):
+    """What is minimised: `LossConfig`, and where LPIPS comes from."""
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        LossConfig.__post_init__(self)
+        PerceptualRecipe.__post_init__(self)
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,8 @@ class RunRecipe:
         steps: optimiser steps of generator and discriminator each.
         batch_size: clips per micro-batch and process.
         accumulate: micro-batches per step.
-        precision: "float32", or "bfloat16" for autocast.
+        precision: "float32", or "bfloat16" or "float16" for autocast; the latter scales the loss.
+        parallel: with several processes, "ddp" copies the model, "fsdp" divides it.
         checkpoint_activations: recompute the blocks in the backward pass to save memory.
         compile: torch.compile of the blocks.
         log_every, validate_every, checkpoint_every: in steps; validation also precedes checkpoints.
@@ -225,6 +228,7 @@ class RunRecipe:
     batch_size: int = 2
     accumulate: int = 1
     precision: str = "float32"
+    parallel: str = "ddp"
     checkpoint_activations: bool = False
     compile: bool = False
     log_every: int = 1
@@ -238,141 +242,32 @@ class RunRecipe:
         _at_least("run", self, 1, "steps", "batch_size", "accumulate", "log_every")
         _at_least("run", self, 1, "validate_every", "checkpoint_every", "keep_last")
         _at_least("run", self, 0, "seed")
-        choices = f"one of {PRECISIONS}"
-        _require(self.precision in PRECISIONS, "run.precision", choices, self.precision)
+        for name, choices in (("precision", PRECISIONS), ("parallel", PARALLEL)):
+            value = getattr(self, name)
+            _require(value in choices, f"run.{name}", f"one of {choices}", value)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A training run."""
+    """A training run: what is common to all tasks, whose own recipes add sections.
+
+    Attributes:
+        task: name in the table of `tasks`.
+    """
 
     model: ModelRecipe
+    task: str = "tokenizer"
     data: DataRecipe = field(default_factory=DataRecipe)
-    loss: LossRecipe = field(default_factory=LossRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     run: RunRecipe = field(default_factory=RunRecipe)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
-        """Returns the recipe with these values; raises ValueError as `load_recipe`."""
-        return _build(cls, values, "")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all values, as YAML and JSON can hold them."""
         return dataclasses.asdict(self)
 
 
-def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Returns the recipe of a YAML file or of a built-in name, with single values replaced.
+@dataclass(frozen=True)
+class TokenizerRecipe(Recipe):
+    """Of task "tokenizer": a tokenizer trained with the losses of VidTok."""
 
-    Args:
-        source: path of a YAML file, or one of `list_recipes()`.
-        overrides: such as "run.steps=100".
-
-    Raises:
-        FileNotFoundError: neither a file nor a built-in name.
-        ValueError: not YAML, an unknown key (the message names the closest) or a rejected value.
-    """
-    values = _read(_locate(str(source)))
-    for override in overrides:
-        _replace(values, override)
-    return Recipe.from_dict(values)
-
-
-def list_recipes() -> list[str]:
-    """Returns the names of the built-in recipes."""
-    return sorted(path.stem for path in BUILT_IN.glob("*.yaml"))
-
-
-def _locate(source: str) -> Path:
-    for path in (Path(source), BUILT_IN / f"{source}.yaml"):
-        if path.is_file():
-            return path
-    names = list_recipes()
-    raise FileNotFoundError(
-        f"recipe: must be a YAML file or one of {', '.join(names)}, "
-        f"got {source!r}{closest(source, names)}"
-    )
-
-
-def _parse(text: str, where: str) -> Any:
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        # Aliases of aliases are how a small file becomes a huge object.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise ValueError(f"recipe: {where} must have no YAML aliases, got some")
-        return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"recipe: {where} must be YAML, got {reason}") from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > _MAX_BYTES:
-        raise ValueError(f"recipe: {path} must be <= 1 MiB, got a larger file")
-    try:
-        values = _parse(path.read_text(encoding="utf-8"), str(path))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"recipe: {path} must be UTF-8 text, got {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"recipe: {path} must be a mapping, got {type(values).__name__}")
-    return values
-
-
-def _replace(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not all(key.split(".")):
-        raise ValueError(f"recipe: an override must be section.key=value, got {override!r}")
-    *sections, name = key.split(".")
-    for section in sections:
-        inner = values.setdefault(section, {})
-        if not isinstance(inner, dict):
-            raise ValueError(f"recipe: {section} must be a section for {override!r}, got {inner!r}")
-        values = inner
-    values[name] = _parse(f"value: {text}", override)["value"]
-
-
-def _build(cls: Any, values: Any, prefix: str) -> Any:
-    """Returns an instance of dataclass `cls`; `prefix` is where it stands, such as "run."."""
-    if not isinstance(values, Mapping):
-        where = prefix.rstrip(".") or "the recipe"
-        raise ValueError(f"recipe: {where} must be a section, got {values!r}")
-    hints = typing.get_type_hints(cls)
-    for key in values:
-        if key not in hints:
-            raise ValueError(
-                f"recipe: key must be one of {', '.join(prefix + name for name in hints)}, "
-                f"got {prefix + str(key)!r}{closest(key, hints)}"
-            )
-    required = [f.name for f in dataclasses.fields(cls) if _is_required(f)]
-    for name in required:
-        _require(name in values, prefix + name, "given", None)
-    return cls(**{key: _convert(hints[key], v, prefix + key) for key, v in values.items()})
-
-
-def _is_required(item: dataclasses.Field) -> bool:
-    missing = dataclasses.MISSING
-    return item.default is missing and item.default_factory is missing
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """Returns `value` as the annotation `hint` wants it."""
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, f"{where}.")
-    if isinstance(hint, types.UnionType):  # X | None
-        if value is None:
-            return None
-        hint = typing.get_args(hint)[0]
-    origin = typing.get_origin(hint) or hint
-    if origin is list:
-        _require(isinstance(value, list), where, "a list", value)
-        return [_convert(typing.get_args(hint)[0], item, where) for item in value]
-    if origin is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    right = isinstance(value, origin) and (origin is bool or not isinstance(value, bool))
-    kind = {dict: "a mapping", int: "an integer", float: "a number", bool: "true or false"}
-    _require(right, where, kind.get(origin, "text"), value)
-    return value
+    loss: LossRecipe = field(default_factory=LossRecipe)

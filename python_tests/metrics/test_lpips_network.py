@@ -5,8 +5,8 @@ import hashlib
 import pytest
 import torch
 
-from vtok_ext.training import lpips as module
-from vtok_ext.training.lpips import LPIPS, VGG16_CHANNELS, published_lpips, random_lpips
+from vtok_ext.metrics import lpips_network as module
+from vtok_ext.metrics.lpips_network import LPIPS, VGG16_CHANNELS, published_lpips, random_lpips
 
 NARROW = (4, 8, 8, 8, 8)
 NUMBERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
@@ -109,7 +109,7 @@ def test_published_weights_from_the_cache_are_verified(cache, small, monkeypatch
 def test_absent_weights_are_an_error_that_says_where_they_were_looked_for(cache):
     with pytest.raises(FileNotFoundError, match=r"backbone must be a file, got none at .*397923af"):
         published_lpips()
-    with pytest.raises(FileNotFoundError, match="perceptual_weight 0 to train without LPIPS"):
+    with pytest.raises(FileNotFoundError, match="perceptual_weight 0, which needs none"):
         published_lpips(cache / "nowhere.pth")
 
 

@@ -1,0 +1,5 @@
+"""Everything here needs diffusers: the `[diffusers]` extra."""
+
+import pytest
+
+pytest.importorskip("diffusers")

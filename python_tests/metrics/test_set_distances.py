@@ -1,0 +1,185 @@
+"""FVD and KVD: distances of sets of clips. Their parity with recorded outputs: `parity/`."""
+
+import math
+
+import pytest
+import torch
+
+import vtok_ext as vt
+from vtok_ext.metrics.frechet import frechet_distance
+from vtok_ext.metrics.fvd import frechet_with_interval, fvd_features, fvd_preprocess
+from vtok_ext.metrics.i3d import I3D, load_i3d
+from vtok_ext.metrics.kvd import NUM_FEATURES, kernel_distance, kvd_features
+
+
+def normal(n, d, seed, mean=0.0, scale=1.0):
+    x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x * scale + mean
+
+
+def clips(n, seed, frames=9, size=16, mean=127.0, scale=30.0):
+    x = torch.randn(n, 3, frames, size, size, generator=torch.Generator().manual_seed(seed))
+    return (x * scale + mean).clamp(0, 255).to(torch.uint8)
+
+
+def test_frechet_distance_of_known_normal_distributions():
+    """Diagonal covariances: sum of (m1 - m2)^2 + (s1 - s2)^2."""
+    whitened = normal(500, 3, 0)
+    whitened = whitened - whitened.mean(0)
+    factor = torch.linalg.cholesky(torch.linalg.inv(whitened.mT @ whitened / 499))
+    exact = whitened @ factor  # mean 0 and covariance 1 to rounding
+    a = exact * torch.tensor([1.0, 2.0, 3.0]) + torch.tensor([0.0, 1.0, 0.0])
+    b = exact * torch.tensor([2.0, 2.0, 0.5])
+    expected = 1.0 + (1 - 2) ** 2 + (3 - 0.5) ** 2
+    assert float(frechet_distance(a, b)) == pytest.approx(expected, rel=1e-9)
+    assert float(frechet_distance(a, a)) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_distance_of_few_samples():
+    """Singular covariances, where a Cholesky root does not exist."""
+    a, b = normal(5, 40, 0).float(), normal(6, 40, 1).float()
+    assert math.isfinite(float(frechet_distance(a, b))) and float(frechet_distance(a, b)) > 0
+    torch.testing.assert_close(frechet_distance(a, b), frechet_distance(b, a))
+
+
+def test_interval_of_frechet_distance():
+    a, b = normal(300, 4, 0), normal(300, 4, 1, mean=0.5)
+    found = frechet_with_interval(a, b, num_resamples=60)
+    assert found.low < found.value < found.high and 0.5 < found.value < 1.6
+    assert (found.num_generated, found.num_real) == (300, 300)
+    again = frechet_with_interval(a, b, num_resamples=60)
+    assert again == found and frechet_with_interval(a, b, seed=1, num_resamples=60) != found
+    none = frechet_with_interval(a, b, num_resamples=0)
+    assert none.low == none.high == none.value == float(none)
+
+
+def test_kernel_distance_is_unbiased_and_tells_sets_apart():
+    estimates = [kernel_distance(normal(40, 6, 2 * i), normal(60, 6, 2 * i + 1)) for i in range(60)]
+    values = torch.tensor([e.value for e in estimates])
+    assert float(values.min()) < 0 < float(values.max())
+    assert abs(float(values.mean())) < 3 * float(values.std()) / 60**0.5
+    covered = sum(e.low <= 0 <= e.high for e in estimates)
+    assert covered >= 50  # 95 % of 60 are 57
+    far = kernel_distance(normal(40, 6, 0, mean=2.0), normal(60, 6, 1))
+    assert far.low > 0 and far.value > 3 * float(values.abs().max())
+
+
+def test_kernel_distance_by_hand():
+    a, b = normal(4, 2, 0), normal(5, 2, 1)
+    mean, deviation = b.mean(0), b.std(0, correction=0)
+    x, y = ((v - mean) / deviation for v in (a, b))
+
+    def k(p, q):
+        return float((p @ q / 2 + 1) ** 3)
+
+    within = [
+        sum(k(s[i], s[j]) for i in range(len(s)) for j in range(len(s)) if i != j)
+        / (len(s) * (len(s) - 1))
+        for s in (x, y)
+    ]
+    between = sum(k(p, q) for p in x for q in y) / 20
+    assert kernel_distance(a, b).value == pytest.approx(within[0] + within[1] - 2 * between)
+
+
+def test_features_see_pictures_motion_and_nothing_random():
+    video = clips(4, 0)
+    features = kvd_features(video)
+    assert features.shape == (4, NUM_FEATURES)
+    state = torch.get_rng_state()
+    assert torch.equal(features, kvd_features(video)) and torch.equal(state, torch.get_rng_state())
+    # Batches change the order of sums in convolutions, nothing more.
+    torch.testing.assert_close(kvd_features(list(video.split(1)), batch_size=1), features)
+    still = video[:, :, :1].expand(-1, -1, 9, -1, -1)
+    assert not torch.allclose(kvd_features(still), features, rtol=1e-2)
+    cut = kvd_features(video, clip_frames=4)
+    assert len(cut) == 8 and len(kvd_features(video, clip_frames=4, chunks="first")) == 4
+    as_float = video.float() / 127.5 - 1
+    torch.testing.assert_close(kvd_features(as_float), features, atol=0.02, rtol=0.02)
+
+
+def test_kvd_orders_sets():
+    real, same, other = clips(24, 0), clips(24, 1), clips(24, 2, scale=60.0)
+    near, far = vt.metrics.kvd(same, real), vt.metrics.kvd(other, real)
+    assert near.low < 0 < near.high or abs(near.value) < far.value / 50
+    assert far.low > near.high and far.num_generated == 24
+
+
+class Corners(torch.nn.Module):
+    """Stands for I3D, which takes four seconds per clip: means of parts of a clip."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.seen = []
+
+    def forward(self, video):
+        assert video.shape[1:] == (3, 16, 224, 224) and float(video.abs().max()) <= 1
+        self.seen.append(len(video))
+        return torch.nn.functional.adaptive_avg_pool3d(video, (2, 2, 2)).flatten(1) * self.scale
+
+
+def test_clips_of_fvd():
+    """Two clips of 16 frames from every video; the rest is dropped."""
+    network = Corners()
+    real = torch.cat([clips(1, seed, frames=33, size=24) for seed in range(2)])
+    features = fvd_features(real, network)
+    assert features.shape == (4, 24) and network.seen == [2, 2]
+    assert torch.equal(fvd_features(real, network, chunks="first"), features[:2])
+    same = vt.metrics.fvd(real, list(real.split(1)), weights=network, num_resamples=0)
+    assert same.value < 1e-9 and same.num_real == 4
+    other = vt.metrics.fvd(255 - real, real, weights=network, num_resamples=20)
+    assert other.value > 1e-4 and other.low <= other.value <= other.high
+    with pytest.raises(ValueError, match="videos must have 16 frames or more"):
+        fvd_features(real[:, :, :15], network)
+    with pytest.raises(ValueError, match="chunks must be one of"):
+        fvd_features(real, network, chunks="some")
+
+
+def test_weights_of_i3d(tmp_path):
+    torch.manual_seed(0)
+    random_i3d = I3D()
+    path = tmp_path / "i3d.pt"
+    torch.save(random_i3d.state_dict(), path)
+    loaded = load_i3d(path)
+    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in random_i3d.state_dict().items())
+    assert not loaded.training
+    torch.save({"logits.conv3d.bias": torch.zeros(400)}, path)
+    with pytest.raises(ValueError, match="must hold the .* tensors of I3D, got"):
+        load_i3d(path)
+
+
+def test_fvd_without_weights_says_what_is_missing(tmp_path):
+    video = clips(2, 0, frames=16)
+    with pytest.raises(ValueError, match="weights must be the file of an I3D with 400"):
+        vt.metrics.fvd(video, video)
+    with pytest.raises(FileNotFoundError, match="i3d_pretrained_400.pt"):
+        vt.metrics.fvd(video, video, weights=tmp_path / "none.pt")
+
+
+def test_preprocessing_crops_the_centre():
+    wide = torch.zeros(1, 3, 2, 56, 112, dtype=torch.uint8)
+    wide[..., 28:84] = 255  # the centre square of 56x56
+    assert bool((fvd_preprocess(wide)[..., 3:-3] == 1).all())
+    assert fvd_preprocess(wide).shape == (1, 3, 2, 224, 224)
+    assert fvd_preprocess(wide.transpose(3, 4)).shape == (1, 3, 2, 224, 224)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: fvd_preprocess(torch.zeros(1, 3, 2, 8, 8)), TypeError, "must be uint8"),
+        (lambda: fvd_preprocess(torch.zeros(3, 2, 8, 8, dtype=torch.uint8)), ValueError, "must be"),
+        (lambda: frechet_distance(normal(1, 3, 0), normal(4, 3, 0)), ValueError, "a must be"),
+        (lambda: frechet_distance(normal(4, 3, 0), normal(4, 2, 0)), ValueError, "b must be"),
+        (lambda: frechet_distance(normal(4, 3, 0), normal(4, 3, 0) / 0), ValueError, "finite"),
+        (lambda: kernel_distance(normal(2, 3, 0), normal(4, 3, 0)), ValueError, "at least 3"),
+        (lambda: kernel_distance(normal(4, 3, 0) / 0, normal(4, 3, 0)), ValueError, "finite"),
+        (lambda: vt.metrics.kvd(clips(3, 0)[0], clips(3, 0)), ValueError, "videos must be"),
+        (lambda: vt.metrics.kvd(clips(3, 0).long(), clips(3, 0)), TypeError, "uint8 or floating"),
+        (lambda: kvd_features(clips(3, 0), clip_frames=10), ValueError, "as long as a clip"),
+        (lambda: kvd_features(clips(3, 0), chunks="x"), ValueError, "chunks must be one of"),
+    ],
+)
+def test_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,370 @@
+"""SiT: names, latents of both kinds, guidance, sampling, and files."""
+
+import argparse
+import json
+
+import pytest
+import torch
+
+import vtok_ext as vt
+from vtok_ext.models import CoordTokConfig, SiT, SiTConfig
+from vtok_ext.models.generator import LatentOrigin
+from vtok_ext.models.latent_statistics import (
+    LatentStatistics,
+    StatisticsCounter,
+    read_reference_log,
+)
+from vtok_ext.models.transport import noise_like
+
+THIN = {"hidden_size": 32, "depth": 2, "num_heads": 2}
+PLANES = {"latent": "triplane", "input_size": (8, 4, 6), "in_channels": 3, **THIN}
+GRID = {"latent": "grid", "input_size": (3, 4, 6), "in_channels": 3, **THIN}
+
+
+def random_sit(seed=0, **config):
+    """A SiT whose output depends on everything: fresh ones give zero."""
+    torch.manual_seed(seed)
+    model = SiT(SiTConfig(**config))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and not bool(parameter.any()):
+                parameter.normal_(std=0.1)
+    return model.eval()
+
+
+def latents(config, batch=2, seed=0):
+    """Latents in the layout of the tokenizer."""
+    generator = torch.Generator().manual_seed(seed)
+    t, x, y = config["input_size"]
+    c = config["in_channels"]
+    if config["latent"] == "grid":
+        return torch.randn(batch, c, t, x, y, generator=generator)
+    sizes = {"xy": (x, y), "yt": (t, y), "xt": (t, x)}
+    return {k: torch.randn(batch, *size, c, generator=generator) for k, size in sizes.items()}
+
+
+def with_statistics(model, config):
+    counter = StatisticsCounter()
+    counter.update(latents(config, 8, seed=5))
+    model.statistics = counter.result()
+    return model
+
+
+@pytest.mark.parametrize("size", ["s", "b", "l", "xl"])
+@pytest.mark.parametrize("patch", [2, 4, 8])
+def test_presets(size, patch):
+    with torch.device("meta"):
+        model = vt.create_generator(f"sit_{size}_{patch}")
+    tokens = sum(torch.Size(model.config.part_grid(p)).numel() for p in model.config.parts())
+    assert tokens == 1280 // patch**2
+    if (size, patch) == ("l", 2):
+        assert sum(p.numel() for p in model.parameters()) == 461_462_720
+
+
+@pytest.mark.parametrize("config", [PLANES, GRID])
+def test_every_input_matters_and_fresh_models_give_zero(config):
+    model = random_sit(num_classes=3, **config)
+    with_statistics(model, config)
+    x = model.statistics.normalize(latents(config))
+    t, y = torch.tensor([0.2, 0.7]), torch.tensor([0, 2])
+    with torch.no_grad():
+        out = model(x, t, y)
+        assert {k: v.shape for k, v in out.items()} == {k: v.shape for k, v in x.items()}
+        fresh = SiT(SiTConfig(**config))(x, t)
+        assert all(not bool(v.any()) for v in fresh.values())
+        for part in x:  # attention over all tokens: each part sees each other one
+            changed = model({**x, part: x[part] + 1}, t, y)
+            assert all(not torch.equal(changed[k], out[k]) for k in x)
+        assert not torch.equal(
+            model(x, t + 0.1, y)["xy" if "xy" in x else "grid"][0],
+            out["xy" if "xy" in x else "grid"][0],
+        )
+        other = model(x, t, torch.tensor([0, 1]))
+        assert all(torch.allclose(other[k][0], out[k][0], atol=1e-5) for k in x)
+        assert all(not torch.allclose(other[k][1], out[k][1], atol=1e-5) for k in x)
+
+
+def test_tokens_of_a_plane_have_places():
+    """Without positional vectors, moving the patches would move the output and nothing else."""
+    for config in (PLANES, GRID):
+        model = random_sit(**config)
+        x = with_statistics(model, config).statistics.normalize(latents(config, 1))
+        t = torch.tensor([0.5])
+        with torch.no_grad():
+            for part, value in x.items():
+                for axis in range(2, value.dim()):
+                    rolled = {**x, part: value.roll(2, axis)}
+                    moved = model(rolled, t)[part]
+                    assert not torch.allclose(moved, model(x, t)[part].roll(2, axis), atol=1e-4)
+
+
+def test_bare_tensor_stands_for_a_grid():
+    model, x = random_sit(**GRID), latents(GRID)
+    t = torch.tensor([0.1, 0.9])
+    with torch.no_grad():
+        assert torch.equal(model(x, t), model({"grid": x}, t)["grid"])
+
+
+def test_loss_trains_every_parameter_but_the_fixed_one():
+    model = with_statistics(random_sit(num_classes=2, class_dropout=0.5, **PLANES), PLANES).train()
+    loss = model.loss(latents(PLANES, 16), torch.arange(16) % 2)
+    assert loss.shape == (16,)
+    loss.mean().backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None or not bool(p.grad.any())]
+    assert without == ["pos_embed_xy"]
+
+
+def test_guidance():
+    model = random_sit(num_classes=2, class_dropout=0.1, **PLANES)
+    x = with_statistics(model, PLANES).statistics.normalize(latents(PLANES))
+    t, y = torch.tensor([0.3, 0.3]), torch.tensor([1, 0])
+    with torch.no_grad():
+        label, none = model(x, t, y), model(x, t, torch.tensor([2, 2]))
+        guided = model.network(y, guidance=2.5)(x, t)
+        for part in x:
+            expected = none[part] + 2.5 * (label[part] - none[part])
+            torch.testing.assert_close(guided[part], expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="guidance must be 1 for a model trained without"):
+        random_sit(**PLANES).network(guidance=2.0)
+
+
+@pytest.mark.parametrize("config", [PLANES, GRID])
+@pytest.mark.parametrize("sampler", ["ode", "sde"])
+def test_sampling(config, sampler):
+    model = with_statistics(random_sit(num_classes=3, **config), config)
+    options = {"sampler": sampler, "num_steps": 3} | (
+        {"method": "euler"} if sampler == "ode" else {}
+    )
+
+    def run(seed):
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.tensor([0, 2])
+        return model.sample(2, labels=labels, generator=generator, **options)
+
+    first, second, other = run(1), run(1), run(2)
+    if config is GRID:
+        first, second, other = ({"grid": x} for x in (first, second, other))
+    else:
+        assert list(first) == ["xy", "yt", "xt"] and first["yt"].shape == (2, 8, 6, 3)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert all(not torch.equal(first[k], other[k]) for k in first)
+
+
+def test_a_trained_generator_makes_what_it_saw(tmp_path):
+    """Four steps from one latent: the flow learns to end there. A fresh model ends in noise."""
+    torch.manual_seed(0)
+    model = SiT(SiTConfig(**GRID))
+    target = latents(GRID, 1, seed=3)
+    model.statistics = LatentStatistics({"grid": torch.zeros(3)}, {"grid": torch.ones(3)})
+
+    def distance():
+        generator = torch.Generator().manual_seed(0)
+        made = model.eval().sample(
+            4, sampler="ode", method="heun", num_steps=8, generator=generator
+        )
+        return float((made - target).square().mean())
+
+    before = distance()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        loss = model.train().loss(target.expand(16, -1, -1, -1, -1)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert distance() < before / 10
+
+
+# Statistics.
+
+
+@pytest.mark.parametrize("config", [PLANES, GRID])
+def test_statistics(config):
+    counter, values = StatisticsCounter(), latents(config, 6)
+    parts = {"grid": values} if config is GRID else values
+    for i in range(0, 6, 2):
+        part = {k: v[i : i + 2] * 3 + 1 for k, v in parts.items()}
+        counter.update(part["grid"] if config is GRID else part)
+    statistics = counter.result()
+    assert counter.num_samples == 6
+    scaled = {k: v * 3 + 1 for k, v in parts.items()}
+    given = scaled["grid"] if config is GRID else scaled
+    normalized = statistics.normalize(given)
+    for value in normalized.values():
+        channels = value.transpose(0, 1).flatten(1)
+        torch.testing.assert_close(channels.mean(1), torch.zeros(3), atol=1e-5, rtol=0)
+        torch.testing.assert_close(channels.std(1, correction=0), torch.ones(3))
+    back = statistics.denormalize(normalized)
+    back = {"grid": back} if config is GRID else back
+    assert all(torch.allclose(back[k], scaled[k], atol=1e-5) for k in scaled)
+    again = LatentStatistics.from_dict(json.loads(json.dumps(statistics.to_dict())))
+    assert all(torch.equal(again.mean[k], statistics.mean[k]) for k in again.mean)
+    assert all(torch.equal(again.std[k], statistics.std[k]) for k in again.std)
+
+
+def write_log(path, vectors, width=None):
+    """As torch prints vectors of eight numbers with four decimals; long ones wrap."""
+    lines = ["[2025-01-01 00:00:00] Experiment directory created at results/000"]
+    for vector in vectors:
+        text = ", ".join(f"{number: .4f}" for number in vector)
+        if width:
+            text = text.replace(", ", ",\n        ", 1)
+        lines.append(f"[2025-01-01 00:00:01] tensor([{text}], device='cuda:0')")
+    path.write_text("\n".join([*lines, "[2025-01-01 00:00:02] (step=0000100) Train Loss: 0.9"]))
+
+
+@pytest.mark.parametrize("wrapped", [None, 80])
+@pytest.mark.parametrize("order", ["alternating", "means_first"])
+def test_statistics_of_a_reference_log(tmp_path, order, wrapped):
+    means = [[-10.0123 * (i + 1), 0.5, 0.25] for i in range(3)]
+    stds = [[1.0 + i, 2.0, 0.125] for i in range(3)]
+    pairs = [v for pair in zip(means, stds, strict=True) for v in pair]
+    write_log(tmp_path / "log.txt", pairs if order == "alternating" else means + stds, wrapped)
+    found = read_reference_log(tmp_path / "log.txt")
+    for plane, mean, std in zip(("xy", "yt", "xt"), means, stds, strict=True):
+        torch.testing.assert_close(found.mean[plane], torch.tensor(mean))
+        torch.testing.assert_close(found.std[plane], torch.tensor(std))
+
+
+def test_reference_logs_that_do_not_say(tmp_path):
+    path = tmp_path / "log.txt"
+    write_log(path, [[0.1, 0.2]] * 6)
+    with pytest.raises(ValueError, match="order must be given"):
+        read_reference_log(path)
+    assert read_reference_log(path, "means_first").std["xy"].tolist() == pytest.approx([0.1, 0.2])
+    write_log(path, [[0.1, 0.2]] * 4)
+    with pytest.raises(ValueError, match="must hold six vectors of one length"):
+        read_reference_log(path)
+    with pytest.raises(FileNotFoundError):
+        read_reference_log(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [None, {}, {"mean": {"xy": [1.0]}, "std": {"xy": [1.0]}},
+     {"mean": {"grid": [1.0]}, "std": {"grid": [0.0]}},
+     {"mean": {"grid": [1.0]}, "std": {"grid": [float("inf")]}},
+     {"mean": {"grid": [1.0]}, "std": {"grid": [1.0, 2.0]}}],
+)  # fmt: skip
+def test_statistics_that_are_none(values):
+    with pytest.raises(ValueError, match="LatentStatistics"):
+        LatentStatistics.from_dict(values)
+
+
+# Files.
+
+
+def test_saving_keeps_statistics_and_origin(tmp_path):
+    model = with_statistics(random_sit(**PLANES), PLANES)
+    model.origin = LatentOrigin(9, 32, 48, 25.0, "some@id+1", "folder")
+    model.save_pretrained(tmp_path / "sit")
+    found = vt.load_generator(tmp_path / "sit")
+    assert found.origin == model.origin and not found.training
+    assert torch.equal(found.statistics.std["yt"], model.statistics.std["yt"])
+    x = noise_like(model.statistics.normalize(latents(PLANES)))
+    t = torch.tensor([0.2, 0.5])
+    with torch.no_grad():
+        assert all(torch.equal(v, model(x, t)[k]) for k, v in found(x, t).items())
+    with pytest.raises(ValueError, match="model must be one of"):
+        vt.load_model(tmp_path / "sit")
+    with pytest.raises(ValueError, match="must be absent for a saved generator"):
+        vt.load_generator(tmp_path / "sit", "sit_l_2")
+
+
+def released_file(path, model, **more):
+    ema = {k: v + (1 if v.dim() == 2 else 0) for k, v in model.state_dict().items()}
+    content = {
+        "model": model.state_dict(),
+        "ema": ema,
+        "opt": {"state": {}},
+        "args": argparse.Namespace(model="SiT-L/2", lr=1e-4, betas=(0.9, 0.999)),
+        **more,
+    }
+    torch.save(content, path)
+    return ema
+
+
+def test_released_checkpoints(tmp_path):
+    config = {k: v for k, v in PLANES.items() if k != "latent"}
+    model = random_sit(**PLANES)
+    path = tmp_path / "0600000.pt"
+    ema = released_file(path, model)
+    found = vt.load_generator(path, "sit_l_2", **config)
+    assert all(torch.equal(v, ema[k]) for k, v in found.state_dict().items())
+    last = vt.load_generator(path, "sit_l_2", ema=False, **config)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in last.state_dict().items())
+    with pytest.raises(ValueError, match="must know the statistics of its latents"):
+        found.sample(1)
+    with pytest.raises(ValueError, match="name must say which generator"):
+        vt.load_generator(path)
+    with pytest.raises(ValueError, match="weights must be those of sit_b_2"):
+        vt.load_generator(path, "sit_b_2")
+
+
+class _Runs:
+    def __reduce__(self):
+        return print, ("this ran",)
+
+
+def test_a_checkpoint_runs_nothing(tmp_path, capsys):
+    path = tmp_path / "bad.pt"
+    released_file(path, random_sit(**PLANES), more=_Runs())
+    with pytest.raises(ValueError, match="must be a checkpoint of tensors"):
+        vt.load_generator(path, "sit_l_2")
+    assert "this ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: SiTConfig(input_size=(32, 15, 16)), "input_size must be multiples of the patches"),
+        (lambda: SiTConfig(hidden_size=30), "hidden_size must be a multiple of 4"),
+        (lambda: SiTConfig(class_dropout=1.0), "class_dropout must be below 1"),
+        (lambda: SiTConfig(temporal_patch_size=2), "temporal_patch_size must be 1 for planes"),
+        (lambda: vt.create_generator("sit_l2"), "did you mean 'sit_"),
+        (lambda: vt.create_generator("sit_s_2", dept=2), "did you mean 'depth'"),
+        (lambda: random_sit(**GRID)(latents(GRID)[..., :4], torch.zeros(2)), "grid must be .B, 3"),
+        (lambda: random_sit(**GRID).sample(1, sampler="x"), "sampler must be one of"),
+        (
+            lambda: random_sit(**GRID).sample(1, labels=torch.tensor([1])),
+            "labels must be 1 integers in 0..0",
+        ),
+        (lambda: LatentOrigin(0, 1, 1), "sizes must be integers >= 1"),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+    with pytest.raises(TypeError, match="x must be a dict of xy, yt, xt"):
+        random_sit(**PLANES)({"xy": torch.zeros(1)}, torch.zeros(1))
+
+
+def test_decoding_with_the_tokenizer_it_was_trained_on():
+    torch.manual_seed(0)
+    thin = {
+        "enc_embed_dim": 16,
+        "enc_num_layers": 1,
+        "enc_patch_num_layers": 0,
+        "enc_num_heads": 2,
+        "dec_embed_dim": 16,
+        "dec_num_layers": 1,
+        "dec_num_heads": 2,
+        "video_shape": (8, 16, 16),
+        "enc_patch_size": (4, 8, 8),
+        "dec_patch_size": (1, 8, 8),
+        "latent_resolution": (8, 4, 6),
+        "latent_patch_size": (4, 2, 2),
+        "latent_channels": 3,
+    }
+    tokenizer = vt.models.CoordTok(CoordTokConfig(**thin)).eval()
+    model = with_statistics(random_sit(**PLANES), PLANES)
+    made = model.sample(2, sampler="ode", method="euler", num_steps=2)
+    with pytest.raises(ValueError, match="must know the origin"):
+        model.decode(tokenizer, made)
+    model.origin = LatentOrigin(7, 16, 12, tokenizer_id=tokenizer.model_id)
+    with torch.no_grad():
+        video = model.decode(tokenizer, made)
+    assert video.shape == (2, 3, 7, 16, 12) and video.dtype == torch.uint8
+    with torch.no_grad():
+        next(tokenizer.parameters()).add_(1)
+    with pytest.raises(ValueError, match="another training run"):
+        model.decode(tokenizer, made)

@@ -1,0 +1,381 @@
+"""VTok: the length of its sequences, key frames, cuts, streams, files and encoders."""
+
+import pytest
+import torch
+from helpers import assert_close
+
+import vtok_ext as vt
+from vtok_ext.models import Encoding, Tokens, VTok
+from vtok_ext.models.vision_encoder import SmallViT, VisionEncoder
+from vtok_ext.models.vision_mae import MaskedAutoencoder
+from vtok_ext.models.vtok_layout import FrameRule
+
+TINY = {
+    "image_size": 16,
+    "encoder_patch": 4,
+    "encoder_dim": 16,
+    "encoder_depth": 1,
+    "encoder_heads": 2,
+    "token_dim": 12,
+    "num_queries": 2,
+    "decoder_dim": 16,
+    "decoder_depth": 1,
+    "decoder_heads": 2,
+    "decoder_patch": (2, 4, 4),
+    "sampling_steps": 2,
+}
+POOLS = ("mean", "attention", "grid")
+
+
+def tiny(**overrides) -> VTok:
+    torch.manual_seed(0)
+    return vt.create_model("vtok_small", **{**TINY, **overrides}).eval()
+
+
+def tiny_fsq(**overrides) -> VTok:
+    return tiny(levels=(4, 4, 4), **overrides)
+
+
+@torch.no_grad()
+def encode(model, video, **options):
+    return model.encode(video, **options)
+
+
+def two_shots(frames=12, cut=6):
+    """A clip whose picture changes once; within a shot it drifts a little."""
+    generator = torch.Generator().manual_seed(3)
+    first, second = torch.rand(2, 1, 3, 1, 24, 20, generator=generator) * 2 - 1
+    shots = first.expand(1, 3, cut, 24, 20), second.expand(1, 3, frames - cut, 24, 20)
+    clip = torch.cat(shots, 2)
+    return (clip + 0.02 * torch.arange(frames).view(1, 1, -1, 1, 1)).clamp(-1, 1)
+
+
+def test_names():
+    assert vt.list_models("vtok*") == ["vtok_base", "vtok_base_fsq", "vtok_small", "vtok_small_fsq"]
+    assert vt.list_models("vtok*", discrete=True) == ["vtok_base_fsq", "vtok_small_fsq"]
+    assert tiny(levels=(8, 8, 8, 5, 5, 5)).codebook_size == 64_000
+
+
+def test_published_example_of_46_tokens(clip):
+    """5 s at 24 frames per second: 16 tokens of the key frame and 30 of motion."""
+    model = tiny()
+    encoding = encode(model, clip(1, 120, 16, 16), fps=24)
+    assert encoding.latent.shape == (1, 46, 12)
+    assert model.token_grid(120, 16, 16) == (46,)
+    frames = encoding.positions[0, 16:, 0].tolist()
+    assert frames == list(range(3, 120, 4))
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("frames", [1, 2, 9])
+def test_sequence_grows_by_one_token_per_frame(clip, pool, frames):
+    encoding = encode(tiny(residual_pool=pool), clip(2, frames, 20, 13), stride=1)
+    assert encoding.latent.shape == (2, 16 + frames - 1, 12)
+
+
+def test_rules_of_frames():
+    assert FrameRule.of(3, 6.0, 24.0).frames(0, 10) == [3, 6, 9]
+    assert FrameRule.of(0, 6.0, 30.0).frames(0, 30) == [4, 9, 14, 19, 24, 29]
+    assert FrameRule.of(0, 100.0, 24.0).frames(0, 4) == [1, 2, 3]  # at most one per frame
+    uneven = FrameRule.of(0, 6.0, 29.97)
+    assert len(uneven.frames(0, 2997)) == 600  # no drift over 100 s
+
+
+@pytest.mark.parametrize("size", [(1, 1), (16, 16), (17, 40)])
+@pytest.mark.parametrize("frames", [1, 5])
+@torch.no_grad()
+def test_every_length_and_size_comes_back(clip, frames, size):
+    model = tiny()
+    video = clip(2, frames, *size)
+    encoding = encode(model, video)
+    decoded = model.decode(encoding)
+    assert decoded.shape == video.shape and decoded.isfinite().all()
+    assert model.decode(encoding, output="uint8").dtype == torch.uint8
+
+
+@torch.no_grad()
+def test_decoding_is_repeatable_and_seeded(clip):
+    model = tiny()
+    encoding = encode(model, clip(1, 4, 16, 16))
+    assert torch.equal(model.decode(encoding), model.decode(encoding))
+    assert not torch.equal(model.decode(encoding), model.decode(encoding, seed=1))
+
+
+@torch.no_grad()
+def test_bare_latent_counts_as_one_segment(clip):
+    model = tiny(stride=1)
+    encoding = encode(model, clip(1, 4, 16, 16))
+    assert torch.equal(model.decode(encoding.latent), model.decode(encoding))
+    with pytest.raises(ValueError, match="latent must have 20 tokens for 5 frames, got 19"):
+        model.decode(encoding.latent, num_frames=5)
+    with pytest.raises(ValueError, match=r"latent must be \[B, L, 12\]"):
+        model.decode(encoding.latent[..., :5])
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("portions", [[12], [1] * 12, [5, 4, 3]])
+def test_stream_equals_the_whole_clip(clip, pool, portions):
+    model = tiny(residual_pool=pool, stride=2)
+    video = clip(2, 12, 16, 16)
+    whole = encode(model, video)
+    stream, parts, positions = model.stream_encoder(), [], []
+    for chunk in video.split(portions, dim=2):
+        parts += stream.push(chunk)
+        positions.append(stream.positions)
+    assert stream.flush() == []
+    # A batch of pictures and a single one take different paths through torch's matrix products.
+    assert_close(torch.cat(parts, 1), whole.latent, "stream", factor=20)
+    assert torch.equal(torch.cat(positions), whole.positions[0])
+
+
+def test_stream_of_one_frame_gives_at_most_one_token(clip):
+    model = tiny(motion_tokens_per_second=6.0)
+    stream = model.stream_encoder()
+    counts = [
+        sum(part.shape[1] for part in stream.push(frame))
+        for frame in clip(1, 9, 16, 16).split(1, dim=2)
+    ]
+    assert counts == [16, 0, 0, 1, 0, 0, 0, 1, 0]
+
+
+def test_stream_resumes_from_its_state(clip):
+    model = tiny(cut_threshold=0.3)
+    video = two_shots()
+    whole = model.stream_encoder().push(video)
+    stream = model.stream_encoder()
+    first = stream.push(video[:, :, :5])
+    resumed = model.stream_encoder()
+    resumed.load_state_dict(stream.state_dict())
+    assert torch.equal(torch.cat([*first, *resumed.push(video[:, :, 5:])], 1), whole[0])
+    with pytest.raises(ValueError, match="state must be that of"):
+        tiny_fsq().stream_encoder().load_state_dict(stream.state_dict())
+
+
+def test_memory_of_a_stream_does_not_grow(clip):
+    stream, sizes = tiny(stride=1, cut_threshold=2.0).stream_encoder(), []
+    for _ in range(3):
+        stream.push(clip(1, 8, 16, 16))
+        sizes.append(sum(t.numel() for t in stream.state_dict().values()))
+    assert sizes[0] == sizes[1] == sizes[2]
+
+
+def test_memory_of_encoding_is_flat_per_extra_frame():
+    """Feature maps of at most 16 frames exist at a time: 96 frames cost what 48 cost, plus their
+    own tokens."""
+    model = tiny(stride=1, image_size=64, encoder_dim=32)
+
+    def peak(frames):
+        video = torch.zeros(1, 3, frames, 64, 64)
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile:
+            encode(model, video)
+        now = highest = 0
+        for event in sorted(profile.events(), key=lambda e: e.time_range.start):
+            if event.name == "[memory]":
+                now += event.cpu_memory_usage
+                highest = max(highest, now)
+        return highest
+
+    peak(17)
+    extra = peak(97) - peak(49)
+    maps_of_a_frame = 4 * 32 * 16 * 16
+    assert extra < 48 * maps_of_a_frame / 4
+
+
+def test_a_cut_begins_a_segment():
+    model = tiny(stride=2, cut_threshold=0.3)
+    video = two_shots()
+    encoding = encode(model, video)
+    frames, slots = encoding.positions[0].unbind(1)
+    assert frames[slots < 16].tolist() == [0] * 16 + [6] * 16
+    assert frames[slots == 16].tolist() == [2, 4, 8, 10]
+    # The second shot is encoded as if it were a clip of its own.
+    alone = encode(model, video[:, :, 6:])
+    assert_close(encoding.latent[:, 18:], alone.latent, "second shot", factor=20)
+    stream = model.stream_encoder()
+    assert_close(stream.push(video)[0], encoding.latent, "stream", factor=20)
+
+
+def test_clips_of_a_batch_may_have_other_cuts(clip):
+    model = tiny(stride=2, cut_threshold=0.3)
+    video = two_shots()
+    still = video[:, :, :1].expand_as(video)
+    both = encode(model, torch.cat([video, still]))
+    assert both.latent.shape == (2, 36, 12)
+    assert (both.positions[1, 21:] == -1).all() and (both.latent[1, 21:] == 0).all()
+    assert_close(both.latent[1:, :21], encode(model, still).latent, "short clip", factor=20)
+    # Padding does not reach the decoder.
+    changed = both.latent.clone()
+    changed[1, 21:] = 100.0
+    again = Encoding(changed, both.num_frames, both.size, positions=both.positions)
+    with torch.no_grad():
+        assert torch.equal(model.decode(again), model.decode(both))
+
+
+def test_chosen_key_frame_is_the_most_typical():
+    model = tiny(stride=1)
+    video = two_shots(12, 3)[:, :, :7]  # three frames of one picture, four of another
+    encoding = encode(model, video, key_frame="auto")
+    assert int(encoding.positions[0, 0, 0]) >= 3
+    assert encoding.latent.shape == encode(model, video).latent.shape
+    frames = encoding.positions[0, 16:, 0].tolist()
+    assert sorted({*frames, int(encoding.positions[0, 0, 0])}) == list(range(7))
+    with pytest.raises(ValueError, match="key_frame must be 'first' for a stream"):
+        tiny(key_frame="auto").stream_encoder()
+
+
+def test_a_moving_square_leaves_no_trace_in_the_mean():
+    """Why mean pooling is not enough: features that see single patches, a square that moves by
+    whole patches."""
+
+    def patch_means(images):
+        return torch.nn.functional.avg_pool2d(images, 4)
+
+    video = -torch.ones(1, 3, 2, 16, 16)
+    video[:, :, 0, :4, :4] = 1
+    video[:, :, 1, 4:8, 8:12] = 1
+    tokens = {}
+    for pool in POOLS:
+        model = tiny(residual_pool=pool, stride=1, encoder_dim=16)
+        with torch.no_grad():
+            maps = torch.stack([patch_means(video[:, :, t]) for t in (0, 1)], 1)
+            maps = maps.repeat(1, 1, 6, 1, 1)[:, :, :16]
+            still = model.residual(maps[:, :1], maps[:, 0])
+            tokens[pool] = (model.residual(maps[:, 1:], maps[:, 0]) - still).abs().max()
+    assert tokens["mean"] < 1e-6
+    assert tokens["grid"] > 1e-3 and tokens["attention"] > 1e-3
+
+
+@torch.no_grad()
+def test_discrete_tokens_and_back(clip, tmp_path):
+    model = tiny_fsq()
+    video = clip(2, 9, 16, 16)
+    encoding = encode(model, video, fps=12.0)
+    assert encoding.latent.shape == (2, 20, 3) and encoding.indices.shape == (2, 20)
+    assert torch.equal(model.indices_to_latent(encoding.indices), encoding.latent)
+    tokens = model.tokenize(video, fps=12.0)
+    tokens.save(tmp_path / "tokens")
+    loaded = Tokens.load(tmp_path / "tokens")
+    assert torch.equal(model.detokenize(loaded), model.decode(encoding))
+    ids = model.stream_encoder("tokens")
+    ids.fps = 12.0
+    assert torch.equal(ids.push(video)[0], encoding.indices)
+    with pytest.raises(ValueError, match="Tokens record no positions"):
+        model.tokenize(video, key_frame="auto")
+    with pytest.raises(ValueError, match="must be discrete"):
+        tiny().tokenize(video)
+
+
+@torch.no_grad()
+def test_encoding_file_keeps_positions(clip, tmp_path):
+    model = tiny(cut_threshold=0.3)
+    encoding = encode(model, two_shots())
+    encoding.save(tmp_path / "clip.latent")
+    loaded = Encoding.load(tmp_path / "clip.latent")
+    assert torch.equal(loaded.positions, encoding.positions)
+    assert torch.equal(model.decode(loaded), model.decode(encoding))
+
+
+@pytest.mark.parametrize("overrides", [{}, {"levels": (4, 4)}, {"residual_pool": "grid"}])
+def test_save_and_load(clip, tmp_path, overrides):
+    model = tiny(**overrides)
+    model.save_pretrained(tmp_path / "model")
+    loaded = vt.load_model(tmp_path / "model")
+    assert loaded.config == model.config and loaded.model_id == model.model_id
+    video = clip(1, 5, 16, 16)
+    assert torch.equal(encode(loaded, video).latent, encode(model, video).latent)
+
+
+def test_training_entry_has_a_loss_and_gradients(clip):
+    model = tiny(stride=1).train()
+    output = model(clip(2, 5, 16, 16))
+    assert output.reconstruction.shape == (2, 3, 5, 16, 16)
+    output.encoding.losses["flow_loss"].backward()
+    assert all(p.grad is None for p in model.encoder.parameters())
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert missing == []
+    discrete = tiny_fsq().train()(clip(1, 5, 16, 16)).encoding.losses
+    assert {"flow_loss", "aux_loss"} <= set(discrete)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2"])
+def test_towers_of_transformers(kind, clip, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 4,
+    }
+    torch.manual_seed(1)
+    tower = {
+        "clip": lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes)),
+        "siglip": lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**sizes)),
+        "dinov2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**sizes)),
+    }[kind]()
+    tower.save_pretrained(tmp_path / "tower")
+    model = tiny(encoder="huggingface", encoder_source=str(tmp_path / "tower"))
+    assert isinstance(model.encoder, VisionEncoder) and model.encoder.frozen
+    assert model.features(torch.zeros(2, 3, 40, 30)).shape == (2, 16, 4, 4)
+    video = clip(1, 5, 20, 20)
+    expected = encode(model, video).latent
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "tower").rename(tmp_path / "gone")
+    assert torch.equal(encode(vt.load_model(tmp_path / "model"), video).latent, expected)
+
+
+def test_masked_autoencoder_learns_and_freezes():
+    torch.manual_seed(0)
+    encoder = SmallViT(16, 4, 16, 1, 2)
+    assert isinstance(encoder, VisionEncoder)
+    model = MaskedAutoencoder(encoder, dim=16, depth=1, heads=2)
+    # Stripes: what is hidden follows from what is seen.
+    phase = torch.arange(16) * torch.rand(8, 1) + 6 * torch.rand(8, 1)
+    images = phase.sin()[:, None, None].expand(8, 3, 16, 16)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(150):
+        loss = model(images)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
+    assert model.finish() is encoder and encoder.frozen
+    assert not any(p.requires_grad for p in encoder.parameters())
+    with pytest.raises(ValueError, match="mask_ratio must be in"):
+        MaskedAutoencoder(encoder, mask_ratio=1.0)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"key_tokens": 12}, "key_tokens must be a square number"),
+        ({"residual_pool": "max"}, "residual_pool must be one of"),
+        ({"motion_tokens_per_second": 0}, "motion_tokens_per_second must be positive"),
+        ({"encoder": "huggingface"}, "encoder_source must be given"),
+        ({"levels": (1,)}, "levels must be"),
+        ({"image_size": 18}, "image_size must be a multiple of 4"),
+        ({"decoder_patch": (2, 4)}, "decoder_patch must be three integers"),
+    ],
+)
+def test_bad_configurations(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**overrides)
+
+
+def test_bad_calls(clip):
+    model, video = tiny(), clip(1, 4, 16, 16)
+    for options, message in (
+        ({"fps": 0.0}, "fps must be a positive number"),
+        ({"stride": -1}, "stride must be an integer >= 0"),
+        ({"key_frame": "last"}, "key_frame must be one of"),
+        ({"cut_threshold": -1.0}, "cut_threshold must be >= 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.encode(video, **options)
+    with pytest.raises(ValueError, match="at least 1"):
+        model.decode(encode(model, video), num_steps=0)

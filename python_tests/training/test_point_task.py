@@ -1,0 +1,139 @@
+"""Task "points": CoordTok trained by the engine."""
+
+import pytest
+import torch
+
+import vtok_ext as vt
+from vtok_ext.training.loop import train
+from vtok_ext.training.point_clips import PointClips
+from vtok_ext.training.recipe_file import load_recipe
+from vtok_ext.training.setup import build_training
+from vtok_ext.training.step import Stepper
+
+TINY = [
+    "model.overrides.video_shape=[8,16,16]",
+    "model.overrides.enc_embed_dim=16",
+    "model.overrides.dec_embed_dim=16",
+    "model.overrides.enc_patch_size=[4,8,8]",
+    "model.overrides.latent_resolution=[4,4,4]",
+    "model.overrides.latent_patch_size=[2,2,2]",
+    "data.num_frames=8",
+    "data.min_frames=3",
+    "data.height=16",
+    "data.width=16",
+    "data.num_clips=6",
+    "data.validation_clips=1",
+    "loss.num_points=20",
+    "run.steps=4",
+    "run.checkpoint_every=2",
+    "run.validate_every=4",
+]
+FRAMES = ["loss.sampling=frames", "loss.num_points=32", "loss.perceptual_weight=1.0"]
+FRAMES += ["loss.perceptual_network=random"]
+
+
+def tiny(*overrides):
+    return load_recipe("smoke_coordtok", [*TINY, *overrides])
+
+
+def test_a_run_leaves_a_model_that_loads(tmp_path):
+    result = train(tiny(), tmp_path)
+    assert result.step == 4 and result.validation["psnr"] > 0
+    model = vt.load_model(result.model)
+    assert model.config.video_shape == (8, 16, 16)
+    clip = torch.zeros(1, 3, 5, 16, 16)
+    assert model(clip).reconstruction.shape == clip.shape
+
+
+@pytest.mark.parametrize("extra", [[], FRAMES], ids=["patches", "frames"])
+def test_the_loss_falls_on_one_batch(extra, monkeypatch):
+    overrides = ["run.batch_size=2", "optimizer.lr=3e-3", "optimizer.warmup=0", "data.min_frames=8"]
+    if extra:  # LPIPS wants pictures of 16 pixels or more
+        monkeypatch.setattr("vtok_ext.training.tokenizer_task._RANDOM_LPIPS_CHANNELS", (4,) * 5)
+    training = build_training(tiny(*overrides, "run.steps=60", *extra), torch.device("cpu"))
+    clips, _ = training.task.data(print)
+    items = [clips[0, i] for i in range(2)]
+    batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+    step = Stepper(training)
+    losses = [step([batch])["loss"] for _ in range(60)]
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+
+
+def test_points_depend_on_the_sample_alone():
+    """Two clips at once, and one after the other: the same points, hence the same gradient."""
+    found = []
+    for accumulate in (1, 2):
+        recipe = tiny(f"run.accumulate={accumulate}", f"run.batch_size={2 // accumulate}")
+        training = build_training(recipe, torch.device("cpu"))
+        clips, _ = training.task.data(print)
+        items = [clips[0, i] for i in range(2)]
+        parts = [items] if accumulate == 1 else [[item] for item in items]
+        batches = [{k: torch.stack([i[k] for i in part]) for k in items[0]} for part in parts]
+        found.append(Stepper(training)(batches))
+    assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-5)
+    assert found[0]["grad_norm"] == pytest.approx(found[1]["grad_norm"], rel=1e-4)
+
+
+def test_lengths_are_a_function_of_the_place():
+    class Zeros:
+        def __len__(self):
+            return 50
+
+        def __getitem__(self, place):
+            return torch.zeros(3, 8, 4, 4, dtype=torch.uint8)
+
+    clips = PointClips(Zeros(), 3, 8, seed=1)
+    lengths = [[int(clips[e, i]["num_frames"]) for i in range(50)] for e in range(2)]
+    again = [int(clips[1, i]["num_frames"]) for i in range(50)]
+    assert set(lengths[0]) == set(range(3, 9)) and lengths[1] == again and lengths[0] != again
+
+
+def test_padding_frames_do_not_matter():
+    """What lies after the real frames changes neither loss nor gradient."""
+    found = []
+    for fill in (0, 200):
+        training = build_training(tiny(), torch.device("cpu"))
+        clips, _ = training.task.data(print)
+        item = {**clips[0, 0], "num_frames": torch.tensor(5)}
+        item["video"] = item["video"].clone()
+        item["video"][:, 5:] = fill
+        found.append(Stepper(training)([{name: value[None] for name, value in item.items()}]))
+    assert found[0] == found[1]
+
+
+def test_recomputed_encoder_gives_the_same_step():
+    found = []
+    for flag in ("false", "true"):
+        recipe = tiny(f"model.recompute_encoder={flag}")
+        training = build_training(recipe, torch.device("cpu"))
+        clips, _ = training.task.data(print)
+        item = clips[0, 0]
+        found.append(Stepper(training)([{name: value[None] for name, value in item.items()}]))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_published_recipes_are_readable():
+    first, second = load_recipe("coordtok_patches"), load_recipe("coordtok_frames")
+    assert (first.loss.num_points, second.loss.num_points) == (1024, 4096)
+    assert second.loss.perceptual_weight == 1.0 and second.model.weights == "step1/model"
+    for recipe in (first, second):
+        run = recipe.run
+        assert run.batch_size * run.accumulate * 8 == 256
+        assert recipe.optimizer.weight_decay == 1e-3 and recipe.optimizer.lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.name=vidtok_kl_causal_488_4chn", "model must be a CoordTok"),
+        ("data.height=32", "data must have clips of 16x16 and at most 8 frames"),
+        ("data.min_frames=9", r"data.min_frames must be null or in 1..8, got 9"),
+        ("model.freeze=[encoder]", "model.freeze must be empty for task 'points'"),
+        ("loss.validation_slices=0", "loss.validation_slices must be >= 1, got 0"),
+        ("loss.num_point=3", "did you mean 'num_points'"),
+    ],
+)
+def test_recipes_that_do_not_fit(override, message):
+    with pytest.raises(ValueError, match=message):
+        extra = ["model.overrides={}"] if "vidtok" in override else []
+        build_training(tiny(override, *extra), torch.device("cpu"))

@@ -1,0 +1,153 @@
+"""`vtok bench max-batch`: the largest training batch within a memory budget, by clip length.
+
+The table of CoordTok's figure 1a (arXiv 2411.14762) for the tokenizers of this package. A step is
+the forward and backward pass of the pixel loss, without perceptual and adversarial networks:
+CoordTok encodes the clip and decodes 1,024 points, the others encode and decode all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vtok_ext.training.training_memory import predict_training_memory
+
+from .console import Console
+
+GIB = 2**30
+# As published: the points of the first training step.
+NUM_POINTS = 1024
+# One of each architecture; continuous latents, whose training step is the simplest.
+SYSTEMS = ("coordtok_large_128", "coordtok_small_128", "vidtok_kl_causal_488_4chn")
+
+
+def run_max_batch(
+    *,
+    systems: list[str],
+    lengths: list[int],
+    size: int,
+    memory_gib: float,
+    precision: str,
+    check: bool,
+    as_json: bool,
+) -> None:
+    """Returns None after printing the table.
+
+    Raises:
+        ValueError: an unknown model, a length, size or budget that is not positive, or `check`
+            without a GPU.
+    """
+    for name, values in (("frames", lengths), ("size", [size]), ("memory", [memory_gib])):
+        if min(values) <= 0:
+            raise ValueError(f"bench max-batch: {name} must be positive, got {min(values)}")
+    if check and not torch.cuda.is_available():
+        raise ValueError("bench max-batch: --check must have a CUDA GPU, got none")
+    console = Console(as_json)
+    jobs = [(name, length) for name in systems for length in lengths]
+    rows = []
+    with console.progress("counting", len(jobs)) as progress:
+        for done, (name, length) in enumerate(jobs, 1):
+            rows.append(_row(name, length, size, memory_gib, precision, check))
+            progress.update(done, name)
+    report = {
+        "memory_gib": memory_gib,
+        "precision": precision,
+        "size": size,
+        "num_points": NUM_POINTS,
+        "rows": rows,
+    }
+    console.result(report, _table(report))
+
+
+def _row(
+    name: str, length: int, size: int, memory_gib: float, precision: str, check: bool
+) -> dict[str, Any]:
+    build, step, frames = training_step(name, length, size)
+    memory = predict_training_memory(build, step, precision=precision)
+    row = {
+        "model": name,
+        "frames": frames,
+        "state_gib": memory.state / GIB,
+        "constant_gib": memory.constant / GIB,
+        "per_clip_gib": memory.per_clip / GIB,
+        "largest_batch": memory.largest_batch(int(memory_gib * GIB)),
+    }
+    if check:
+        row["measured_per_clip_gib"] = measured_per_clip(build, step, precision) / GIB
+    return row
+
+
+def training_step(
+    name: str, length: int, size: int
+) -> tuple[Callable[[], torch.nn.Module], Callable[[Any, int], torch.Tensor], int]:
+    """Returns how to build a model, its step of (model, batch), and the frames of its clips.
+
+    Args:
+        name: of `vt.list_models()`.
+        length: frames wanted; a causal model takes one more than a multiple of its factor.
+        size: height and width.
+    """
+    import vtok_ext as vt
+
+    if name.startswith("coordtok"):
+        overrides = {"video_shape": (length, size, size)}
+
+        def points_step(model: Any, batch: int) -> torch.Tensor:
+            device = next(model.parameters()).device
+            shape = model.config.video_shape
+            video = torch.zeros(batch, 3, *shape, dtype=torch.uint8, device=device)
+            points = torch.zeros(batch, NUM_POINTS, 3, dtype=torch.int64, device=device)
+            return model(video, points=points).reconstruction.float().square().mean()
+
+        return lambda: vt.create_model(name, **overrides), points_step, length
+    with torch.device("meta"):
+        model = vt.create_model(name)
+    f = model.temporal_factor or 1
+    frames = length // f * f + 1 if model.is_causal else length // f * f
+
+    def step(model: Any, batch: int) -> torch.Tensor:
+        device = next(model.parameters()).device
+        video = torch.zeros(batch, 3, frames, size, size, dtype=torch.uint8, device=device)
+        return model(video).reconstruction.float().square().mean()
+
+    return lambda: vt.create_model(name), step, frames
+
+
+def measured_per_clip(
+    build: Callable[[], torch.nn.Module],
+    step: Callable[[Any, int], torch.Tensor],
+    precision: str,
+) -> int:
+    """Returns by how much CUDA's peak grows from one clip to two, in bytes."""
+    model = build().train().cuda()
+    peaks = []
+    for batch in (1, 1, 2):  # the first one also makes the gradients
+        torch.cuda.reset_peak_memory_stats()
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
+            loss = step(model, batch)
+        loss.backward()
+        peaks.append(torch.cuda.max_memory_allocated())
+    del model, loss
+    torch.cuda.empty_cache()
+    return peaks[2] - peaks[1]
+
+
+def _table(report: dict[str, Any]) -> list[str]:
+    checked = any("measured_per_clip_gib" in row for row in report["rows"])
+    titles = ["model", "frames", "batch", "per clip", "kept once", "weights, Adam"]
+    lines = [titles + (["measured per clip"] if checked else [])]
+    for row in report["rows"]:
+        line = [row["model"], str(row["frames"]), str(row["largest_batch"])]
+        line += [f"{row[key]:.2f} GiB" for key in ("per_clip_gib", "constant_gib", "state_gib")]
+        if checked:
+            line.append(f"{row['measured_per_clip_gib']:.2f} GiB")
+        lines.append(line)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ["  ".join(c.ljust(w) for c, w in zip(ln, widths, strict=True)).rstrip() for ln in lines]
+    text.append(
+        f"{report['memory_gib']:g} GiB, {report['size']}x{report['size']}, {report['precision']}; "
+        f"predicted from what autograd saves; CoordTok decodes {report['num_points']} points"
+    )
+    return text

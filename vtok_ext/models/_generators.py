@@ -1,0 +1,114 @@
+"""Names of generators: `list_generators`, `create_generator` and `load_generator`.
+
+They have a registry of their own: what `create_model` returns encodes and decodes videos, which a
+generator does not.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from typing import Any
+
+from vtok_ext.models import _checkpoint, _persistence
+from vtok_ext.models._config import closest
+from vtok_ext.models.generator import LatentGenerator
+from vtok_ext.models.gpt import GPT
+from vtok_ext.models.latent_statistics import LatentStatistics
+from vtok_ext.models.sit import SiT
+
+# Class names as they stand in config.json; a file can name nothing outside this table.
+GENERATOR_CLASSES: dict[str, type[LatentGenerator]] = {"GPT": GPT, "SiT": SiT}
+
+
+def _presets() -> dict[str, tuple[type[LatentGenerator], Any]]:
+    return {
+        name: (model_class, config)
+        for model_class in GENERATOR_CLASSES.values()
+        for name, config in model_class.presets.items()
+    }
+
+
+def list_generators(pattern: str = "*") -> list[str]:
+    """Returns the names that `create_generator` knows, sorted.
+
+    Args:
+        pattern: shell pattern, such as "sit_b*".
+    """
+    return [name for name in sorted(_presets()) if fnmatch.fnmatchcase(name, pattern)]
+
+
+def create_generator(name: str, **overrides: Any) -> LatentGenerator:
+    """Returns a generator with random weights, in training mode.
+
+    Args:
+        name: one of `list_generators()`.
+        **overrides: fields of the configuration to change, such as `depth=4`.
+
+    Raises:
+        ValueError: an unknown name or field (the message names the closest) or a rejected value.
+    """
+    presets = _presets()
+    if name not in presets:
+        raise ValueError(
+            f"create_generator: name must be one of {', '.join(sorted(presets))}, "
+            f"got {name!r}{closest(name, presets)}"
+        )
+    model_class, config = presets[name]
+    return model_class(config.replace(**overrides), name)
+
+
+def load_generator(
+    source: str | os.PathLike,
+    name: str | None = None,
+    *,
+    ema: bool = True,
+    statistics: LatentStatistics | None = None,
+    trust_checkpoint: bool = False,
+    **overrides: Any,
+) -> LatentGenerator:
+    """Returns a generator with weights, in eval mode.
+
+    Args:
+        source: a folder of `save_pretrained`, a hub id `owner/name` of one, or, with `name`, a
+            released checkpoint (.pt, .safetensors), whose pickled arguments are read as data only.
+        name: which of `list_generators()` a checkpoint belongs to.
+        ema: a checkpoint's moving averages, as the released sampler takes, or its last weights.
+        statistics: of the latents, which a released checkpoint does not hold; see
+            `read_reference_log`.
+        trust_checkpoint: read a pickled checkpoint with torch < 2.6, which is unsafe.
+        **overrides: configuration fields by which a checkpoint deviates from `name`.
+
+    Raises:
+        FileNotFoundError: there is no such folder or file.
+        ValueError: not a generator, an unknown name or field, or weights with other names or
+            shapes.
+    """
+    path = os.fspath(source)
+    if _checkpoint.is_checkpoint(path):
+        if name is None:
+            raise ValueError(
+                f"load_generator: name must say which generator the checkpoint {path!r} belongs "
+                "to, got None"
+            )
+        weights = _checkpoint.read_generator_checkpoint(path, trust_checkpoint, ema)
+        model = create_generator(name, **overrides)
+        _persistence.load_weights(model, weights, "load_generator")
+        model.statistics = statistics
+        return model.eval()
+    if name is not None or overrides:
+        raise ValueError(
+            f"load_generator: name and overrides must be absent for a saved generator, "
+            f"got {name!r}, {overrides}"
+        )
+    folder = _persistence.resolve_folder(path)
+    class_name = _persistence.read_description(folder).get("model")
+    if class_name not in GENERATOR_CLASSES:
+        raise ValueError(
+            f"load_generator: model must be one of {', '.join(GENERATOR_CLASSES)}, "
+            f"got {class_name!r}"
+        )
+    model = GENERATOR_CLASSES[class_name].from_pretrained(folder)
+    if statistics is not None:
+        model.statistics = statistics
+    return model

@@ -1,0 +1,197 @@
+"""Mean and standard deviation per channel of latents, and normalisation by them.
+
+    x = (latent - mean) / std,  for each plane or the grid by itself; the variance is the biased one
+
+Latents are as tokenizers give them: a grid [B, C, t, h, w], or planes [B, rows, columns, C] by
+name. Normalised ones are channels first, a dict of parts.
+Source: CoordTok (arXiv 2411.14762), specification section 9.2.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtok_ext.models.coordtok_config import PLANE_AXES
+from vtok_ext.models.sit_config import GRID
+
+Latent = Tensor | dict[str, Tensor]
+_MAX_LOG_BYTES = 1 << 22
+_VECTOR = re.compile(r"\[([^\[\]]*)\]")
+LOG_ORDERS = ("alternating", "means_first")
+
+
+@dataclass(frozen=True)
+class LatentStatistics:
+    """Mean and std [C] float32 of every part: {"grid": ...}, or {"xy": ..., "yt": ..., ...}."""
+
+    mean: dict[str, Tensor]
+    std: dict[str, Tensor]
+
+    def __post_init__(self) -> None:
+        """Checks names, shapes and values."""
+        names = set(self.mean)
+        if names not in ({GRID}, set(PLANE_AXES)) or names != set(self.std):
+            raise ValueError(
+                f"LatentStatistics: parts must be {GRID}, or {', '.join(PLANE_AXES)}, "
+                f"got {sorted(names)} and {sorted(self.std)}"
+            )
+        for name, mean in self.mean.items():
+            std = self.std[name]
+            ok = mean.dim() == 1 and mean.shape == std.shape
+            if not ok or not bool(
+                mean.isfinite().all() and std.isfinite().all() and (std > 0).all()
+            ):
+                raise ValueError(
+                    f"LatentStatistics: mean and std of {name} must be finite [C], std > 0, "
+                    f"got {mean.tolist()} and {std.tolist()}"
+                )
+
+    def normalize(self, latent: Latent) -> dict[str, Tensor]:
+        """Returns {part: [B, C, ...]} of mean 0 and std 1. Raises ValueError for other parts."""
+        parts = {GRID: latent} if isinstance(latent, Tensor) else latent
+        self._check(parts)
+        return {
+            name: (first - self._shaped(self.mean, name, first))
+            / self._shaped(self.std, name, first)
+            for name, value in parts.items()
+            for first in (value if name == GRID else value.movedim(-1, 1),)
+        }
+
+    def denormalize(self, parts: Mapping[str, Tensor]) -> Latent:
+        """Returns the latent, in the tokenizer's layout, of normalised parts."""
+        self._check(parts)
+        latent = {
+            name: x * self._shaped(self.std, name, x) + self._shaped(self.mean, name, x)
+            for name, x in parts.items()
+        }
+        if set(latent) == {GRID}:
+            return latent[GRID]
+        return {name: latent[name].movedim(1, -1).contiguous() for name in PLANE_AXES}
+
+    def _check(self, parts: Mapping[str, Any]) -> None:
+        if set(parts) != set(self.mean):
+            raise ValueError(
+                f"LatentStatistics: latent must have the parts {sorted(self.mean)}, "
+                f"got {sorted(parts)}"
+            )
+
+    @staticmethod
+    def _shaped(values: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
+        return values[name].to(like.device, like.dtype).view(1, -1, *(1,) * (like.dim() - 2))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain numbers for JSON, which give the same float32 back."""
+        return {
+            "mean": {name: value.tolist() for name, value in self.mean.items()},
+            "std": {name: value.tolist() for name, value in self.std.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, values: Any) -> LatentStatistics:
+        """Returns the statistics of `to_dict`. Raises ValueError for anything else."""
+        try:
+            tables = [
+                {str(k): torch.tensor(v, dtype=torch.float32) for k, v in values[kind].items()}
+                for kind in ("mean", "std")
+            ]
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"LatentStatistics: must be an object of mean and std, got {error!r}"
+            ) from error
+        return cls(*tables)
+
+
+class StatisticsCounter:
+    """Gathers statistics over any number of latents, in float64."""
+
+    def __init__(self) -> None:
+        self.num_samples = 0
+        self._sums: dict[str, Tensor] = {}  # [3, C]: count, sum, sum of squares
+
+    @torch.no_grad()
+    def update(self, latent: Latent) -> None:
+        """Returns None after counting the latents of a batch."""
+        parts = {GRID: latent} if isinstance(latent, Tensor) else latent
+        for name, value in parts.items():
+            channels = value.movedim(1 if name == GRID else -1, 0).flatten(1).double()  # [C, N]
+            count = torch.full_like(channels[:, 0], channels.shape[1])
+            sums = torch.stack([count, channels.sum(1), channels.square().sum(1)]).cpu()
+            self._sums[name] = self._sums.get(name, torch.zeros_like(sums)) + sums
+        self.num_samples += next(iter(parts.values())).shape[0]
+
+    def result(self) -> LatentStatistics:
+        """Returns the statistics so far. Raises ValueError without latents, or of a constant."""
+        mean = {name: s[1] / s[0] for name, s in self._sums.items()}
+        std = {
+            name: (s[2] / s[0] - mean[name].square()).clamp(min=0).sqrt()
+            for name, s in self._sums.items()
+        }
+        single = [{k: v.float() for k, v in values.items()} for values in (mean, std)]
+        return LatentStatistics(*single)
+
+
+def read_reference_log(path: str | os.PathLike, order: str | None = None) -> LatentStatistics:
+    """Returns the statistics that the reference printed into its training log.
+
+    The log holds six bracketed vectors, of planes xy, yt and xt, with four decimals; vectors that
+    were wrapped over lines are read too. Standard deviations are positive, which tells the order of
+    means and deviations when some mean is negative.
+
+    Args:
+        path: the file, `log.txt` beside the released weights.
+        order: "alternating" (mean, std, mean, ...) or "means_first"; default what the signs say.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, no six vectors of one length in it, or signs
+            that allow both orders.
+    """
+    if order not in (None, *LOG_ORDERS):
+        raise ValueError(f"read_reference_log: order must be one of {LOG_ORDERS}, got {order!r}")
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"read_reference_log: {str(path)!r} must be a file, got none")
+    with file.open(encoding="utf-8", errors="replace") as stream:
+        text = stream.read(_MAX_LOG_BYTES)
+    vectors = [v for v in map(_numbers, _VECTOR.findall(text)) if v is not None][:6]
+    if len(vectors) < 6 or len({len(v) for v in vectors}) != 1:
+        raise ValueError(
+            f"read_reference_log: {str(path)!r} must hold six vectors of one length, "
+            f"got lengths {[len(v) for v in vectors]}"
+        )
+    places = {"alternating": ((0, 2, 4), (1, 3, 5)), "means_first": ((0, 1, 2), (3, 4, 5))}
+    possible = [
+        name
+        for name in ([order] if order else LOG_ORDERS)
+        if all(number > 0 for place in places[name][1] for number in vectors[place])
+    ]
+    if len(possible) != 1:
+        raise ValueError(
+            f"read_reference_log: order must be given as one of {LOG_ORDERS} for {str(path)!r}, "
+            f"whose signs allow {possible or 'neither'}, got {order}"
+        )
+    mean, std = (
+        {
+            plane: torch.tensor(vectors[place])
+            for plane, place in zip(PLANE_AXES, chosen, strict=True)
+        }
+        for chosen in places[possible[0]]
+    )
+    return LatentStatistics(mean, std)
+
+
+def _numbers(text: str) -> list[float] | None:
+    """Returns the numbers between two brackets, None if it is not a list of several."""
+    try:
+        values = [float(word) for word in text.replace(",", " ").split()]
+    except ValueError:
+        return None
+    return values if len(values) > 1 and all(map(math.isfinite, values)) else None

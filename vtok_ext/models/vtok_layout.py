@@ -1,0 +1,124 @@
+"""Which frames of a clip become tokens: strides, key frames, shot cuts, and the order of tokens.
+
+    segment   [S key tokens | one residual token per sampled frame, in order of time]
+    position  (frame, slot) of each token: slot 0 .. S - 1 of a key frame, S of a residual
+
+A rule decides frame by frame and looks at nothing that comes later, so that streams sample the
+same frames. Source: VTok (arXiv 2602.04202); cuts and chosen key frames are our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Position of a token that is only there to give all clips of a batch one length.
+PADDING = -1
+# Cuts are found on pictures of this size: fine enough to tell shots apart, and noise averages out.
+_CUT_SIZE = 16
+
+
+@dataclass(frozen=True)
+class FrameRule:
+    """Which frames after the first give a residual token.
+
+    With a stride: frames stride, 2 stride, ... With a rate: the last frame of every interval of
+    1 / rate seconds that is complete, so that 5 s at 24 frames per second and 6 tokens per second
+    give 30 (frames 3, 7, .., 119). Frame 0 never does.
+
+    Attributes:
+        stride: frames per token; 0 for the rate.
+        rate: tokens per frame.
+    """
+
+    stride: int
+    rate: Fraction
+
+    @classmethod
+    def of(cls, stride: int, tokens_per_second: float, fps: float) -> FrameRule:
+        """Returns the rule of a stride, or if that is 0 of a number of tokens per second."""
+        return cls(stride, Fraction(tokens_per_second) / Fraction(fps))
+
+    def samples(self, frame: int) -> bool:
+        """Returns whether frame number `frame` gives a residual token."""
+        if frame == 0:
+            return False
+        if self.stride:
+            return frame % self.stride == 0
+        return (frame + 1) * self.rate // 1 > frame * self.rate // 1
+
+    def frames(self, begin: int, end: int) -> list[int]:
+        """Returns the sampled frames in begin .. end - 1."""
+        return [frame for frame in range(begin, end) if self.samples(frame)]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A key frame and the frames whose difference to it is told."""
+
+    key: int
+    frames: tuple[int, ...]
+
+
+def changes(
+    pictures: Tensor,  # [n, 3, H, W] in [-1, 1]
+) -> Tensor:
+    """Returns [n - 1]: mean absolute change from each picture to the next, in [0, 2]."""
+    small = F.adaptive_avg_pool2d(pictures.float(), (_CUT_SIZE, _CUT_SIZE))
+    return (small[1:] - small[:-1]).abs().flatten(1).mean(1)
+
+
+def segment_starts(
+    clip: Tensor,  # [3, T, H, W] in [-1, 1]
+    threshold: float,
+) -> list[int]:
+    """Returns the first frame of every shot; [0] with a threshold of 0."""
+    if threshold == 0 or clip.shape[1] < 2:
+        return [0]
+    is_cut = changes(clip.transpose(0, 1)) > threshold
+    return [0] + (is_cut.nonzero().flatten() + 1).tolist()
+
+
+def segments_from(starts: Sequence[int], num_frames: int, rule: FrameRule) -> list[Segment]:
+    """Returns the segments of a clip whose key frames are the first of each shot.
+
+    Args:
+        starts: first frames of the shots, ascending, the first is 0.
+        num_frames: T.
+        rule: which frames are sampled.
+    """
+    ends = [*starts[1:], num_frames]
+    return [
+        Segment(start, tuple(f for f in rule.frames(start, end) if f != start))
+        for start, end in zip(starts, ends, strict=True)
+    ]
+
+
+def with_key(segment: Segment, key: int) -> Segment:
+    """Returns the segment with another of its frames as key; it keeps its length."""
+    frames = {segment.key, *segment.frames} - {key}
+    return Segment(key, tuple(sorted(frames)))
+
+
+def positions_of(segments: Sequence[Segment], key_tokens: int) -> Tensor:
+    """Returns int32 [L, 2]: frame and slot of every token of a clip."""
+    rows = []
+    for segment in segments:
+        rows += [(segment.key, slot) for slot in range(key_tokens)]
+        rows += [(frame, key_tokens) for frame in segment.frames]
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def pad_sequences(rows: Sequence[Tensor], value: float) -> Tensor:
+    """Returns [B, L, ...] of B tensors [l, ...], filled up with `value`."""
+    longest = max(row.shape[0] for row in rows)
+    padded = [
+        torch.cat([row, row.new_full((longest - row.shape[0], *row.shape[1:]), value)])
+        for row in rows
+    ]
+    return torch.stack(padded)

@@ -1,0 +1,153 @@
+"""VTok on a stream: every frame gives S tokens (first of a shot), one token (sampled) or none.
+
+What is remembered is the key frame's feature map, the frame before in the size that cuts are found
+on, and two counters: memory does not grow with the length of the video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vtok_ext.models import _video_input as video_input
+from vtok_ext.models.vtok_layout import changes
+
+if TYPE_CHECKING:
+    from vtok_ext.models.vtok import VTok
+
+_STATE = ("role", "num_frames", "size", "fps", "key", "before")
+
+
+class VTokStreamEncoder:
+    """Encodes one video pushed in portions; made by `VTok.stream_encoder`.
+
+    Attributes:
+        num_frames: frames pushed so far.
+        size: (H, W) of the video, None before the first push.
+        positions: int32 [n, 2], frame and slot of the tokens that the last push returned.
+        fps: frames per second, for the sampling of frames; set it before the first push.
+    """
+
+    def __init__(self, model: VTok, output: str = "latent") -> None:
+        if output not in ("latent", "tokens"):
+            raise ValueError(f"stream_encoder: output must be 'latent' or 'tokens', got {output!r}")
+        if output == "tokens" and not model.is_discrete:
+            raise model._continuous("stream_encoder")
+        if model.config.key_frame != "first":
+            raise ValueError(
+                "stream_encoder: key_frame must be 'first' for a stream, got "
+                f"{model.config.key_frame!r}, which needs the whole clip"
+            )
+        self.model, self.output = model, output
+        self.fps: float | None = None
+        self.num_frames, self.flushed = 0, False
+        self.size: tuple[int, int] | None = None
+        self.positions = torch.empty(0, 2, dtype=torch.int32)
+        self._key: Tensor | None = None  # [B, C, h, w] feature map of the key frame
+        self._before: Tensor | None = None  # [B, 3, H, W] the frame before, if cuts are looked for
+
+    @torch.no_grad()
+    def push(self, chunk: Tensor) -> list[Tensor]:
+        """Returns the tokens that some frames give: [] or [latent [B, n, D]], or ids [B, n].
+
+        Args:
+            chunk: [B, 3, t, H, W], float in [-1, 1] or uint8; B, H, W as at the first push; B is 1
+                where cuts are looked for, because they fall in other places in every clip.
+
+        Raises:
+            TypeError, ValueError: a bad chunk, or a stream that has ended.
+        """
+        if self.flushed:
+            raise ValueError("stream_encoder.push: stream must be open, got a call after flush()")
+        video_input.check_video("stream_encoder.push", chunk)
+        size = (chunk.shape[3], chunk.shape[4])
+        if self.size not in (None, size):
+            raise ValueError(f"stream_encoder.push: chunk must be {self.size}, got {size}")
+        if self.model.config.cut_threshold and chunk.shape[0] != 1:
+            raise ValueError(
+                f"stream_encoder.push: chunk must have one clip with cuts, got {chunk.shape[0]}"
+            )
+        self.size = size
+        clip = video_input.to_float(chunk, self.model.dtype)
+        parts: list[Tensor] = []
+        positions: list[tuple[int, int]] = []
+        for frame in clip.unbind(2):
+            tokens = self._tokens_of(frame)
+            if tokens is not None:
+                slots = self.model.config.key_tokens
+                is_key = tokens.shape[1] != 1 or self._is_new_key
+                numbers = range(slots) if is_key else (slots,)
+                positions += [(self.num_frames, slot) for slot in numbers]
+                parts.append(tokens)
+            self.num_frames += 1
+        self.positions = torch.tensor(positions, dtype=torch.int32).view(-1, 2)
+        if not parts:
+            return []
+        joined = torch.cat(parts, dim=1)
+        quantizer = self.model.quantizer
+        if quantizer is None:
+            return [joined]
+        codes, indices, _ = quantizer(self.model.to_levels(joined), 0, False)
+        return [indices if self.output == "tokens" else codes]
+
+    def _tokens_of(self, frame: Tensor) -> Tensor | None:
+        """Returns tokens [B, n, D] of the next frame [B, 3, H, W], None if it gives none."""
+        threshold = self.model.config.cut_threshold
+        is_cut = self._key is None
+        if threshold:
+            if self._before is not None:
+                is_cut = bool(changes(torch.cat([self._before, frame]))[0] > threshold)
+            self._before = frame.clone()
+        self._is_new_key = is_cut
+        if is_cut:
+            self._key = self.model.features(frame).contiguous()
+            return self.model.key_tokens(self._key)
+        if not self.model.frame_rule(self.fps).samples(self.num_frames):
+            return None
+        assert self._key is not None  # the first frame is a cut
+        return self.model.residual(self.model.features(frame)[:, None], self._key)
+
+    def flush(self) -> list[Tensor]:
+        """Returns [] and ends the stream: no token waits for later frames."""
+        self.flushed = True
+        self.positions = self.positions[:0]
+        return []
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns copies of all that the stream remembers: CPU tensors by name."""
+        state = {
+            "role": torch.tensor(list(self._role().encode()), dtype=torch.uint8),
+            "num_frames": torch.tensor([self.num_frames, int(self.flushed)]),
+            "size": torch.tensor(self.size or (0, 0)),
+            "fps": torch.tensor([self.fps or 0.0], dtype=torch.float64),
+        }
+        for name, value in (("key", self._key), ("before", self._before)):
+            if value is not None:
+                state[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continues where `state`, the `state_dict()` of a stream of the same model, was taken.
+
+        Raises:
+            ValueError: the state is not one of this kind of stream and model.
+        """
+        if not set(_STATE[:4]) <= set(state) <= set(_STATE):
+            raise ValueError(f"stream_encoder: state must be that of a stream, got {sorted(state)}")
+        role = bytes(state["role"].tolist()).decode(errors="replace")
+        if role != self._role():
+            raise ValueError(f"stream_encoder: state must be that of {self._role()}, got {role}")
+        self.num_frames, flushed = state["num_frames"].tolist()
+        self.flushed = bool(flushed)
+        height, width = state["size"].tolist()
+        self.size = (height, width) if height else None
+        self.fps = state["fps"].item() or None
+        device = next(self.model.parameters()).device
+        self._key = state["key"].to(device) if "key" in state else None
+        self._before = state["before"].to(device) if "before" in state else None
+
+    def _role(self) -> str:
+        return f"vtok encoder to {self.output} of {self.model.model_id}"

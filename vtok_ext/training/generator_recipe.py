@@ -1,0 +1,57 @@
+"""Recipes of generators: the tokenizer that their latents come from, and what is done to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vtok_ext.training.recipe import Recipe, _at_least, _require
+
+LABELS = ("none", "folders")
+
+
+@dataclass(frozen=True)
+class LatentRecipe:
+    """Where latents come from.
+
+    Attributes:
+        tokenizer: folder of a saved tokenizer; it is frozen.
+        statistics_clips: clips whose latents give the mean and deviation for all.
+        cache: keep the latents of all clips in memory, after encoding each one once; videos then
+            give the same window in every epoch.
+        labels: "none"; or "folders", the number of the folder in which a file lies, for classes.
+        validation_draws: times and noises per held-out clip.
+    """
+
+    tokenizer: str
+    statistics_clips: int = 2048
+    cache: bool = False
+    labels: str = "none"
+    validation_draws: int = 4
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        _at_least("latent", self, 1, "statistics_clips", "validation_draws")
+        _require(self.labels in LABELS, "latent.labels", f"one of {LABELS}", self.labels)
+
+
+@dataclass(frozen=True)
+class GeneratorRecipe(Recipe):
+    """Of tasks "sit" and "gpt": a generator of the latents of a tokenizer.
+
+    `model.name` is one of `vt.list_generators()`; what the tokenizer and the clips decide of its
+    configuration (sizes, channels, codes) is filled in where `model.overrides` does not say it.
+    """
+
+    latent: LatentRecipe = field(default_factory=lambda: LatentRecipe(""))
+
+    def __post_init__(self) -> None:
+        """Checks what concerns several sections."""
+        _require(self.latent.tokenizer != "", "latent.tokenizer", "the folder of a tokenizer", "")
+        _require(not self.model.freeze, "model.freeze", "empty for a generator", self.model.freeze)
+        folders = self.latent.labels == "folders"
+        _require(
+            not (folders and self.data.folder is None),
+            "latent.labels",
+            "none without files",
+            "folders",
+        )

@@ -1,0 +1,201 @@
+"""The training of CoordTok: encode whole clips, decode a random part of each.
+
+    step 1   1,024 random patches per clip, pixel loss
+    step 2   whole frames and LPIPS, from the weights of step 1 with a new optimizer
+
+What a step costs beyond the encoder does not depend on the clip's length. Clips may be shorter than
+the model's; their padding is masked as the model is configured to.
+
+The loss is a mean over the clips where the reference takes a sum: AdamW, which divides by the size
+of the gradient, trains the same. Source: CoordTok (arXiv 2411.14762), specification section 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vtok_ext.metrics import psnr
+from vtok_ext.models.coordtok import CoordTok
+from vtok_ext.training.blocks import recompute_activations
+from vtok_ext.training.coordtok_loss import PointLoss, PointLossConfig, draw_points
+from vtok_ext.training.point_clips import PointClips
+from vtok_ext.training.recipe import DataRecipe, ModelRecipe, PerceptualRecipe, Recipe
+from vtok_ext.training.task import MicroBatch, Task
+from vtok_ext.training.tokenizer_task import build_model, perceptual_network, to_video
+
+
+@dataclass(frozen=True)
+class PointModelRecipe(ModelRecipe):
+    """Which network.
+
+    Attributes:
+        recompute_encoder: recompute the encoder's blocks in the backward pass; then memory hardly
+            grows with the length of the clips. `run.checkpoint_activations` recomputes all blocks.
+    """
+
+    recompute_encoder: bool = False
+
+
+@dataclass(frozen=True)
+class PointLossRecipe(PerceptualRecipe, PointLossConfig):
+    """What is minimised: `PointLossConfig`, and where LPIPS comes from.
+
+    Attributes:
+        validation_slices: calls of the decoder that a held-out clip is cut into. The published
+            training evaluated slices as large as the drawn points: 32 and 8.
+    """
+
+    validation_slices: int = 1
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        PointLossConfig.__post_init__(self)
+        PerceptualRecipe.__post_init__(self)
+        if self.validation_slices < 1:
+            raise ValueError(
+                f"recipe: loss.validation_slices must be >= 1, got {self.validation_slices}"
+            )
+
+
+@dataclass(frozen=True)
+class PointDataRecipe(DataRecipe):
+    """Which clips, of which lengths.
+
+    Attributes:
+        min_frames: clips have from so many to `num_frames` real frames, drawn for each clip; null
+            for `num_frames` always.
+    """
+
+    min_frames: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        super().__post_init__()
+        least = self.num_frames if self.min_frames is None else self.min_frames
+        if not 1 <= least <= self.num_frames:
+            raise ValueError(
+                f"recipe: data.min_frames must be null or in 1..{self.num_frames}, "
+                f"got {self.min_frames}"
+            )
+
+
+@dataclass(frozen=True)
+class PointRecipe(Recipe):
+    """Of task "points": a CoordTok trained on random points of its clips."""
+
+    model: PointModelRecipe
+    task: str = "points"
+    data: PointDataRecipe = field(default_factory=PointDataRecipe)
+    loss: PointLossRecipe = field(default_factory=PointLossRecipe)
+
+
+class PointTask(Task):
+    """Trains a CoordTok on random points; see the module.
+
+    Args:
+        recipe: all settings.
+        device: where to train.
+
+    Raises:
+        ValueError, OSError: the model is no CoordTok or does not fit the clips or the points, or
+            LPIPS cannot be had.
+    """
+
+    recipe_class: ClassVar[type[Recipe]] = PointRecipe
+    recipe: PointRecipe
+
+    def __init__(self, recipe: PointRecipe, device: torch.device) -> None:
+        super().__init__(recipe, device)
+        if recipe.model.freeze:
+            raise ValueError(
+                f"recipe: model.freeze must be empty for task 'points', got {recipe.model.freeze}"
+            )
+        model: Any = build_model(recipe.model)
+        if not isinstance(model, CoordTok):
+            raise ValueError(
+                f"recipe: model must be a CoordTok for task 'points', got {type(model).__name__}"
+            )
+        data, shape = recipe.data, model.config.video_shape
+        if (data.num_frames > shape[0]) or (data.height, data.width) != shape[1:]:
+            raise ValueError(
+                f"recipe: data must have clips of {shape[1]}x{shape[2]} and at most {shape[0]} "
+                f"frames for this model, got {data.height}x{data.width} and {data.num_frames}"
+            )
+        perceptual = perceptual_network(recipe.loss)
+        if perceptual is not None:
+            perceptual = perceptual.to(device)
+        self.model = model.to(device)
+        if recipe.model.recompute_encoder and not recipe.run.checkpoint_activations:
+            recompute_activations(self.model.encoder)
+        self.loss = PointLoss(recipe.loss, model.config, perceptual)
+        self.modules = self.networks = {"model": self.model}
+
+    def data(self, warn: Callable[[str], None]) -> tuple[Any, list[Any]]:
+        """Returns clips with their numbers of real frames, and held-out ones."""
+        settings, seed = self.recipe.data, self.recipe.run.seed
+        clips, held_out = super().data(warn)
+        least = settings.num_frames if settings.min_frames is None else settings.min_frames
+        whole = torch.tensor(settings.num_frames)
+        return (
+            PointClips(clips, least, settings.num_frames, seed),
+            [{"video": clip, "num_frames": whole} for clip in held_out],
+        )
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Returns AdamW over every parameter, decay of norms and biases included, as published."""
+        settings = self.recipe.optimizer
+        adam = torch.optim.AdamW(
+            self.trained("model"),
+            lr=settings.lr,
+            betas=tuple(settings.betas),  # type: ignore[arg-type]
+            weight_decay=settings.weight_decay,
+        )
+        return {"model": adam}
+
+    def accumulate(
+        self, batch: MicroBatch, backward: Callable[[Tensor], None]
+    ) -> dict[str, Tensor]:
+        """Returns the loss terms after adding the gradients of a micro-batch."""
+        video, num_frames = to_video(batch.data["video"]), batch.data["num_frames"]
+        points = self._points(batch)
+        with self.autocast():
+            output = self.call["model"](video, points=points, num_frames=num_frames)
+            loss, terms = self.loss(output.reconstruction, video, points)
+        loss = loss / video.shape[0]
+        backward(loss)
+        return {"loss": loss.detach(), **terms}
+
+    def _points(self, batch: MicroBatch) -> Tensor:
+        num_frames = batch.data["num_frames"]
+        config = self.model.config
+        drawn = draw_points(self.recipe.loss, config, num_frames.cpu(), batch.generators())
+        return drawn.to(self.device)
+
+    def probe(self, batch: MicroBatch) -> None:
+        """Runs the model as `accumulate` does, alone and without gradients."""
+        video, num_frames = to_video(batch.data["video"]), batch.data["num_frames"]
+        with self.autocast():
+            self.model(video, points=self._points(batch), num_frames=num_frames)
+
+    def validate(self, samples: list[Any]) -> dict[str, float]:
+        """Returns `rec_loss`, the mean squared error of whole clips, and `psnr` in dB."""
+        totals = {"rec_loss": 0.0, "psnr": 0.0}
+        for sample in samples:
+            video, reconstruction = self._reconstruct(sample)
+            error = (reconstruction - video).square().mean()
+            totals["rec_loss"] += error.item() / len(samples)
+            totals["psnr"] += psnr(reconstruction, video).mean().item() / len(samples)
+        return totals
+
+    def _reconstruct(self, sample: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Returns video and reconstruction [1, 3, T, H, W] of the real frames of a sample."""
+        frames = int(sample["num_frames"])
+        video = to_video(sample["video"][None, :, :frames].to(self.device))
+        slices = self.recipe.loss.validation_slices
+        with self.autocast():
+            return video, self.model(video, num_slices=slices).reconstruction.float()

@@ -1,0 +1,317 @@
+"""Kind "promag": grown tokenizers against interpolation and against training directly.
+
+    method "interpolated"  the base on every k-th frame, k = factor / 4, and frames between by
+                           linear interpolation
+    method "direct"        a model of that temporal factor trained from random weights, with as much
+                           work as base and growth together, or as growth alone
+    method "grown"         grown to 8x, and from there to 16x
+
+All train with `growth_loss` by AdamW, warm-up and half a cosine, on the same clips in the same
+order. Trained stages are kept in the study's shared folder. Metrics per held-out clip: psnr, ssim;
+psnr_kept and sharpness of every (factor / 4)-th frame, the latter the ratio of mean |gradient| to
+the source's; corner_error, mean |error| in the corners over that elsewhere. With `overlap`, clips
+of `long_frames` are coded in chunks, or as a stream: psnr, and boundary_jump at chunk borders.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vtok_ext.data.atomic_output import output_file
+from vtok_ext.data.picture import write_png
+from vtok_ext.metrics import boundary_jump, psnr, ssim
+from vtok_ext.models._config import closest
+from vtok_ext.models._video_input import to_float
+from vtok_ext.models.promag import ProMAG
+from vtok_ext.models.promag_config import ProMAGConfig
+from vtok_ext.models.promag_grown import Grown, grow
+from vtok_ext.models.promag_overlap import (
+    CHUNK_FRAMES,
+    chunk_bounds,
+    decode_overlapping,
+    encode_overlapping,
+)
+from vtok_ext.training.clip_order import ClipOrder
+from vtok_ext.training.growth_loss import KL_WEIGHT, growth_loss
+from vtok_ext.training.growth_work import step_multiply_adds
+from vtok_ext.training.studies.clip_store import clip_store, fingerprint
+from vtok_ext.training.studies.kinds import Progress, shared_folder
+from vtok_ext.training.studies.row_result import RowResult
+
+METHODS = ("interpolated", "direct", "grown")
+BUDGETS = ("summed", "growth")
+# Beyond any number of training clips, so that the held-out ones are none of them.
+_HELD_OUT_SEED = 1_000_000_000
+_GRADIENT_CLIP = 1.0
+_PICTURE_FRAMES = 9
+_PICTURE_SCALE = 3
+
+
+@dataclass(frozen=True)
+class PromagRow:
+    """Settings of a row.
+
+    Attributes:
+        method, factor: see above; factor 8 or 16.
+        model: fields of `ProMAGConfig` for all models.
+        budget: of method "direct": the work of "summed" base and growth, or of "growth" alone.
+        mixing, use_subsampled: of method "grown".
+        overlap: frames by which chunks of 17 overlap, -1 for an exact stream; null measures clips
+            of 17 frames.
+        base_steps, growth_steps: of the base, and of each growth; 0 leaves the base untrained.
+        batch_size, base_lr, growth_lr, warmup, kl_weight: of the trainings.
+        size, train_clips, eval_clips: of the clips of 17 frames, H = W.
+        long_frames, long_clips: of the clips with `overlap`.
+    """
+
+    method: str
+    factor: int
+    model: dict[str, Any]
+    budget: str = "summed"
+    mixing: str = "per_position"
+    use_subsampled: bool = True
+    overlap: int | None = None
+    base_steps: int = 400
+    growth_steps: int = 200
+    batch_size: int = 4
+    base_lr: float = 3e-3
+    growth_lr: float = 2e-3
+    warmup: int = 20
+    kl_weight: float = KL_WEIGHT
+    size: int = 32
+    train_clips: int = 1024
+    eval_clips: int = 64
+    long_frames: int = 56
+    long_clips: int = 16
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        for name, choices in (
+            ("method", METHODS),
+            ("factor", (8, 16)),
+            ("budget", BUDGETS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"study: {name} must be one of {choices}, got {getattr(self, name)!r}"
+                )
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> PromagRow:
+        """Returns checked settings. Raises ValueError for a wrong key or value."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in settings:
+            if key not in known:
+                raise ValueError(
+                    f"study: settings of kind promag must be among {', '.join(known)}, "
+                    f"got {key!r}{closest(key, known)}"
+                )
+        return cls(**settings)
+
+
+def run_row(settings: dict[str, Any], seed: int, folder: Path, progress: Progress) -> RowResult:
+    """Returns what a row measured with a seed; see the file's opening.
+
+    Raises:
+        ValueError: wrong settings.
+        RuntimeError: a loss became NaN or infinite.
+    """
+    row = PromagRow.of(settings)
+    model, work = _Stages(row, seed, shared_folder(folder), progress).trained()
+    result = _measure(model.eval(), row, folder, picture=seed == 0)
+    result.summary = {
+        "million_parameters": sum(p.numel() for p in model.parameters()) / 1e6,
+        "training_tera_macs": work / 1e12,
+    }
+    return result
+
+
+class _Stages:
+    """The trainings behind a row; each is done once per study and seed, whatever row needs it."""
+
+    def __init__(self, row: PromagRow, seed: int, shared: Path, progress: Progress) -> None:
+        self.row, self.seed, self.shared, self.progress = row, seed, shared, progress
+        self.shape = (CHUNK_FRAMES, row.size, row.size)
+        self.clips: Tensor | None = None
+
+    def trained(self) -> tuple[Any, int]:
+        """Returns the model of the row and the multiply-adds of all its training."""
+        row, steps = self.row, self.row.growth_steps
+        if row.method == "direct":
+            return self._direct()
+        model: Any = self._new_base()
+        work = self._train(model, "base", row.base_steps, row.base_lr)
+        if row.method == "interpolated":
+            return model, work
+        factor = 4
+        while factor < row.factor:
+            factor *= 2
+            model = self._grown(model)
+            work += self._train(model, f"grown {factor}x", steps, row.growth_lr)
+        return model, work
+
+    def _new_base(self, extra_halvings: int = 0) -> ProMAG:
+        torch.manual_seed(self.seed)
+        fields = {**self.row.model, "extra_halvings": extra_halvings}
+        return ProMAG(ProMAGConfig.from_dict(fields), "study")
+
+    def _grown(self, model: Any) -> Grown:
+        torch.manual_seed(self.seed)
+        grown = grow(model, mixing=self.row.mixing)
+        if self.row.use_subsampled:
+            return grown
+        return Grown(grown.config.replace(use_subsampled=False), grown.name, grown.base)
+
+    def _direct(self) -> tuple[Any, int]:
+        """Returns a directly trained model, with the steps that its work pays for."""
+        row = self.row
+        halvings = {8: 1, 16: 2}[row.factor]
+        stages: list[tuple[Any, int]] = [(self._new_base(), row.base_steps)]
+        for _ in range(halvings):
+            stages.append((self._grown(stages[-1][0]), row.growth_steps))
+        paid = stages if row.budget == "summed" else stages[1:]
+        work = sum(steps * step_multiply_adds(model, *self.shape) for model, steps in paid)
+        model = self._new_base(halvings)
+        steps = round(work / step_multiply_adds(model, *self.shape))
+        done = self._train(model, f"direct {row.factor}x", steps, row.base_lr)
+        return model, done
+
+    def _train(self, model: Any, name: str, steps: int, lr: float) -> int:
+        """Returns the multiply-adds of training `model` in place, or of loading the result."""
+        from safetensors.torch import load_file, save_file
+
+        row = self.row
+        facts = [name, model.config.to_dict(), steps, lr, row.batch_size, row.warmup]
+        facts += [row.kl_weight, row.size, row.train_clips, self.seed]
+        # The lineage in a grown model's configuration stands for how its base was trained.
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        path = self.shared / f"promag-{digest}.safetensors"
+        work = row.batch_size * steps * step_multiply_adds(model, *self.shape)
+        if path.exists():
+            model.load_state_dict(load_file(path))
+            return work
+        if steps:
+            self._run(model, name, steps, lr)
+            model.eval()
+            with output_file(path, "study") as partial:
+                save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial)
+        return work
+
+    def _run(self, model: Any, name: str, num_steps: int, lr: float) -> None:
+        row = self.row
+        if self.clips is None:
+            self.clips = clip_store(self.shared, row.train_clips, CHUNK_FRAMES, row.size)
+        torch.manual_seed(self.seed)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+        order = ClipOrder(len(self.clips), row.batch_size, seed=self.seed)
+        model.train()
+        for step in range(num_steps):
+            rising = min(1.0, (step + 1) / max(1, row.warmup))
+            scale = rising * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+            optimizer.param_groups[0]["lr"] = lr * scale
+            places = [index for _, index in order.places(step, 0)]
+            video = to_float(self.clips[places], torch.float32)
+            loss, terms = growth_loss(video, model(video), kl_weight=row.kl_weight)
+            if not math.isfinite(loss.item()):
+                raise RuntimeError(f"study: the loss became {loss.item()} at step {step}")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained, _GRADIENT_CLIP)
+            optimizer.step()
+            note = f"{name}, step {step}, L1 {terms['rec_loss'].item():.4f}"
+            self.progress(0.9 * step / num_steps, note)
+
+
+def _reconstruct(model: Any, row: PromagRow, video: Tensor) -> Tensor:
+    """Returns the reconstruction of clips [B, 3, T, H, W] by the method of a row."""
+    if row.overlap is not None and row.overlap >= 0:
+        return decode_overlapping(
+            model, encode_overlapping(model, video, overlap=row.overlap), overlap=row.overlap
+        )
+    if row.method != "interpolated":
+        return model(video).reconstruction
+    kept = model(video[:, :, :: row.factor // 4]).reconstruction
+    return F.interpolate(kept, size=list(video.shape[2:]), mode="trilinear", align_corners=True)
+
+
+@torch.no_grad()
+def _measure(model: Any, row: PromagRow, folder: Path, picture: bool) -> RowResult:
+    """Returns metrics on the held-out clips."""
+    is_long = row.overlap is not None
+    num_clips, frames = row.eval_clips, CHUNK_FRAMES
+    if is_long:
+        num_clips, frames = row.long_clips, row.long_frames
+    shared = shared_folder(folder)
+    clips = clip_store(shared, num_clips, frames, row.size, first_seed=_HELD_OUT_SEED)
+    result = RowResult(held_out=fingerprint(clips))
+    values: dict[str, list[float]] = {}
+    for first in range(0, num_clips, row.batch_size):
+        video = to_float(clips[first : first + row.batch_size], torch.float32)
+        decoded = _reconstruct(model, row, video).clamp(-1, 1)
+        for a, b in zip(decoded.split(1), video.split(1), strict=True):
+            if is_long:
+                found = _long_metrics(a, b, max(0, row.overlap or 0))
+            else:
+                found = _clip_metrics(a, b, row.factor // 4)
+            for name, value in found.items():
+                values.setdefault(name, []).append(value)
+        if picture and first == 0:
+            result.pictures = [_picture(folder / "held-out.png", video[0], decoded[0])]
+    result.per_clip = values
+    return result
+
+
+def _clip_metrics(a: Tensor, b: Tensor, step: int) -> dict[str, float]:
+    """Returns metrics of reconstruction a of b, [1, 3, T, H, W]; every step-th frame is kept."""
+    kept_a, kept_b = a[:, :, ::step], b[:, :, ::step]
+    error = (a - b).abs().mean((0, 1, 2))  # [H, W]
+    side = max(1, error.shape[0] // 8)
+    corner = torch.zeros_like(error, dtype=torch.bool)
+    for rows in (slice(None, side), slice(-side, None)):
+        for columns in (slice(None, side), slice(-side, None)):
+            corner[rows, columns] = True
+    return {
+        "psnr": psnr(a, b).item(),
+        "ssim": ssim(a, b).item(),
+        "psnr_kept": psnr(kept_a, kept_b).item(),
+        "sharpness": (_gradient(kept_a) / _gradient(kept_b)).item(),
+        "corner_error": (error[corner].mean() / error[~corner].mean()).item(),
+    }
+
+
+def _gradient(video: Tensor) -> Tensor:
+    """Returns the mean absolute difference of neighbouring pixels of [1, 3, T, H, W]."""
+    rows = (video[..., 1:, :] - video[..., :-1, :]).abs().mean()
+    return rows + (video[..., 1:] - video[..., :-1]).abs().mean()
+
+
+def _long_metrics(a: Tensor, b: Tensor, overlap: int) -> dict[str, float]:
+    """Returns metrics of long clips; a blend has a border before each frame it changes."""
+    starts = [start for start, _ in chunk_bounds(b.shape[2], overlap=overlap)[1:]]
+    borders = [start + i for start in starts for i in range(overlap + 1) if start + i < b.shape[2]]
+    return {"psnr": psnr(a, b).item(), "boundary_jump": boundary_jump(a, b, borders=borders).item()}
+
+
+def _picture(
+    path: Path,
+    video: Tensor,  # [3, T, H, W] in [-1, 1]
+    decoded: Tensor,  # [3, T, H, W]
+) -> Path:
+    """Returns the path of a picture: some frames above, their reconstruction below."""
+    times = torch.linspace(0, video.shape[1] - 1, min(_PICTURE_FRAMES, video.shape[1])).long()
+    rows = [torch.cat(list(clip[:, times].unbind(1)), -1) for clip in (video, decoded)]
+    image = ((torch.cat(rows, 1).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    image = image.repeat_interleave(_PICTURE_SCALE, 1).repeat_interleave(_PICTURE_SCALE, 2)
+    write_png(path, image)
+    return path
