@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from vtok_ext.cli.app import run as vtok
 from vtok_ext.training.studies import kinds, runner
 from vtok_ext.training.studies.report import write_report
 from vtok_ext.training.studies.row_result import FinishedRun, RowResult, read_result, result_path

@@ -1,6 +1,6 @@
 """Kind "vidtok": trains a small VidTok on procedural clips and measures it on held-out ones.
 
-    loss   mean |reconstruction - video| + aux_weight * auxiliary loss of the quantizer
+    loss   mean (reconstruction - video)^2 + aux_weight * auxiliary loss of the quantizer
     Muon for matrices and AdamW for the rest, linear warm-up, then half a cosine down to zero
 
 Every row of a study sees the same clips in the same order. Metrics per clip: psnr, ssim; with
@@ -27,10 +27,10 @@ from vtok_ext.models.vidtok import VidTok
 from vtok_ext.models.vidtok_config import VidTokConfig
 from vtok_ext.training.clip_order import ClipOrder
 from vtok_ext.training.overfit import center_latent, muon_and_adamw
-from vtok_ext.training.step import to_video
 from vtok_ext.training.studies.clip_store import clip_store, fingerprint
 from vtok_ext.training.studies.kinds import Progress, shared_folder
 from vtok_ext.training.studies.row_result import RowResult
+from vtok_ext.training.tokenizer_task import to_video
 
 # Beyond any number of training clips, so that the held-out ones are none of them.
 _HELD_OUT_SEED = 1_000_000_000
@@ -190,14 +190,14 @@ def _train(
     order = ClipOrder(len(clips), stage.batch_size, seed=seed)
     model.train()
     if done == 0 and row.center_latent:
-        center_latent(model, to_video(clips[:_CENTERING_CLIPS], torch.device("cpu")))
+        center_latent(model, to_video(clips[:_CENTERING_CLIPS]))
     for step in range(stage.steps):
         for group, peak in zip(groups, peaks, strict=True):
             group["lr"] = peak * _schedule(step, stage.steps, row.warmup)
         places = [index for _, index in order.places(step, 0)]
-        video = to_video(clips[places], torch.device("cpu"))
+        video = to_video(clips[places])
         output = model(video, step=done, compute_loss=not stage.freeze_encoder)
-        loss = (output.reconstruction - video).abs().mean()
+        loss = (output.reconstruction - video).square().mean()
         note = f"step {done}, loss {loss.item():.4f}"
         auxiliary = output.encoding.losses.get("aux_loss")
         if auxiliary is not None and not stage.freeze_encoder:
@@ -240,7 +240,7 @@ def _measure(
     motion: list[float] = []
     result = RowResult(held_out=fingerprint(clips[: row.eval_clips]))
     for first in range(0, row.usage_clips, row.batch_size):
-        video = to_video(clips[first : first + row.batch_size], torch.device("cpu"))
+        video = to_video(clips[first : first + row.batch_size])
         encoding = model.encode(video, compute_loss=False)
         if counter is not None:
             assert encoding.indices is not None  # a discrete model has them
