@@ -114,7 +114,7 @@ def test_statistics_and_normalised_latents(vtok, saved_models, tmp_path):
     model.save_pretrained(tmp_path / "model")
     weights = (tmp_path / "model" / "model.safetensors").read_bytes()
     clip = procedural_clip(9, 16, 16, seed=0)[None]
-    with pytest.raises(ValueError, match="must know the statistics of its latents"):
+    with pytest.raises(ValueError, match="must know its statistics of latents"):
         model.encode(clip, normalize=True)
     options = ("--frames", 9, "--size", 16, "--model", tmp_path / "model", *CPU)
     assert vtok("tokenize", "procedural:6", tmp_path / "data", *options).code == 0

@@ -286,7 +286,7 @@ class VideoTokenizer(nn.Module):
     def _statistics(self, op: str) -> LatentStatistics:
         if self.latent_statistics is None:
             raise ValueError(
-                f"{op}: {self.name} must know the statistics of its latents for normalize=True, got "
+                f"{op}: {self.name} must know its statistics of latents for normalize, got "
                 "none; `vtok stats` measures them, or set `latent_statistics`"
             )
         return self.latent_statistics
