@@ -5,25 +5,29 @@ compiled), diffusers' causal convolution of a video autoencoder where it is inst
 once on a bare clip and once on a buffer that already holds its front frames, as norm_act writes it.
 
 "default" rows leave allocation to torch. Convolutions allocate their result inside torch, so that
-there are no rows with outputs made beforehand; run under an allocator that keeps freed memory (a
-preloaded jemalloc or tcmalloc) with VTOK_BENCH_ALLOCATOR=tuned, which labels the rows
-"preallocated". Upsampling rows include the upsampling.
+there are no rows with outputs made beforehand; "tuned" rows come from a run under an allocator that
+keeps freed memory (a preloaded jemalloc or tcmalloc, or glibc with MALLOC_MMAP_THRESHOLD_ and
+MALLOC_TRIM_THRESHOLD_ at 1e12), which VTOK_BENCH_ALLOCATOR=tuned says; VTOK_BENCH_MERGE=1 joins the
+runs. Upsampling rows include the upsampling. The floor is the greater of two times: the products at
+the rate of the fastest product of matrices or images measured in this run, and copying the bytes.
 """
 
 import os
 from collections import Counter
+from functools import cache
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conv_shapes import PROMAG_SHAPES, ConvShape, vidtok_shapes
-from harness import QUICK, Case, measure
+from harness import QUICK, Case, achievable_gflop_per_s, measure
 
 import vtok_ext as vt
 
 LAYOUT = torch.channels_last_3d
-ALLOCATION = "preallocated" if os.environ.get("VTOK_BENCH_ALLOCATOR") == "tuned" else "default"
+ALLOCATION = "tuned" if os.environ.get("VTOK_BENCH_ALLOCATOR") == "tuned" else "default"
 # Seconds of a case; a CPU has 35 shapes of up to a second each.
+COMPILED = os.environ.get("VTOK_BENCH_COMPILED", "1") == "1"  # minutes of compilation on a CPU
 BUDGET_S = float(os.environ.get("VTOK_BENCH_BUDGET_S", 4.0))
 SIZES = (
     (128,) if QUICK else tuple(map(int, os.environ.get("VTOK_BENCH_SIZES", "128,256").split(",")))
@@ -133,7 +137,24 @@ def make_case(name: str, shape: ConvShape, count: int, dtype: torch.dtype, direc
         direction,
         elements * (2 if dtype == torch.bfloat16 else 4),
         weight=count,
+        gflop=shape.needed_flops / 1e9,
     )
+
+
+@cache
+def rate(dtype: torch.dtype, device: str) -> float:
+    """Of this run; see `achievable_gflop_per_s`."""
+    return achievable_gflop_per_s(dtype, device)
+
+
+def timed(case: Case, providers: dict, dtype: torch.dtype, device: str) -> Case:
+    """Measures a case; a copy of its bytes stays the floor where arithmetic is not the limit."""
+    case.achievable_gflop_per_s = rate(dtype, device)
+    measure(case, providers, device, BUDGET_S, least_rounds=3 if device == "cpu" else 10)
+    arithmetic_ms = case.gflop / case.achievable_gflop_per_s * 1e3
+    for m in case.measurements[1:]:
+        m.floor_fraction = max(m.floor_fraction, arithmetic_ms / m.median_ms)
+    return case
 
 
 def dtypes(device: str) -> list[torch.dtype]:
@@ -151,16 +172,17 @@ def bench_causal_conv3d_forward(name, shape, count, device, record, benchmark):
             providers = {
                 ("pad + conv, contiguous", ALLOCATION): lambda p=p: p.eager(p.plain, p.weight),
                 ("pad + conv, channels last", ALLOCATION): lambda p=p: p.eager(p.x, p.weight),
-                ("compiled", ALLOCATION): lambda p=p: p.compiled(p.x, p.weight),
                 ("native, bare clip", ALLOCATION): lambda p=p: p.bare(p.x, p.weight),
                 ("native", ALLOCATION): lambda p=p: p.native(p.buffer, p.weight),
             }
+            if COMPILED:
+                providers["compiled", ALLOCATION] = lambda p=p: p.compiled(p.x, p.weight)
             peer = p.diffusers()
             if peer is not None:
                 agree(peer(p.plain), expected)
                 providers["diffusers", ALLOCATION] = lambda p=p, peer=peer: peer(p.plain)
             case = make_case(name, shape, count, dtype, "forward")
-            record(measure(case, providers, device, BUDGET_S))
+            record(timed(case, providers, dtype, device))
             benchmark.pedantic(lambda p=p: p.native(p.buffer, p.weight), rounds=1)
 
 
@@ -194,5 +216,5 @@ def bench_causal_conv3d_gradient(name, shape, count, which, device, record, benc
         is_buffer = which == "input gradient" and not shape.upsample
         agree(found[:, :, shape.front :] if is_buffer else found, expected)
         case = make_case(name, shape, count, dtype, which)
-        record(measure(case, providers, device, BUDGET_S))
+        record(timed(case, providers, dtype, device))
         benchmark.pedantic(providers["native", ALLOCATION], rounds=1)

@@ -31,7 +31,8 @@ def _fresh_compiler():
 @pytest.fixture
 def record(request, capsys):
     """Call with a measured Case: prints it and keeps it for the JSON of this bench file."""
-    name = request.path.stem.removeprefix("bench_")
+    stem = request.path.stem.removeprefix("bench_")
+    name = getattr(request.module, "RESULTS_NAME", stem)
 
     def keep(case):
         CASES.setdefault(name, []).append(case)
@@ -41,7 +42,7 @@ def record(request, capsys):
                 print(
                     f"  {m.provider:<24}{m.allocation:<14}{m.median_ms:9.3f} ms "
                     f"[{m.p20_ms:.3f}, {m.p80_ms:.3f}]{m.gb_per_s:8.1f} GB/s"
-                    f"{m.floor_fraction:7.0%} of copy"
+                    f"{m.floor_fraction:7.0%} of the limit"
                 )
 
     return keep

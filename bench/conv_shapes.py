@@ -69,6 +69,13 @@ class ConvShape:
         kt, kh, kw = self.kernel
         return 2 * self.channels * self.columns * kt * kh * kw * t * h * w
 
+    @property
+    def needed_flops(self) -> int:
+        """`flops` with taps on equal values added up: 2 of 3 in time, 4 of 9 in space."""
+        if self.upsample == "time":
+            return self.flops * 2 // 3
+        return self.flops * 4 // 9 if self.upsample == "space" else self.flops
+
 
 def vidtok_shapes(size: int, num_frames: int = 17) -> Counter[ConvShape]:
     """Convolutions of one encoding and decoding of `num_frames` x size x size frames."""

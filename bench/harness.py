@@ -35,7 +35,11 @@ class Measurement:
     p80_ms: float
     gb_per_s: float  # of the bytes that the op must move
     floor_fraction: float  # time of copying as many bytes / time of this
-    peak_mb: float | None  # GPU memory above the inputs; None on a CPU
+    # Above the inputs, in bench_models with the weights (on a CPU of the process); None: unknown.
+    peak_mb: float | None
+    retained_mb: float | None = None  # memory that a model still holds when its call has returned
+    num_frames: int | None = None  # that a model returned
+    error: float | None = None  # mean |difference| over mean |value| from the float32 reference
 
 
 @dataclass
@@ -49,11 +53,32 @@ class Case:
     bytes_moved: int  # least bytes that any implementation reads and writes
     weight: int = 1  # how often a model runs it; sums over shapes count it so
     measurements: list[Measurement] = field(default_factory=list)
+    gflop: float = 0.0  # multiplications and additions that the result needs, in 1e9
+    achievable_gflop_per_s: float = 0.0  # the fastest product measured in the same run
 
     def ratio(self, provider: str, against: str, allocation: str) -> float:
         """How many times faster `provider` is than `against`."""
         by_name = {(m.provider, m.allocation): m.median_ms for m in self.measurements}
         return by_name[against, allocation] / by_name[provider, allocation]
+
+
+def process_peak_mb() -> float:
+    """Highest memory of this process since `forget_process_peak`."""
+    return _status_mb("VmHWM")
+
+
+def forget_process_peak() -> float | None:
+    """Starts a new peak and returns the memory of this process; None where Linux refuses."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return _status_mb("VmRSS")
+
+
+def _status_mb(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) / 1024
 
 
 class Timer:
@@ -80,13 +105,31 @@ class Timer:
         return start.elapsed_time(end)
 
     def peak_mb(self, call: Callable[[], Any]) -> float | None:
-        """GPU memory that a call takes beyond what is allocated before it."""
+        """Memory that a call takes beyond what is allocated before it; None where unknown."""
         if not self.is_cuda:
-            return None
+            before = forget_process_peak()
+            call()
+            return None if before is None else process_peak_mb() - before
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         call()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def achievable_gflop_per_s(dtype: torch.dtype, device: str) -> float:
+    """The rate of the fastest large product here and now: of matrices, or a convolution."""
+    timer = Timer(device)
+    count = 256 if QUICK else 8192 if device == "cuda" else 2048
+    a = torch.randn(count, count, device=device).to(dtype)
+    channels = 32 if QUICK else 512
+    x = torch.randn(1, channels, 4, 32, 32, device=device).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last_3d)
+    weight = torch.randn(channels, channels, 1, 3, 3, device=device).to(dtype)
+    calls = [
+        (lambda: a @ a, 2 * count**3),
+        (lambda: torch.conv3d(x, weight, padding=(0, 1, 1)), 2 * 9 * channels**2 * 4096),
+    ]
+    return max(flop / timer.once(call) / 1e6 for call, flop in calls for _ in range(8))
 
 
 def measure(
@@ -94,6 +137,7 @@ def measure(
     providers: dict[tuple[str, str], Callable[[], Any]],
     device: str,
     budget_s: float = 4.0,
+    least_rounds: int = 10,
 ) -> Case:
     """Fills `case.measurements` for providers {(name, allocation): call}; a copy of equal bytes is
     the floor."""
@@ -103,10 +147,12 @@ def measure(
     target = torch.empty_like(source)
     calls = {("copy", "preallocated"): lambda: target.copy_(source), **providers}
     for call in calls.values():  # compiles, warms caches, faults pages in
-        for _ in range(1 if QUICK else 3):
-            call()
+        call()
     longest = sum(timer.once(call) for call in calls.values()) / 1e3
-    rounds = 2 if QUICK else int(min(200, max(10, budget_s / longest)))
+    if not QUICK and longest < budget_s / 2:
+        for call in calls.values():
+            call()
+    rounds = 2 if QUICK else int(min(200, max(least_rounds, budget_s / longest)))
     times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
     for _ in range(rounds):
         for key, call in calls.items():
@@ -167,6 +213,25 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
+def merge(measured: dict[str, Any], earlier: dict[str, Any]) -> None:
+    """Adds to `measured` what an earlier run of the same commit measured and this one did not."""
+    if earlier["environment"] != measured["environment"]:
+        raise ValueError(
+            f"merge: environment must be {earlier['environment']}, got {measured['environment']}"
+        )
+    names = ("op", "shape", "dtype", "direction")
+    known = {tuple(case[name] for name in names): case for case in measured["cases"]}
+    for case in earlier["cases"]:
+        again = known.get(tuple(case[name] for name in names))
+        if again is None:
+            measured["cases"].append(case)
+            continue
+        found = {(m["provider"], m["allocation"]) for m in again["measurements"]}
+        again["measurements"] += [
+            m for m in case["measurements"] if (m["provider"], m["allocation"]) not in found
+        ]
+
+
 def save(name: str, device: str, cases: list[Case]) -> Path | None:
     """Writes results/<device>/<name>.json (or below VTOK_BENCH_OUT); a quick run writes nothing."""
     if QUICK or not cases:
@@ -174,9 +239,10 @@ def save(name: str, device: str, cases: list[Case]) -> Path | None:
     folder = Path(os.environ.get("VTOK_BENCH_OUT", RESULTS)) / device_name(device)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    text = json.dumps(
-        {"environment": environment(device), "cases": [asdict(case) for case in cases]}, indent=1
-    )
+    measured = {"environment": environment(device), "cases": [asdict(case) for case in cases]}
+    if os.environ.get("VTOK_BENCH_MERGE") == "1" and path.exists():
+        merge(measured, json.loads(path.read_text()))
+    text = json.dumps(measured, indent=1)
     temporary = path.with_suffix(".json.partial")
     temporary.write_text(text + "\n")
     temporary.replace(path)

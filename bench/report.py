@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "bench" / "RESULTS.md"]
+PAGES = [ROOT / "README.md", ROOT / "bench" / "RESULTS.md", ROOT / "docs" / "diffusers.md"]
 RESULTS = ROOT / "bench" / "results"
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 # What users run today. A convolution has no "eager": the best of its two forms stands for it.
@@ -27,6 +27,7 @@ BASELINES = (
     "diffusers",
     "gemm",
 )
+MODEL_BASELINES = ("diffusers", "diffusers, compiled", "reference", "native, compiled")
 NO_GPU = "GPU: not measured yet."
 
 
@@ -48,7 +49,7 @@ def row(case: dict) -> str:
     baseline."""
     by_name = times(case)
     cells = []
-    for allocation in ("preallocated", "default"):
+    for allocation in ("preallocated", "tuned", "default"):
         native = by_name.get(("native", allocation))
         found = False
         for baseline in BASELINES:
@@ -59,10 +60,12 @@ def row(case: dict) -> str:
         if found:
             cells[-1] += f" ({allocation})"
     native = by_name.get(("native", "preallocated")) or by_name["native", "default"]
-    return (
-        f"| {case['direction']} | {case['shape']} | {case['dtype']} | {native['median_ms']:.3f} ms "
-        f"| {'; '.join(cells)} | {native['floor_fraction']:.0%} |"
-    )
+    start = f"| {case['direction']} | {case['shape']} | {case['dtype']} "
+    end = f"| {native['median_ms']:.3f} ms | {'; '.join(cells)} | {native['floor_fraction']:.0%} |"
+    if not case.get("gflop"):
+        return start + end
+    memory = "" if native["peak_mb"] is None else f"{native['peak_mb']:.0f} MB"
+    return f"{start}{end} {case['gflop'] / native['median_ms']:.2f} | {memory} |"
 
 
 def source(result: dict) -> str:
@@ -76,17 +79,53 @@ def is_gpu(result: dict) -> bool:
     return not result["environment"]["device"].startswith("cpu")
 
 
+def model_rows(case: dict) -> list[str]:
+    """A line per allocator: the native model's time and memory, and what others take of both."""
+    rows = []
+    by_name = times(case)
+    for allocation in ("default", "tuned"):
+        native = by_name.get(("native", allocation))
+        if native is None:
+            continue
+        frames, cells, peaks = native["num_frames"], [], []
+        for name in MODEL_BASELINES:
+            other = by_name.get((name, allocation))
+            if other is None:
+                continue
+            returned = other["num_frames"]
+            cell = f"{other['median_ms'] / native['median_ms']:.2f}x {name}"
+            if returned != frames and case["direction"] != "encode":
+                per_frame = other["median_ms"] / returned / (native["median_ms"] / frames)
+                cell += f" ({returned} of {frames} frames; {per_frame:.2f}x per frame)"
+            cells.append(cell)
+            peaks.append(f"{native['peak_mb'] / other['peak_mb']:.0%} of {name}")
+        rows.append(
+            f"| {case['direction']} | {case['shape']} | {case['dtype']} | {allocation} "
+            f"| {native['median_ms'] / 1e3:.2f} s | {'; '.join(cells)} "
+            f"| {native['peak_mb'] / 1024:.2f} GB: {', '.join(peaks)} "
+            f"| {native['floor_fraction']:.0%} |"
+        )
+    return rows
+
+
 def table(name: str) -> str:
     """The Markdown of one benchmark."""
     lines = []
     results = load(name)
     for result in results:
+        head = ["direction", "shape", "dtype", "native", "faster than", "of copy speed"]
+        rows = [row(case) for case in result["cases"] if name != "models"]
+        if name == "models":
+            head[3:] = ["allocator", *head[3:5], "peak memory", "of the arithmetic limit"]
+            rows = [line for case in result["cases"] for line in model_rows(case)]
+        elif name == "causal_conv3d":
+            head[5:] = ["of the limit", "TFLOP/s", "peak memory"]
         lines += [
             f"{source(result)}:",
             "",
-            "| direction | shape | dtype | native | faster than | of copy speed |",
-            "|---|---|---|---|---|---|",
-            *(row(case) for case in result["cases"]),
+            f"| {' | '.join(head)} |",
+            "|---" * len(head) + "|",
+            *rows,
             "",
         ]
     if not any(is_gpu(r) for r in results):
@@ -136,7 +175,9 @@ def summary_rows(result: dict) -> list[str]:
 
 def summary() -> str:
     """One table for every device."""
-    names = sorted({path.stem for path in RESULTS.glob("*/*.json")} - {"threads"})
+    names = sorted(
+        {path.stem for path in RESULTS.glob("*/*.json")} - {"threads", "models", *WHOLE_MODELS}
+    )
     by_device: dict[str, list[dict]] = {}
     for name in names:
         for result in load(name):
@@ -158,6 +199,73 @@ def summary() -> str:
     return "\n".join(lines)
 
 
+def vae_table(name: str) -> str:
+    """The Markdown of `bench_diffusers`: autoencoders as they are and patched."""
+    lines = []
+    results = [result for which in (name, f"{name}_real") for result in load(which)]
+    for result in results:
+        lines += [
+            f"{source(result)}:",
+            "",
+            "| autoencoder | direction | diffusers | in channels last | patched | faster | "
+            "peak memory | retained caches |",
+            "|---|---|---|---|---|---|---|---|",
+            *(vae_row(case) for case in result["cases"]),
+            "",
+        ]
+    if not any(is_gpu(r) for r in results):
+        lines += [NO_GPU, ""]
+    return "\n".join(lines)
+
+
+def vae_row(case: dict) -> str:
+    """One line: times with the default allocator; the ratio with reused memory in brackets."""
+    by_name = times(case)
+    rows = [by_name[p, "default"] for p in ("diffusers", "diffusers, channels last", "native")]
+    cells = [f"{row['median_ms']:.0f} ms" for row in rows]
+    faster = f"{rows[0]['median_ms'] / rows[2]['median_ms']:.2f}x"
+    if ("native", "preallocated") in by_name:
+        reused = [by_name[p, "preallocated"]["median_ms"] for p in ("diffusers", "native")]
+        faster += f" ({reused[0] / reused[1]:.2f}x)"
+    memory = [
+        " -> ".join("?" if row[key] is None else f"{row[key]:.0f}" for row in (rows[0], rows[2]))
+        for key in ("peak_mb", "retained_mb")
+    ]
+    facts = " | ".join([*cells, faster, *(f"{m} MB" for m in memory)])
+    return f"| {case['shape']} | {case['direction']} | {facts} |"
+
+
+def seam_table(name: str) -> str:
+    """The Markdown of `diffusers_seams.py`."""
+    lines = []
+    for result in load(name):
+        lines += [
+            f"{source(result)}, {result['clip']}, random weights:",
+            "",
+            "| autoencoder | borders | largest difference from the exact video | seam |",
+            "|---|---|---|---|",
+        ]
+        for row in result["rows"]:
+            seam = "none: the same video" if row["jump"] is None else f"{row['jump']:.2f}x"
+            borders = f"every {row['frames']} frames"
+            lines.append(f"| {row['name']} | {borders} | {row['difference']:.1e} | {seam} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+# Benchmarks with a form of their own; "_real" is the same at published widths.
+WHOLE_MODELS = {"diffusers", "diffusers_real", "diffusers_seams"}
+
+
+def block(name: str) -> str:
+    """The Markdown between the markers of `name`."""
+    if name == "summary":
+        return summary()
+    if name == "diffusers_seams":
+        return seam_table(name)
+    return vae_table(name) if name in WHOLE_MODELS else table(name)
+
+
 def main() -> int:
     """Rewrites or checks the pages."""
     parser = argparse.ArgumentParser(
@@ -170,9 +278,7 @@ def main() -> int:
     status = 0
     for page in PAGES:
         before = page.read_text()
-        after = BLOCK.sub(
-            lambda m: m[1] + (summary() if m[2] == "summary" else table(m[2])) + m[3], before
-        )
+        after = BLOCK.sub(lambda m: m[1] + block(m[2]) + m[3], before)
         if not arguments.check:
             page.write_text(after)
         elif before != after:

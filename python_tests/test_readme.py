@@ -1,24 +1,40 @@
-"""The Python snippets of README.md run, in order and in one namespace, as a reader would type
-them."""
+"""The Python snippets of README.md and of each page of docs/ run, in order and in one namespace
+per file, as a reader would type them."""
 
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_snippets_run_and_do_what_their_comments_say():
-    snippets = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(snippets) >= 3
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_snippets_run_and_do_what_their_comments_say(page):
     torch.manual_seed(0)
     scope = {}
-    for snippet in snippets:
-        exec(compile(snippet, str(README), "exec"), scope)
+    for snippet in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(compile(snippet, str(page), "exec"), scope)
+    CHECKS.get(page.stem, lambda scope: None)(scope)
+
+
+def check_readme(scope):
     assert list(scope["tokens"].ids.shape) == [1, 5, 8, 8]
     assert scope["restored"].shape == scope["video"].shape
     assert sum(frames.shape[2] for frames in scope["frames"]) == scope["video"].shape[2]
     assert list(scope["indices"].shape) == [2, 3, 16, 16]
     assert list(scope["pictures"].shape) == [1, 3, 2, 128, 128]
     assert list(scope["corner"].shape) == [1, 3, 1, 20, 30]
+
+
+def check_generation(scope):
+    assert scope["made"].shape == scope["latents"][:2].shape
+    assert scope["videos"].shape == (2, 3, 9, 32, 32)
+    assert all(float(x.abs().max()) < 0.1 for x in scope["by_flow"].values())
+    assert scope["by_diffusion"]["yt"].shape == (2, 3, 8, 4)
+    assert scope["distance"].value > 0 and scope["dynamics"].shape == (6,)
+
+
+CHECKS = {"README": check_readme, "generation": check_generation}

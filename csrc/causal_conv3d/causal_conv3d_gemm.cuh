@@ -228,15 +228,15 @@ __global__ void __launch_bounds__(ConvTileTraits<kTileIndex>::kThreads)
   }
   float sums[Traits::kWarpRows][Traits::kWarpColumns][4] = {};
   int reading = 0;
-  int writing = kStages - 1;
   for (int step = first; step < last; ++step) {
     cp_async_wait<kStages - 2>();
     __syncthreads();  // this step has arrived, and nobody reads the stage that is filled next
+    // The stage read one step before; derived, since a register more than this would spill.
+    const int writing = reading == 0 ? kStages - 1 : reading - 1;
     if (step + kStages - 1 < last) loader.load(shared + writing * Traits::kStageBytes);
     cp_async_commit();
     conv_multiply<kMath, Traits>(sums, shared + reading * Traits::kStageBytes);
     reading = reading + 1 == kStages ? 0 : reading + 1;
-    writing = writing + 1 == kStages ? 0 : writing + 1;
   }
   conv_store<T, Traits>(params, first_row, first_column, group, sums);
 }

@@ -1,6 +1,7 @@
 """`vtok demo` in a few steps: its files exist, agree with each other, and replace no others."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -134,4 +135,6 @@ def test_default_demo_reaches_its_promise(vtok, tmp_path):
     result = vtok("demo", "--out", tmp_path / "out", "--json")
     assert result.code == 0, result.err
     assert result.json["psnr"] >= 26
-    assert result.json["seconds"]["total"] < 150
+    # Alone on the machine, as .ci/run has it; not beside another worker of pytest-xdist.
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        assert result.json["seconds"]["total"] < 150

@@ -47,7 +47,7 @@ def test_a_model_is_grown_and_its_base_unchanged(vtok, base_folder, tmp_path):
 def test_bad_input(vtok, base_folder, tmp_path):
     done = vtok("grow", tmp_path / "none", "--out", tmp_path / "run")
     assert done.code == 2 and "none" in done.err
-    done = vtok("grow", base_folder, "--recipe", "smoke_kl", "--out", tmp_path / "run")
+    done = vtok("grow", base_folder, "--recipe", "promag_decoder", "--out", tmp_path / "run")
     assert done.code == 2 and "grow: recipe must be of task 'grow'" in done.err
     done = vtok("grow", base_folder, "--mixing", "locally", "--out", tmp_path / "run")
     assert done.code == 2 and "grow.mixing must be one of" in done.err

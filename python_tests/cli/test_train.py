@@ -55,3 +55,33 @@ def test_bad_input_is_one_line(vtok, tmp_path, arguments, message):
     failed = vtok("train", *arguments, "-o", tmp_path / "run", "--device", "cpu")
     assert failed.code == 2 and message in failed.err and failed.err.count("\n") <= 2
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_shows_and_leaves_a_picture_only(vtok, tmp_path):
+    out = tmp_path / "run"
+    done = vtok("train", "smoke_fsq", *SMALL, "--dry-run", "--out", out, "--device", "cpu")
+    assert done.code == 0, done.err
+    assert "model.encoder" in done.err and "activations" in done.err and "epochs of" in done.err
+    assert [path.name for path in out.iterdir()] == ["dry-run.png"]
+    done = vtok("train", "smoke_two_stage", "--dry-run", "-o", out, "--device", "cpu", "--json")
+    assert [facts["samples_per_step"] for facts in done.json] == [2, 2]
+    assert (out / "dry-run-2.png").is_file()
+
+
+def test_overfit_says_whether_the_model_learned(vtok, tmp_path):
+    """In two steps it did not, which is exit code 1."""
+    arguments = ["smoke_fsq", *SMALL, "--overfit", "2", "-o", tmp_path, "--device", "cpu"]
+    failed = vtok("train", *arguments)
+    assert failed.code == 1 and "FAILED: every output is" in failed.out
+    assert len(list((tmp_path / "overfit").glob("clip-*.png"))) == 4
+    refused = vtok("train", "smoke_coordtok", "--overfit", "2", "-o", tmp_path, "--device", "cpu")
+    assert refused.code == 2 and "--overfit must have a recipe of a VidTok" in refused.err
+
+
+def test_stages_in_one_command(vtok, tmp_path):
+    arguments = [*SMALL, "run.steps=1", "-o", tmp_path, "--device", "cpu", "--json"]
+    done = vtok("train", "smoke_two_stage", *arguments)
+    assert done.code == 0, done.err
+    assert done.json["model"] == str(tmp_path / "stage-2" / "model")
+    again = vtok("train", "smoke_two_stage", *arguments, "--resume", "auto")
+    assert again.code == 0 and again.json["resumed_from"] == 1

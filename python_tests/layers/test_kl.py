@@ -1,5 +1,6 @@
 """The KL posterior against torch.distributions."""
 
+import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
@@ -35,3 +36,16 @@ def test_half_moments_give_half_means_and_float32_samples():
     latent, losses = kl_posterior(moments)
     assert latent.dtype == torch.bfloat16 and losses["kl_loss"].dtype == torch.float32
     assert kl_posterior(moments, sample=True)[0].dtype == torch.float32
+
+
+def test_one_generator_per_sample():
+    """A sample's noise does not depend on the others of its batch."""
+    moments = torch.randn(3, 4, 2, 3, 3)
+
+    def latent(rows):
+        generators = [torch.Generator().manual_seed(row) for row in rows]
+        return kl_posterior(moments[list(rows)], sample=True, generator=generators)[0]
+
+    assert torch.equal(latent(range(3))[1:], latent(range(1, 3)))
+    with pytest.raises(ValueError, match="generator must be one per sample of 3, got 1"):
+        kl_posterior(moments, sample=True, generator=[torch.Generator()])

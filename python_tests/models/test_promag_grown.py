@@ -147,8 +147,11 @@ def test_global_mixing_sees_the_whole_clip_and_refuses_streams(clip):
         causal = grown_of("promag")
         latents = [causal.encode(v).latent for v in (video, changed)]
         assert torch.equal(latents[0][:, :, :2], latents[1][:, :, :2])
-    with pytest.raises(ValueError, match="stream_encoder: model must be causal"):
-        model.stream_encoder()
+    twice = vt.grow(model)
+    assert twice.temporal_factor == 16 and not twice.is_causal
+    for one in (model, twice):
+        with pytest.raises(ValueError, match="stream_encoder: model must be causal"):
+            one.stream_encoder()
 
 
 @pytest.mark.parametrize("kind", ["promag", "fsq"])

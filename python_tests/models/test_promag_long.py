@@ -81,6 +81,17 @@ def test_tiles_split_window_and_join():
     assert torch.equal((tiles + tiles).join(), x + x)
 
 
+@torch.no_grad()
+def test_views_in_tiles(clip):
+    model, video = promag(), clip(1, 5, 16, 16)
+    view = model.tiled((7, 8))
+    assert view.is_exact
+    assert relative_error(view(video).reconstruction, model(video).reconstruction) <= TOLERANCE
+    assert not model.tiled((8, 8), mode="blended").is_exact
+    with pytest.raises(ValueError, match="tile must be .height, width. in pixels"):
+        model.tiled()
+
+
 def test_tiling_errors():
     with pytest.raises(ValueError, match="height and width must be multiples of 4"):
         layerwise_tiled(promag(), 8, 6)

@@ -3,37 +3,15 @@
 import pytest
 import torch
 from helpers import assert_close
+from tiny_vtok import tiny, tiny_fsq
 
 import vtok_ext as vt
-from vtok_ext.models import Encoding, Tokens, VTok
+from vtok_ext.models import Encoding, Tokens
 from vtok_ext.models.vision_encoder import SmallViT, VisionEncoder
 from vtok_ext.models.vision_mae import MaskedAutoencoder
 from vtok_ext.models.vtok_layout import FrameRule
 
-TINY = {
-    "image_size": 16,
-    "encoder_patch": 4,
-    "encoder_dim": 16,
-    "encoder_depth": 1,
-    "encoder_heads": 2,
-    "token_dim": 12,
-    "num_queries": 2,
-    "decoder_dim": 16,
-    "decoder_depth": 1,
-    "decoder_heads": 2,
-    "decoder_patch": (2, 4, 4),
-    "sampling_steps": 2,
-}
 POOLS = ("mean", "attention", "grid")
-
-
-def tiny(**overrides) -> VTok:
-    torch.manual_seed(0)
-    return vt.create_model("vtok_small", **{**TINY, **overrides}).eval()
-
-
-def tiny_fsq(**overrides) -> VTok:
-    return tiny(levels=(4, 4, 4), **overrides)
 
 
 @torch.no_grad()

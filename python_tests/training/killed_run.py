@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from tiny_recipe import tiny
 
-from vtok_ext.training import checkpoint, loop
+from vtok_ext.training import checkpoint, checkpoint_storage, loop
 from vtok_ext.training.run_log import RunLog
 
 
@@ -24,17 +24,18 @@ def die(*_):
 
 
 def arm(kind: str, number: int) -> None:
-    write, replace, write_tree = RunLog.write, os.replace, checkpoint.write_tree
+    write, replace = RunLog.write, os.replace
+    write_part = checkpoint_storage.write_part
 
     def write_log(self, line_kind, step, **values):
         write(self, line_kind, step, **values)
         if kind == "step" and line_kind == "train" and step == number:
             die()
 
-    def write_state(tree, stem):
-        write_tree(tree, stem)
-        if kind == "state" and stem.name == "state" and tree["numbers"]["step"] == number:
-            stem.with_suffix(".safetensors").write_bytes(b"half")
+    def write_state(tensors, path):
+        write_part(tensors, path)
+        if kind == "state" and path.parent.name.endswith(f"step-{number:08d}"):
+            path.write_bytes(b"half")
             die()
 
     def rename(source, target):
@@ -42,7 +43,8 @@ def arm(kind: str, number: int) -> None:
             die()
         replace(source, target)
 
-    RunLog.write, checkpoint.write_tree, checkpoint.os.replace = write_log, write_state, rename
+    RunLog.write, checkpoint.os.replace = write_log, rename
+    checkpoint_storage.write_part = write_state
 
 
 if __name__ == "__main__":

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from vtok_ext.training import checkpoint as module
+from vtok_ext.training import checkpoint_storage
 from vtok_ext.training.checkpoint import (
+    CheckpointWriter,
     latest_checkpoint,
     read_numbers,
     read_shapes,
     read_tensors,
     restore_generators,
-    save_checkpoint,
     verify_checkpoint,
 )
 from vtok_ext.training.tensor_tree import read_tree, write_tree
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 def save(root, step, **options):
     tensors = {"weight": torch.full((3,), float(step)), "count": torch.tensor(step)}
-    return save_checkpoint(root, step, tensors, {"samples": 2 * step}, device=CPU, **options)
+    return CheckpointWriter(root, CPU).save(step, tensors, {"samples": 2 * step}, **options)
 
 
 def weight(found):
@@ -89,19 +89,19 @@ def flip(path):
 
 
 DAMAGE = {
-    "one bit": (lambda folder: flip(folder / "state.safetensors"), "must have SHA-256"),
+    "one bit": (lambda folder: flip(folder / "part-0.safetensors"), "must have SHA-256"),
     "cut off": (
-        lambda folder: (folder / "state.safetensors").write_bytes(b"x"),
+        lambda folder: (folder / "part-0.safetensors").write_bytes(b"x"),
         r"must have \d+ bytes, got 1 bytes",
     ),
     "a file less": (lambda folder: (folder / "rank-0.json").unlink(), "bytes, got none"),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "must hold manifest.json"),
     "half a manifest": (
-        lambda folder: (folder / "manifest.json").write_text('{"format": 1, "st'),
+        lambda folder: (folder / "manifest.json").write_text('{"format": 2, "st'),
         "must be JSON",
     ),
     "another manifest": (
-        lambda folder: (folder / "manifest.json").write_text(json.dumps({"format": 1})),
+        lambda folder: (folder / "manifest.json").write_text(json.dumps({"format": 2})),
         "must be a manifest of step-00000002",
     ),
 }
@@ -132,12 +132,12 @@ def test_nothing_but_damage_is_an_error_not_a_fresh_start(tmp_path):
 def test_failing_to_write_leaves_the_earlier_ones(tmp_path, monkeypatch):
     save(tmp_path, 1)
 
-    def full(tree, stem):
-        stem.with_suffix(".safetensors").write_bytes(b"half")
+    def full(tensors, path):
+        path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_tree", full)
+        patch.setattr(checkpoint_storage, "write_part", full)
         with pytest.raises(OSError, match="No space left"):
             save(tmp_path, 2)
     assert latest_checkpoint(tmp_path, pytest.fail).step == 1
@@ -148,5 +148,30 @@ def test_failing_to_write_leaves_the_earlier_ones(tmp_path, monkeypatch):
 def test_states_that_are_not_finite_are_refused(tmp_path):
     state = {"model.a": torch.ones(2), "model.b.weight": torch.tensor([1.0, float("nan")])}
     with pytest.raises(ValueError, match=r"got NaN or inf in model\.b\.weight"):
-        save_checkpoint(tmp_path / "root", 1, state, {}, device=CPU)
+        CheckpointWriter(tmp_path / "root", CPU).save(1, state, {})
     assert not (tmp_path / "root").exists()
+
+
+def test_in_the_background_a_copy_is_written(tmp_path):
+    """What changes afterwards is not in it, and the next one waits for it."""
+    writer, weights = CheckpointWriter(tmp_path, CPU), torch.arange(5.0)
+    for step in (1, 2):
+        writer.save(step, {"weight": weights}, {}, background=True)
+        weights += 100
+    writer.wait()
+    for step in (1, 2):
+        into = {"weight": torch.zeros(5)}
+        read_tensors(verify_checkpoint(tmp_path / f"step-{step:08d}"), into)
+        assert torch.equal(into["weight"], torch.arange(5.0) + 100 * (step - 1))
+
+
+def test_failing_in_the_background_is_told(tmp_path, monkeypatch):
+    def full(tensors, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_storage, "write_part", full)
+    writer = CheckpointWriter(tmp_path, CPU)
+    writer.save(1, {"weight": torch.ones(2)}, {}, background=True)
+    with pytest.raises(OSError, match="No space left"):
+        writer.wait()
+    writer.wait()  # told once

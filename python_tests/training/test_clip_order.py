@@ -34,6 +34,12 @@ def test_a_step_has_the_same_clips_however_it_is_divided(world_size, accumulate)
     assert [place for part in parts for place in part] == whole
 
 
+def test_the_row_goes_on_where_it_was_with_steps_of_another_size():
+    whole = [p for step in range(6) for p in ClipOrder(10, 4).places(step, 0)]
+    one = ClipOrder(10, 2, first_step=3, first_sample=12)
+    assert [p for step in range(3, 9) for p in one.places(step, 0)] == whole[12:]
+
+
 def test_workers_and_starts_change_nothing():
     clips = ProceduralClips(5, 2, 8, 8)
     order = ClipOrder(5, 2, accumulate=2)

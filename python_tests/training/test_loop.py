@@ -10,11 +10,12 @@ from tiny_recipe import tiny
 import vtok_ext as vt
 from vtok_ext.training.blocks import BLOCKS, compile_blocks, recompute_activations
 from vtok_ext.training.checkpoint import latest_checkpoint, read_shapes, read_tensors
+from vtok_ext.training.gradients import clip_gradients
 from vtok_ext.training.loop import train
 from vtok_ext.training.run_log import RunLog, read_log
 from vtok_ext.training.sentinel import NonFiniteLossError, first_bad_layer
 from vtok_ext.training.setup import build_training
-from vtok_ext.training.step import Stepper, clip_gradients
+from vtok_ext.training.step import Stepper
 
 PLAIN = ["loss.discriminator=none", "loss.perceptual_weight=0"]
 
@@ -122,6 +123,22 @@ def test_bfloat16_trains():
         terms = step([clips])
     assert terms["d_weight"] > 0 and terms["d_loss"] > 0
     assert all(p.dtype == torch.float32 for p in training.task.model.parameters())
+
+
+def test_float16_leaves_steps_out_and_lowers_its_scale():
+    """A scale at which gradients overflow: weights stay, the next step has half of it."""
+    training = build_training(tiny(*PLAIN, "run.precision=float16"), torch.device("cpu"))
+    step, weight = Stepper(training), training.task.last_weight
+    training.loss_scale.value = 2.0**24
+    before, terms = weight.detach().clone(), {"left_out": 1.0}
+    for batch in clip_batches(40):
+        if "left_out" not in terms:
+            break
+        assert torch.equal(weight, before)
+        terms = step([batch])
+    assert 1 < training.step < 40 and training.loss_scale.value < 2.0**24
+    assert not torch.equal(weight, before) and terms["grad_norm"] > 0
+    assert training.samples == 2 * training.step
 
 
 @pytest.mark.parametrize("change", [recompute_activations, "compile"])

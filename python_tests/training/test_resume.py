@@ -43,7 +43,7 @@ def test_killed_and_resumed(tmp_path):
     assert steps == list(range(1, 7))
     # All loss terms were at work, and so were noise, moving averages and schedule.
     assert {"d_weight", "lecam_loss", "kl_loss", "perceptual_loss"} <= set(curve(out)[-3])
-    for file in ("model/model.safetensors", "checkpoints/step-00000006/state.safetensors"):
+    for file in ("model/model.safetensors", "checkpoints/step-00000006/part-0.safetensors"):
         ours, theirs = load_file(out / file), load_file(whole / file)
         assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     assert not list((out / "checkpoints").glob(".partial*"))

@@ -2,24 +2,30 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny_recipe import OVERRIDES, tiny
 
+from vtok_ext.training.checkpoint import read_numbers, read_shapes, verify_checkpoint
 from vtok_ext.training.loop import train
 from vtok_ext.training.run_log import read_log
 
 SCRIPT = Path(__file__).with_name("several_runs.py")
 # Batch norm sees a process's own clips, as published, so that a discriminator would make runs of
-# one and two processes differ; noise of KL latents is each process's own. At VidTok's learning rate
-# rounding does not grow into other codes within 20 steps.
+# one and two processes differ. At VidTok's learning rate rounding does not grow into other codes
+# within 20 steps.
 COMPARABLE = ["loss.discriminator=none", "optimizer.lr=1e-5", "run.steps=20",
               "run.checkpoint_every=20", "run.validate_every=20"]  # fmt: skip
 ADVERSARIAL = ["run.accumulate=2", "run.batch_size=1", "run.steps=4"]
+DIVIDED = ["run.accumulate=2", "run.batch_size=1", "run.steps=3", "run.checkpoint_every=1",
+           "run.validate_every=9", "model.overrides.num_res_blocks=1"]  # fmt: skip
 
 
 def free_ports(count):
@@ -75,8 +81,10 @@ def test_two_processes(tmp_path):
     The adversarial run has every loss term, accumulation, and checkpoints of two processes.
     """
     equal, whole, parts = (tmp_path / name for name in ("equal", "whole", "parts"))
+    noisy = tmp_path / "noisy"
     done = run_two(
         call(equal, "smoke_fsq", *COMPARABLE, "run.batch_size=2"),
+        call(noisy, "smoke_kl", *COMPARABLE, "run.batch_size=2", "run.steps=3"),
         call(whole, "smoke_kl", *ADVERSARIAL),
         call(parts, "smoke_kl", *ADVERSARIAL, "run.steps=2"),
         call(parts, "smoke_kl", *ADVERSARIAL),
@@ -86,6 +94,10 @@ def test_two_processes(tmp_path):
     expected = losses(tmp_path / "one")
     assert len(expected) == 20
     assert losses(equal) == pytest.approx(expected, rel=1e-6)
+    # The noise of a latent belongs to its clip.
+    one = tiny(*COMPARABLE, "run.batch_size=4", "run.steps=3")
+    train(one, tmp_path / "one noisy")
+    assert losses(noisy) == pytest.approx(losses(tmp_path / "one noisy"), rel=1e-6)
 
     assert len(losses(whole)) == 4 and losses(parts) == losses(whole)
     assert "4 steps, model in" in done[0][0] and done[1][0] == ""
@@ -93,3 +105,44 @@ def test_two_processes(tmp_path):
     warnings = []
     train(tiny(*ADVERSARIAL, "run.steps=4"), parts, resume="auto", warn=warnings.append)
     assert any("the checkpoint is of 2 processes and these are 1" in line for line in warnings)
+
+
+def test_divided_parameters(tmp_path):
+    """FSDP2 has the losses of DDP, adversarial step included; one process goes on with its state.
+
+    The last of its three steps is adversarial; the process that goes on after the first one has the
+    same samples in the second.
+    """
+    copied, divided = tmp_path / "ddp", tmp_path / "fsdp"
+    run_two(
+        call(copied, "smoke_kl", *DIVIDED),
+        call(divided, "smoke_kl", *DIVIDED, "run.parallel=fsdp"),
+    )
+    expected = losses(copied)
+    assert len(expected) == 3 and losses(divided) == pytest.approx(expected, rel=1e-5)
+    ours, theirs = (load_file(out / "model" / "model.safetensors") for out in (divided, copied))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-5)
+
+    alone = tmp_path / "alone"
+    shutil.copytree(divided / "checkpoints" / "step-00000001", alone / "checkpoints/step-00000001")
+    warnings = []
+    recipe = tiny(*DIVIDED, "run.accumulate=4", "run.steps=2")
+    result = train(recipe, alone, resume="auto", warn=warnings.append)
+    assert result.resumed_from == 1
+    assert losses(alone)[0] == pytest.approx(expected[1], rel=1e-5)
+    assert not any("a step had" in line for line in warnings)
+    # Its state is whole again: as many numbers as in a checkpoint of copies.
+    shapes = read_shapes(verify_checkpoint(divided / "checkpoints" / "step-00000003"))
+    assert shapes == read_shapes(verify_checkpoint(copied / "checkpoints" / "step-00000003"))
+
+
+def test_steps_of_another_size_go_on_in_the_row_of_samples(tmp_path):
+    recipe = ["run.batch_size=2", "run.checkpoint_every=1", "loss.discriminator=none"]
+    train(tiny(*recipe, "run.steps=1"), tmp_path)
+    warnings = []
+    changed = tiny(*recipe, "run.steps=2", "run.batch_size=1")
+    train(changed, tmp_path, resume="auto", warn=warnings.append)
+    assert any("a step had 2 samples and has 1 now" in line for line in warnings)
+    found = verify_checkpoint(tmp_path / "checkpoints" / "step-00000002")
+    assert read_numbers(found)["samples"] == 3

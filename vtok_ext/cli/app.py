@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from .failures import EXIT_INTERRUPTED, describe_failure, wants_traceback
+from .memory_plan import MemoryOptions
 
 app = typer.Typer(
     name="vtok",
@@ -53,6 +54,17 @@ StreamingOption = Annotated[
 ]
 AnyWeightsOption = Annotated[
     bool, typer.Option("--any-weights", help="Accept tokens that other weights made.")
+]
+TileOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Compute pictures in tiles of SIZE or HEIGHTxWIDTH, with the result of the whole one; "
+        "auto: as large as memory allows."
+    ),
+]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(help="Limit of the process such as 4GB; chooses chunk length and tile by it."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
@@ -95,6 +107,8 @@ def reconstruct(
     ] = None,
     ema: EmaOption = False,
     trust_checkpoint: TrustOption = False,
+    tile: TileOption = None,
+    memory: MemoryOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -110,6 +124,7 @@ def reconstruct(
         max_frames=max_frames,
         ema=ema,
         trust_checkpoint=trust_checkpoint,
+        memory=MemoryOptions(tile, memory),
         device=device,
         as_json=as_json,
     )
@@ -132,6 +147,8 @@ def encode(
             "the whole clip in memory."
         ),
     ] = "preserve",
+    tile: TileOption = None,
+    memory: MemoryOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -145,6 +162,7 @@ def encode(
         name=name,
         ema=ema,
         trust_checkpoint=trust_checkpoint,
+        memory=MemoryOptions(tile, memory),
         device=device,
         output=output,
         streaming=streaming,
@@ -162,6 +180,8 @@ def decode(
     ema: EmaOption = False,
     trust_checkpoint: TrustOption = False,
     any_weights: AnyWeightsOption = False,
+    tile: TileOption = None,
+    memory: MemoryOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -175,6 +195,7 @@ def decode(
         name=name,
         ema=ema,
         trust_checkpoint=trust_checkpoint,
+        memory=MemoryOptions(tile, memory),
         device=device,
         any_weights=any_weights,
         as_json=as_json,
@@ -203,6 +224,8 @@ def stream(
         float, typer.Option(help="Seconds between saved states with --resume.")
     ] = 60.0,
     any_weights: AnyWeightsOption = False,
+    tile: TileOption = None,
+    memory: MemoryOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -221,6 +244,7 @@ def stream(
         resume=resume,
         save_every_s=save_every,
         any_weights=any_weights,
+        memory=MemoryOptions(tile, memory),
         device=device,
         as_json=as_json,
     )
@@ -255,7 +279,14 @@ def convert(
 @app.command(name="eval")
 def evaluate(
     videos: Annotated[list[Path], typer.Argument(help="Videos, or folders of videos.")],
-    model: ModelOption,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder of a saved model, a released checkpoint, or a preset name."),
+    ] = None,
+    generated: Annotated[
+        list[Path] | None,
+        typer.Option(help="Instead of a model: generated videos, or a folder, to compare."),
+    ] = None,
     name: NameOption = None,
     ema: EmaOption = False,
     trust_checkpoint: TrustOption = False,
@@ -270,15 +301,40 @@ def evaluate(
         int | None, typer.Option(min=1, help="Frames of each video to look at.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of sampled latents (reference).")] = 42,
+    lpips: Annotated[bool, typer.Option("--lpips", help="LPIPS too.")] = False,
+    lpips_backbone: Annotated[
+        Path | None, typer.Option(help="VGG16 of torchvision [default: torch's cache].")
+    ] = None,
+    lpips_heads: Annotated[
+        Path | None, typer.Option(help="vgg.pth of LPIPS [default: torch's cache].")
+    ] = None,
+    fvd_weights: Annotated[
+        Path | None, typer.Option(help="i3d_pretrained_400.pt: FVD of clips of 16 frames too.")
+    ] = None,
+    kvd: Annotated[bool, typer.Option("--kvd", help="KVD of clips of 16 frames too.")] = False,
+    chunks: Annotated[
+        str, typer.Option(help="FVD, KVD: all clips of a video, or the first one.")
+    ] = "all",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a model on videos: PSNR, SSIM, use of the codebook, visibility of chunk borders."""
+    """Measure a model on videos, or generated videos against real ones.
+
+    PSNR, SSIM, use of the codebook, visibility of chunk borders, dynamics and detail of the videos;
+    on request LPIPS, FVD, KVD.
+    """
+    from .eval_measures import MeasureOptions
     from .evaluate import EvalOptions, run_eval
 
+    if (model is None) == (generated is None):
+        raise ValueError(
+            f"eval: one of --model and --generated must be given, got "
+            f"{'neither' if model is None else 'both'}"
+        )
+    measures = MeasureOptions(lpips, lpips_backbone, lpips_heads, fvd_weights, kvd, chunks)
     options = EvalOptions(
         videos=videos,
-        model=model,
+        model=model or "",
         name=name,
         ema=ema,
         trust_checkpoint=trust_checkpoint,
@@ -287,7 +343,13 @@ def evaluate(
         max_frames=max_frames,
         seed=seed,
         device=device,
+        measures=measures,
     )
+    if generated is not None:
+        from .evaluate_generated import run_eval_generated
+
+        run_eval_generated(options, generated, as_json=as_json)
+        return
     run_eval(options, as_json=as_json)
 
 
@@ -303,6 +365,14 @@ def train(
     resume: Annotated[
         str, typer.Option(help="auto continues the newest undamaged checkpoint; or never.")
     ] = "never",
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show parameters, memory and the first batch; no training."),
+    ] = False,
+    overfit: Annotated[
+        int | None,
+        typer.Option(help="Learn four clips by heart in so many steps, and check that it did."),
+    ] = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -316,6 +386,8 @@ def train(
         resume=resume,
         device=device,
         as_json=as_json,
+        dry=dry_run,
+        overfit=overfit,
     )
     if left is not None:
         raise Interrupted(left)
@@ -507,6 +579,153 @@ def grow_command(
     )
     if left is not None:
         raise Interrupted(left)
+
+
+@app.command()
+def ask(
+    model: Annotated[str, typer.Argument(help="Folder of a unified model (recipe of vtok_lm).")],
+    video: Annotated[Path, typer.Argument(help="Video file.")],
+    question: Annotated[str, typer.Argument(help="In words, in quotes.")],
+    max_frames: Annotated[int, typer.Option(min=1, help="Frames to look at.")] = 512,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames per second [default: that of the file].")
+    ] = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Answer a question about a video with a unified model (VTok)."""
+    from .unified import run_ask
+
+    run_ask(
+        model=model,
+        video=video,
+        question=question,
+        max_frames=max_frames,
+        fps=fps,
+        device=device,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        str,
+        typer.Argument(help="Folder of a generator or a unified model, or a released checkpoint."),
+    ],
+    text: Annotated[
+        str | None, typer.Argument(help="What the video shows, in quotes; unified models only.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder for the videos, or the video of a text [default: vtok-generated].",
+        ),
+    ] = None,
+    num_samples: Annotated[int, typer.Option("-n", help="How many videos.")] = 4,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Its tokenizer: folder or checkpoint [default: where it was trained]."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Video i depends on seed + i alone.")] = 0,
+    label: Annotated[
+        list[int] | None, typer.Option(help="Class, in turn if given several times.")
+    ] = None,
+    guidance: Annotated[float, typer.Option(help="Strength of the class; 1 is none.")] = 1.0,
+    sampler: Annotated[str | None, typer.Option(help="SiT: sde or ode [default: sde].")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="SiT: euler, heun; of ode also midpoint, rk4, dopri5."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="SiT: steps [default: 250 of sde, 50 of ode].")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="GPT: 1 unchanged, 0 likeliest.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="GPT: draw among the k likeliest.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="GPT: draw among the likeliest of this probability.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Videos at a time.")] = 4,
+    fps: Annotated[
+        float | None, typer.Option(min=0.1, help="Frames per second [default: known, or 25].")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Preset of a released checkpoint, such as sit_l_2.")
+    ] = None,
+    tokenizer_name: NameOption = None,
+    statistics: Annotated[
+        Path | None, typer.Option(help="Training log with the statistics of a released SiT.")
+    ] = None,
+    last: Annotated[
+        bool, typer.Option("--last", help="A checkpoint's last weights, not their averages.")
+    ] = False,
+    frames: Annotated[int, typer.Option(help="Of a text: length of the video.")] = 32,
+    height: Annotated[
+        int | None, typer.Option(min=1, help="Of a text [default: the model's].")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(min=1, help="Of a text [default: the model's].")
+    ] = None,
+    any_weights: AnyWeightsOption = False,
+    trust_checkpoint: TrustOption = False,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Make new videos with a generator (SiT or GPT), or of a text with a unified model (VTok)."""
+    if text is not None:
+        from .unified import TextVideoOptions, run_generate_text
+
+        run_generate_text(
+            TextVideoOptions(
+                model=model,
+                text=text,
+                out=Path("vtok-generated.mp4") if out is None else out,
+                num_frames=frames,
+                height=height,
+                width=width,
+                fps=8.0 if fps is None else fps,
+                temperature=1.0 if temperature is None else temperature,
+                num_steps=steps,
+                seed=seed,
+                device=device,
+            ),
+            as_json=as_json,
+        )
+        return
+    from .generate import GenerateOptions, run_generate
+
+    given = {
+        "sampler": sampler,
+        "method": method,
+        "num_steps": steps,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+    }
+    options = GenerateOptions(
+        model=model,
+        out=Path("vtok-generated") if out is None else out,
+        name=name,
+        last=last,
+        statistics=statistics,
+        tokenizer=tokenizer,
+        tokenizer_name=tokenizer_name,
+        trust_checkpoint=trust_checkpoint,
+        any_weights=any_weights,
+        num_samples=num_samples,
+        batch_size=batch_size,
+        seed=seed,
+        labels=tuple(label or ()),
+        guidance=guidance,
+        sampling=tuple((key, value) for key, value in given.items() if value is not None),
+        fps=fps,
+        device=device,
+    )
+    run_generate(options, as_json=as_json)
 
 
 @app.command()

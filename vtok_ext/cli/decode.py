@@ -11,6 +11,7 @@ from vtok_ext.data.video import VideoWriter
 
 from .console import Console, Progress
 from .freed_memory import keep_freed_memory
+from .memory_plan import NO_LIMIT, MemoryOptions, Prepared, peak_bytes, prepare
 from .model_source import load_model_for, resolve_device
 from .reconstruct import frames_per_chunk
 
@@ -26,6 +27,7 @@ def run_decode(
     device: str,
     any_weights: bool,
     as_json: bool,
+    memory: MemoryOptions = NO_LIMIT,
 ) -> None:
     """Returns None after writing the video; it appears complete or not at all."""
     from vtok_ext.models.encoding_stream import EncodingReader
@@ -42,9 +44,14 @@ def run_decode(
             )
             model.check_origin("decode", reader.model_id, any_weights)
             _check_kind(reader, model)
+            if reader.chunk_frames is not None and memory != NO_LIMIT:
+                raise ValueError("decode: --tile and --memory must not meet published chunks")
+            chunk_frames = frames_per_chunk(model, height, width)
+            size = (height, width, reader.num_frames)
+            prepared = prepare(model, "decode", *size, memory, chunk_frames, console)
             start, num_frames = time.monotonic(), 0
             with console.progress("decoding", reader.num_frames) as progress:
-                for frames in _decoded(reader, model, source):
+                for frames in _decoded(reader, prepared, source):
                     writer.write(frames[0].cpu())
                     num_frames += frames.shape[2]
                     _show(progress, num_frames, start)
@@ -56,6 +63,8 @@ def run_decode(
         "device": str(target),
         "frame_rule": reader.frame_rule,
         "frames": num_frames,
+        **prepared.facts,
+        "peak_bytes": peak_bytes(model),
         "height": height,
         "width": width,
         "seconds": round(time.monotonic() - start, 3),
@@ -73,10 +82,11 @@ def _check_kind(reader: Any, model: Any) -> None:
         model.tokenize(None)  # refuses, naming the models that can
 
 
-def _decoded(reader: Any, model: Any, source: Path) -> Iterator[Any]:
+def _decoded(reader: Any, prepared: Prepared, source: Path) -> Iterator[Any]:
     """Yields frames [1, 3, t, H, W] uint8, all in all those that the file stands for."""
     import torch
 
+    model = prepared.model
     device = next(model.parameters()).device
     if (
         reader.is_planes
@@ -87,7 +97,6 @@ def _decoded(reader: Any, model: Any, source: Path) -> Iterator[Any]:
             yield _decoded_whole(reader, model, source, device)
         return
     factor, total = model.temporal_factor, reader.num_frames
-    height, width = reader.size
     options: dict[str, Any] = {"size": reader.size, "output": "uint8"}
     skip = 0
     if reader.chunk_frames is None:
@@ -97,7 +106,7 @@ def _decoded(reader: Any, model: Any, source: Path) -> Iterator[Any]:
         options["streaming"] = "reference"
         skip = factor * reader.num_latents - (factor - 1) - total
     decoder = model.stream_decoder(**options)
-    per_push = max(1, frames_per_chunk(model, height, width) // factor)
+    per_push = max(1, prepared.chunk_frames // factor)
     for latent in reader.chunks(per_push):
         for frames in decoder.push(latent.to(device)):
             skip, kept = _after(skip, frames)

@@ -20,6 +20,7 @@ from vtok_ext.data.video import VideoInfo, VideoReader
 
 from .console import Console, Progress
 from .freed_memory import keep_freed_memory
+from .memory_plan import NO_LIMIT, MemoryOptions, Prepared, peak_bytes, prepare
 from .model_source import load_model_for, resolve_device
 from .reconstruct import frames_per_chunk
 
@@ -39,6 +40,7 @@ class EncodeOptions:
         frames: "preserve", or "reference" for the published frame rule on the whole clip.
         resume: continue what an interrupted call left, and leave it if interrupted.
         save_every_s: seconds between saved states.
+        memory: tile and limit of memory.
     """
 
     source: Path
@@ -53,6 +55,7 @@ class EncodeOptions:
     frames: str = "preserve"
     resume: bool = False
     save_every_s: float = 60.0
+    memory: MemoryOptions = NO_LIMIT
 
 
 def run_encode(options: EncodeOptions, *, as_json: bool) -> None:
@@ -76,11 +79,15 @@ def run_encode(options: EncodeOptions, *, as_json: bool) -> None:
             trust_checkpoint=options.trust_checkpoint,
         )
         kind = _kind(options, model)
+        info = reader.info
+        chunk_frames = frames_per_chunk(model, info.height, info.width)
+        size = (info.height, info.width, info.num_frames)
+        prepared = prepare(model, "encode", *size, options.memory, chunk_frames, console)
         start = time.monotonic()
         if options.frames == "reference" or not model.is_causal:
-            result = _encode_whole(options, model, kind, reader)
+            result = _encode_whole(options, prepared.model, kind, reader)
         else:
-            job = _Job(options, model, kind, reader.info, _identity(options.source))
+            job = _Job(options, prepared, kind, info, _identity(options.source))
             with console.progress("encoding", reader.info.num_frames) as progress:
                 result = job.run(reader, console, progress)
     seconds = time.monotonic() - start
@@ -95,6 +102,8 @@ def run_encode(options: EncodeOptions, *, as_json: bool) -> None:
         "streaming": options.streaming,
         "frame_rule": options.frames,
         **result,
+        **prepared.facts,
+        "peak_bytes": peak_bytes(model),
         "bytes": options.out.stat().st_size,
         "seconds": round(seconds, 3),
     }
@@ -118,6 +127,8 @@ def _check(options: EncodeOptions) -> None:
             "encode: --frames reference must come without --resume and --streaming reference: its "
             "rule needs the whole clip"
         )
+    if options.streaming == "reference" and options.memory != NO_LIMIT:
+        raise ValueError("encode: --streaming reference must come without --tile and --memory")
     if not options.save_every_s >= 0:
         raise ValueError(f"encode: --save-every must be at least 0, got {options.save_every_s}")
 
@@ -153,8 +164,8 @@ def _encode_whole(options: EncodeOptions, model: Any, kind: str, reader: VideoRe
         encoding.model_id, encoding.indices, encoding.moments = model.model_id, None, None
         encoding.save(options.out)
         is_grid = isinstance(encoding.latent, torch.Tensor)
-        shape = encoding.latent.shape if is_grid else model.token_grid(*video.shape[2:])
-    grid = list(shape[-3:])
+        shape = encoding.latent.shape if is_grid else (1, *model.token_grid(*video.shape[2:]))
+    grid = list(shape[1:][-3:])
     return {"frames": video.shape[2], "grid": grid, "resumed_at_frame": 0}
 
 
@@ -163,7 +174,7 @@ class _Job:
     """One streamed encoding, from its beginning or from a saved state."""
 
     options: EncodeOptions
-    model: Any
+    prepared: Prepared
     kind: str
     info: VideoInfo
     identity: str
@@ -180,8 +191,8 @@ class _Job:
             self.partial = out.with_name(f"{out.name}.partial")
         streaming = {} if self.options.streaming == "exact" else {"streaming": "reference"}
         output = "tokens" if self.kind == "tokens" else "latent"
+        self.model, self.chunk_frames = self.prepared.model, self.prepared.chunk_frames
         self.encoder = self.model.stream_encoder(output, **streaming)
-        self.chunk_frames = frames_per_chunk(self.model, self.info.height, self.info.width)
         num_bytes = self._continue(console) if self.options.resume else 0
         self.writer = EncodingWriter(self.partial, self.kind, num_bytes)
         try:

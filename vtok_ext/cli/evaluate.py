@@ -6,7 +6,8 @@
                causality), the last one completed by its last frame; mean over clips
 
 Quality is a mean over frames either way, so that grouping them by 16, as the published script does,
-changes memory only. Source of the second: scripts/inference_evaluate.py of microsoft/VidTok.
+changes memory only. Source of the second: scripts/inference_evaluate.py of microsoft/VidTok. LPIPS,
+FVD and KVD come on request, see `eval_measures`.
 """
 
 from __future__ import annotations
@@ -23,16 +24,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtok_ext.data.video import VideoReader
-from vtok_ext.metrics import CodebookCounter, psnr, ssim
+from vtok_ext.metrics import CodebookCounter, lpips, psnr, sobel_frequency, ssim, video_dynamics
 
 from .console import Console
+from .eval_measures import MeasureOptions, Shared, lines_of_sets
 from .freed_memory import keep_freed_memory
 from .model_source import load_model_for, resolve_device
 from .reconstruct import frames_per_chunk
 
 PROTOCOLS = ("default", "reference")
 CHUNK_FRAMES = 16
-_SSIM_WINDOW = 11
+_SSIM_WINDOW, _SOBEL_WINDOW, _LPIPS_SIZE = 11, 3, 16
+# Values of a video, and how many digits of them are reported.
+_DIGITS = {
+    "psnr": 3,
+    "ssim": 4,
+    "lpips": 4,
+    "boundary_jump": 4,
+    "dynamics": 6,
+    "frequency": 4,
+}
 _VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 
 
@@ -50,6 +61,7 @@ class EvalOptions:
     max_frames: int | None = None
     seed: int = 42
     device: str = "auto"
+    measures: MeasureOptions = MeasureOptions()
 
 
 def run_eval(options: EvalOptions, *, as_json: bool) -> None:
@@ -59,7 +71,7 @@ def run_eval(options: EvalOptions, *, as_json: bool) -> None:
         raise ValueError(
             f"eval: --protocol must be one of {', '.join(PROTOCOLS)}, got {options.protocol}"
         )
-    paths = _video_files(options.videos)
+    paths = video_files(options.videos)
     target = resolve_device(options.device)
     keep_freed_memory()
     model, is_random = load_model_for(
@@ -70,12 +82,13 @@ def run_eval(options: EvalOptions, *, as_json: bool) -> None:
         ema=options.ema,
         trust_checkpoint=options.trust_checkpoint,
     )
-    usage = CodebookCounter(model.codebook_size) if model.is_discrete else None
+    shared = Shared(model.codebook_size, options.measures, target)
     generator = torch.Generator().manual_seed(options.seed)
     start, rows, units = time.monotonic(), [], []
     with console.progress("evaluating", len(paths)) as progress:
         for path in paths:
-            scores = _evaluated(path, options, model, usage, generator)
+            scores = _evaluated(path, options, model, shared, generator)
+            shared.sets.end_video()
             if not scores:
                 console.warn(f"{path} is too short for this protocol and was left out")
             else:
@@ -93,7 +106,8 @@ def run_eval(options: EvalOptions, *, as_json: bool) -> None:
         **_protocol_facts(options, model),
         "size": options.size,
         **_mean(units),
-        "codebook_usage": _usage(usage),
+        "codebook_usage": _usage(shared.usage),
+        **shared.sets.result(),
         "videos": rows,
         "seconds": round(time.monotonic() - start, 3),
     }
@@ -115,7 +129,7 @@ def _protocol_facts(options: EvalOptions, model: Any) -> dict[str, Any]:
     return {"protocol": "reference", **facts, "averaged_over": "clips", "seed": options.seed}
 
 
-def _video_files(given: list[Path]) -> list[Path]:
+def video_files(given: list[Path]) -> list[Path]:
     """Returns the files, and those in the folders, in order."""
     found: list[Path] = []
     for path in given:
@@ -133,11 +147,16 @@ def _video_files(given: list[Path]) -> list[Path]:
 class _Scores:
     """Sums over the frames of one video or clip; frames may come in any portions."""
 
+    shared: Shared
     frames: int = 0
     psnr: float = 0.0
     ssim: float | None = 0.0
+    lpips: float | None = 0.0
+    frequency: float | None = 0.0
+    dynamics: float = 0.0
     changes: list[float] = field(default_factory=list)  # of the error, from frame to frame
     last: Tensor | None = None
+    last_source: Tensor | None = None
 
     def add(self, decoded: Tensor, source: Tensor) -> None:
         """Returns None after measuring decoded [1, 3, t, H, W] against uint8 [1, 3, t, H, W]."""
@@ -147,6 +166,7 @@ class _Scores:
                 f"eval: the model must give finite frames, got NaN or infinity after "
                 f"{self.frames} frames"
             )
+        self._add_content(decoded, source)
         self.frames += target.shape[2]
         self.psnr += psnr(decoded, target, per_frame=True).sum().item()
         if min(target.shape[3:]) < _SSIM_WINDOW:
@@ -157,6 +177,25 @@ class _Scores:
             if self.last is not None:
                 self.changes.append((error - self.last).abs().mean().item())
             self.last = error
+
+    def _add_content(self, decoded: Tensor, source: Tensor) -> None:
+        """Adds what is measured of the source alone, and what is measured on request."""
+        if min(source.shape[3:]) < _SOBEL_WINDOW:
+            self.frequency = None
+        elif self.frequency is not None:
+            self.frequency += sobel_frequency(source).item() * source.shape[2]
+        before = source if self.last_source is None else torch.cat([self.last_source, source], 2)
+        if before.shape[2] > 1:
+            self.dynamics += video_dynamics(before).item() * (before.shape[2] - 1)
+        self.last_source = source[:, :, -1:]
+        network = self.shared.lpips
+        if network is None or min(source.shape[3:]) < _LPIPS_SIZE:
+            self.lpips = None
+        elif self.lpips is not None:
+            target = source.float() / 127.5 - 1
+            self.lpips += lpips(decoded, target, network=network, per_frame=True).sum().item()
+        self.shared.sets.add("generated", decoded)
+        self.shared.sets.add("real", source)
 
     def result(self) -> dict[str, Any]:
         """Returns means over frames; the jump at the borders of chunks of 16 behind the first."""
@@ -169,7 +208,10 @@ class _Scores:
             "frames": self.frames,
             "psnr": self.psnr / self.frames,
             "ssim": None if self.ssim is None else self.ssim / self.frames,
+            "lpips": None if self.lpips is None else self.lpips / self.frames,
             "boundary_jump": jump,
+            "dynamics": self.dynamics / (self.frames - 1) if self.frames > 1 else None,
+            "frequency": None if self.frequency is None else self.frequency / self.frames,
         }
 
 
@@ -177,7 +219,7 @@ def _mean(scores: list[_Scores]) -> dict[str, Any]:
     """Returns the mean of each value over those that have one, and all frames."""
     results = [score.result() for score in scores]
     means: dict[str, Any] = {"frames": sum(result["frames"] for result in results)}
-    for name, digits in (("psnr", 3), ("ssim", 4), ("boundary_jump", 4)):
+    for name, digits in _DIGITS.items():
         values = [result[name] for result in results if result[name] is not None]
         means[name] = round(sum(values) / len(values), digits) if values else None
     return means
@@ -185,15 +227,15 @@ def _mean(scores: list[_Scores]) -> dict[str, Any]:
 
 @torch.no_grad()
 def _evaluated(
-    path: Path, options: EvalOptions, model: Any, usage: Any, generator: torch.Generator
+    path: Path, options: EvalOptions, model: Any, shared: Shared, generator: torch.Generator
 ) -> list[_Scores]:
     """Returns the scores of a video: one, or in the reference protocol one per clip."""
     with VideoReader(path) as reader:
         if options.protocol == "default" and model.is_causal:
-            return [_streamed(reader, options, model, usage)]
-        video = torch.cat(list(_frames(reader, options, 64)), dim=2)
+            return [_streamed(reader, options, model, shared)]
+        video = torch.cat(list(frames_of(reader, options, 64)), dim=2)
     if options.protocol == "default":
-        return [_scores_of(model.encode(video.to(_device(model))), video, model, usage)]
+        return [_scores_of(model.encode(video.to(_device(model))), video, model, shared)]
     s = model.spatial_factor
     if s is None:
         raise ValueError(f"eval: --protocol reference must be given a VidTok, got {model.name}")
@@ -201,7 +243,7 @@ def _evaluated(
     if min(video.shape[3:]) < s:
         raise ValueError(f"eval: {path} must be at least {s}x{s}, got {list(video.shape[3:])}")
     if _is_chunked(model):
-        return _published(video, model, usage, generator)
+        return _published(video, model, shared, generator)
     scores = []
     for clip in video.split(_clip_frames(model), dim=2):
         missing = _clip_frames(model) - clip.shape[2]
@@ -209,13 +251,13 @@ def _evaluated(
         encoding = model.encode(
             clip.to(_device(model)), frames="reference", sample=True, generator=generator
         )
-        scores.append(_scores_of(encoding, clip, model, usage))
+        scores.append(_scores_of(encoding, clip, model, shared))
     return scores
 
 
-def _streamed(reader: VideoReader, options: EvalOptions, model: Any, usage: Any) -> _Scores:
+def _streamed(reader: VideoReader, options: EvalOptions, model: Any, shared: Shared) -> _Scores:
     """Returns the scores of an exact stream; holds only frames that wait to be decoded."""
-    scores, waiting, device = _Scores(), None, _device(model)
+    scores, waiting, device = _Scores(shared), None, _device(model)
     encoder = model.stream_encoder("tokens" if model.is_discrete else "latent")
     size = _size_of(reader, options)
     decoder = model.stream_decoder(size=size)
@@ -224,8 +266,7 @@ def _streamed(reader: VideoReader, options: EvalOptions, model: Any, usage: Any)
         nonlocal waiting
         decoded = []
         for latent in latents:
-            if usage is not None:
-                usage.update(latent)
+            shared.count(latent if model.is_discrete else None)
             decoded += decoder.push(latent)
         if end:
             decoded += decoder.flush(num_frames=encoder.num_frames)
@@ -234,14 +275,16 @@ def _streamed(reader: VideoReader, options: EvalOptions, model: Any, usage: Any)
             scores.add(frames, waiting[:, :, :count])  # type: ignore[index]
             waiting = waiting[:, :, count:]  # type: ignore[index]
 
-    for frames in _frames(reader, options, frames_per_chunk(model, *size)):
+    for frames in frames_of(reader, options, frames_per_chunk(model, *size)):
         waiting = frames if waiting is None else torch.cat([waiting, frames], dim=2)
         compare(encoder.push(frames.to(device)), end=False)
     compare(encoder.flush(), end=True)
     return scores
 
 
-def _published(video: Tensor, model: Any, usage: Any, generator: torch.Generator) -> list[_Scores]:
+def _published(
+    video: Tensor, model: Any, shared: Shared, generator: torch.Generator
+) -> list[_Scores]:
     """Returns the scores of a video in the published chunks of 1.1; none if it is too short."""
     from vtok_ext.models.vidtok_published import decode_published, encode_published
 
@@ -249,17 +292,15 @@ def _published(video: Tensor, model: Any, usage: Any, generator: torch.Generator
         return []
     video = video[:, :, : 1 + (video.shape[2] - 1) // CHUNK_FRAMES * CHUNK_FRAMES]
     encoding = encode_published(model, video.to(_device(model)), sample=True, generator=generator)
-    if usage is not None:
-        usage.update(encoding.indices)
-    scores = _Scores()
+    shared.count(encoding.indices)
+    scores = _Scores(shared)
     scores.add(decode_published(model, encoding), video)
     return [scores]
 
 
-def _scores_of(encoding: Any, source: Tensor, model: Any, usage: Any) -> _Scores:
-    if usage is not None:
-        usage.update(encoding.indices)
-    scores = _Scores()
+def _scores_of(encoding: Any, source: Tensor, model: Any, shared: Shared) -> _Scores:
+    shared.count(encoding.indices)
+    scores = _Scores(shared)
     decoded = model.decode(encoding)
     # The published rule loses frames of lengths that it does not fit.
     scores.add(decoded, source[:, :, : decoded.shape[2]])
@@ -284,7 +325,7 @@ def _size_of(reader: VideoReader, options: EvalOptions) -> tuple[int, int]:
     return options.size, options.size
 
 
-def _frames(reader: VideoReader, options: EvalOptions, count: int) -> Iterator[Tensor]:
+def frames_of(reader: VideoReader, options: EvalOptions, count: int) -> Iterator[Tensor]:
     """Yields frames [1, 3, t, H, W] uint8, resized and cropped if asked for."""
     left = math.inf if options.max_frames is None else options.max_frames
     for chunk in reader.chunks(count):
@@ -324,13 +365,15 @@ def _lines(report: dict[str, Any]) -> list[str]:
     def line(title: str, row: dict[str, Any]) -> str:
         ssim_text = "n/a" if row["ssim"] is None else f"{row['ssim']:.4f}"
         jump = "n/a" if row["boundary_jump"] is None else f"{row['boundary_jump']:.3f}"
+        perceptual = "" if row["lpips"] is None else f"LPIPS {row['lpips']:.4f}, "
         return (
-            f"{title}: PSNR {row['psnr']:.2f} dB, SSIM {ssim_text}, boundary jump {jump}, "
-            f"{row['frames']} frames"
+            f"{title}: PSNR {row['psnr']:.2f} dB, SSIM {ssim_text}, {perceptual}"
+            f"boundary jump {jump}, {row['frames']} frames"
         )
 
     lines = [line(row["video"], row) for row in report["videos"]]
     lines.append(line(f"mean over {report['averaged_over']}", report))
+    lines += lines_of_sets({name: report[name] for name in ("fvd", "kvd") if name in report})
     if report["codebook_usage"] is not None:
         usage = report["codebook_usage"]
         lines.append(

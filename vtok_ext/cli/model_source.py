@@ -68,9 +68,9 @@ def load_model_for(
         torch.manual_seed(0)
         model = vt.create_model(source)
     else:
-        model = None if name is not None or ema else _diffusers_model(source, console)
+        found = None if name is not None or ema else _diffusers_model(source, console)
         options = {"ema": ema, "trust_checkpoint": trust_checkpoint}
-        model = model or vt.load_model(source, name=name, **options)
+        model = found or vt.load_model(source, name=name, **options)
     return model.eval().to(device), is_random
 
 

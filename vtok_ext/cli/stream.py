@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .memory_plan import NO_LIMIT, MemoryOptions
+
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")
 
 
@@ -49,6 +51,7 @@ def run_stream(
     any_weights: bool,
     device: str,
     as_json: bool,
+    memory: MemoryOptions = NO_LIMIT,
 ) -> None:
     """Returns None after doing what the two files call for."""
     direction = direction_of(source, out)
@@ -67,6 +70,7 @@ def run_stream(
             streaming=streaming,
             resume=resume,
             save_every_s=save_every_s,
+            memory=memory,
         )
         run_encode(options, as_json=as_json)
         return
@@ -88,6 +92,7 @@ def run_stream(
             device=device,
             any_weights=any_weights,
             as_json=as_json,
+            memory=memory,
         )
         return
     from .reconstruct import run_reconstruct
@@ -103,4 +108,5 @@ def run_stream(
         as_json=as_json,
         ema=ema,
         trust_checkpoint=trust_checkpoint,
+        memory=memory,
     )

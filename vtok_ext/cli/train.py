@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
-from vtok_ext.training.distributed import process_group, rank
+from vtok_ext.training.distributed import process_group, rank, world_size
 from vtok_ext.training.loop import TrainProgress, TrainResult, train
-from vtok_ext.training.recipe_file import load_recipe
+from vtok_ext.training.recipe_file import load_stages
+from vtok_ext.training.stages import stage_recipes
 
 from .console import Console
 from .model_source import resolve_device
+from .train_checks import run_dry, run_overfit
 
 
 def run_train(
@@ -25,16 +27,24 @@ def run_train(
     resume: str,
     device: str,
     as_json: bool,
+    dry: bool = False,
+    overfit: int | None = None,
 ) -> str | None:
     """Returns None after training, or where the state is if a signal ended it early."""
-    settings = load_recipe(recipe, overrides)
+    stages = stage_recipes(load_stages(recipe, overrides), out)
     start = time.monotonic()
     with process_group(resolve_device(device)) as place:
         leads = rank() == 0
         console = Console(as_json or not leads)
-        result = train_visibly(settings, out, place, resume, console)
-    if result.stopped_by is not None:
-        return where_to_go_on(result)
+        if dry or overfit is not None:
+            _check(load_stages(recipe, overrides), out, place, console, dry, overfit)
+            return None
+        for number, (settings, folder) in enumerate(stages, 1):
+            if len(stages) > 1:
+                console.say(f"stage {number} of {len(stages)}, in {folder}")
+            result = train_visibly(settings, folder, place, resume, console)
+            if result.stopped_by is not None:
+                return where_to_go_on(result)
     if leads:
         values = {
             **{k: str(v) if isinstance(v, Path) else v for k, v in vars(result).items()},
@@ -44,6 +54,35 @@ def run_train(
         lines = [f"{result.step} steps, model in {result.model}"]
         console.result(values, lines + ([f"held-out clips: {quality}"] if quality else []))
     return None
+
+
+def _check(
+    recipes: list[Any],
+    out: Path,
+    place: torch.device,
+    console: Console,
+    dry: bool,
+    overfit: int | None,
+) -> None:
+    """Makes a dry run of every stage, or overfits four clips with the model of the first."""
+    if world_size() > 1:
+        raise ValueError(
+            f"train: --dry-run and --overfit must run in one process, got {world_size()}"
+        )
+    if dry:
+        values = []
+        for number, recipe in enumerate(recipes, 1):
+            if len(recipes) > 1:
+                console.say(f"stage {number} of {len(recipes)}")
+            name = "dry-run.png" if len(recipes) == 1 else f"dry-run-{number}.png"
+            values.append(run_dry(recipe, out / name, place, console))
+        console.result(values if len(values) > 1 else values[0], [])
+        return
+    assert overfit is not None  # one of the two is asked for
+    facts, lines, passed = run_overfit(recipes[0], overfit, out, place, console)
+    console.result(facts, lines)
+    if not passed:
+        raise SystemExit(1)
 
 
 def train_visibly(

@@ -104,8 +104,6 @@ def unpatch(vae: Any) -> Any:
         original = originals.get(type(layer))
         if original is not None:
             layer.__class__ = original
-            for attribute in getattr(module, "ATTRIBUTES", ()):
-                layer.__dict__.pop(attribute, None)
     return vae
 
 

@@ -17,8 +17,8 @@ import dataclasses
 import json
 import os
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class DiffusersTokenizer(GridTokenizer):
     """Base of the wrapped autoencoders, whose latent is continuous; the model itself is `vae`."""
 
     config_class = DiffusersVaeConfig
-    presets: dict[str, Any] = {}
+    presets: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, vae: Any, name: str | None = None) -> None:
         super().__init__(DiffusersVaeConfig.of(vae), name or type(vae).__name__)
@@ -104,7 +104,7 @@ class DiffusersTokenizer(GridTokenizer):
         raw: Tensor,
         *,
         sample: bool = False,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         step: int = 0,
         compute_loss: bool = False,
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
@@ -143,9 +143,9 @@ class WanTokenizer(DiffusersTokenizer):
         factor = 2 ** sum(map(bool, vae.config.temperal_downsample))
         if factor != WanTokenizer._FRAMES:
             raise ValueError(
-                f"wrap_diffusers: temperal_downsample must halve the frame rate twice, got "
-                f"{vae.config.temperal_downsample}: diffusers encodes {WanTokenizer._FRAMES} frames "
-                "at a time whatever it says"
+                "wrap_diffusers: temperal_downsample must halve the frame rate twice, got "
+                f"{vae.config.temperal_downsample}: diffusers encodes {WanTokenizer._FRAMES} "
+                "frames at a time whatever it says"
             )
 
     @staticmethod
@@ -295,7 +295,7 @@ class CogVideoXTokenizer(DiffusersTokenizer):
         return torch.cat(parts[1:] if len(parts) > 1 else parts, dim=2), cache
 
     def decode_rest(self, state: State) -> Tensor | None:
-        """Returns the frames of a clip of one latent; raises ValueError for other unfilled units."""
+        """Returns the frames of a clip of one latent; ValueError for other unfilled units."""
         if _WAITING not in state:
             return None
         return self.decode_chunk(state[_WAITING][:, :, :0], state)

@@ -38,9 +38,7 @@ from vtok_ext.ops.temporal_resample import (
     temporal_upsample_blend,
 )
 
-# Set on the layers by a pass without tiling; unpatching removes it.
-KEEPS = "keeps_cache"
-ATTRIBUTES = (KEEPS,)
+KEEPS = "keeps_cache"  # on layers during `encode` and `decode`: whether a later chunk follows
 
 
 def _keep(
@@ -461,12 +459,15 @@ class AutoencoderVidTok(vidtok.AutoencoderVidTok):
         return self._with_caches(self.decoder, super()._decode, z, decode_from_indices)
 
     def _with_caches(self, network: nn.Module, function: Any, *arguments: Any) -> Tensor:
-        for module in network.modules():
-            if hasattr(module, "causal_cache"):
-                setattr(module, KEEPS, self.use_tiling)
-        result = function(*arguments)
-        self._empty_causal_cached(network)
-        return result
+        layers: list[Any] = [m for m in network.modules() if hasattr(m, "causal_cache")]
+        for layer in layers:
+            setattr(layer, KEEPS, self.use_tiling)
+        try:
+            return function(*arguments)
+        finally:
+            for layer in layers:  # whoever calls a network by itself gets caches as from diffusers
+                delattr(layer, KEEPS)
+                layer.causal_cache = None
 
 
 REPLACEMENTS: dict[type, type] = {

@@ -1,4 +1,4 @@
-"""Layers of one item without gradients on a CPU: in place, in chunks of frames, in memory of its own.
+"""Layers of one item without gradients on a CPU: in place, in chunks of frames, in own memory.
 
     x += conv2(norm_act(conv1(norm_act(x))))    x, both norms and conv1 in buffers that are reused
 
@@ -51,6 +51,8 @@ _KNOWN = {
     *(ResidualBlock1d, ResidualBlock2d, ResidualBlock3d),
     *(SpatialDownsample, SpatialUpsample, TemporalDownsample, TemporalUpsample),
 }
+# What a pass may run on; a rehearsal of its memory adds tensors without memory.
+TENSORS: set[type] = {Tensor}
 # Bytes of the largest activation of a chunk; see Note [Passes in place]. Measured at 17x128x128.
 CHUNK_BYTES = 32 << 20
 
@@ -64,7 +66,7 @@ def runs_in_place(network: nn.Module, x: Tensor, containers: Collection[type]) -
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    if type(x) is not Tensor or x.device.type != "cpu" or x.numel() == 0:
+    if type(x) not in TENSORS or x.device.type != "cpu" or x.numel() == 0:
         return False
     first = next(network.parameters())
     dtype = autocast_dtype("cpu") or x.dtype
@@ -121,10 +123,27 @@ class FramePass:
 
     def __init__(self, dtype: torch.dtype, previous: State | None) -> None:
         self.pool = Pool(dtype)
-        self.dtype, self.previous = dtype, previous or {}
-        self.following: dict[str, Tensor] = {}
+        self.dtype, self.previous = dtype, previous
+        self.following: dict[str, Tensor] = {}  # maybe views of buffers
         self._held: dict[str, Tensor] = {}  # buffers whose last frames the next chunk reads
         self._weights: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    def before(self, name: str, x: Tensor, fewest: int, most: int) -> Tensor | None:
+        """Returns the `fewest` to `most` frames that the state called `name` has, None at the start
+        of a stream; ValueError where they do not fit in front of `x` [1, C, T, H, W]."""
+        if self.previous is None:
+            return None
+        if name not in self.previous:
+            names = sorted(self.previous)[:4]
+            raise ValueError(f"streaming state: must have an entry {name!r}, got {names}")
+        frames = self.previous[name]
+        expected = [*x.shape[:2], frames.shape[2], *x.shape[3:]]
+        if list(frames.shape) != expected or not fewest <= frames.shape[2] <= most:
+            expected[2] = most
+            raise ValueError(
+                f"streaming state: {name} must be {expected}, got {list(frames.shape)}"
+            )
+        return frames
 
     def num_frames(self, channels: int, height: int, width: int) -> int:
         """Returns how many frames a chunk should have."""
@@ -136,11 +155,12 @@ class FramePass:
         conv = conv.conv if isinstance(conv, CausalConv1d | CausalConv3d) else conv
         if id(conv) not in self._weights:
             weight: Tensor = conv.weight  # type: ignore[assignment]
+            bias: Tensor | None = conv.bias  # type: ignore[assignment]
             if weight.dim() == 3:
                 weight = weight[..., None, None]
             elif weight.dim() == 4:
                 weight = weight.unsqueeze(2)
-            bias = None if conv.bias is None else conv.bias.to(self.dtype)  # type: ignore[operator]
+            bias = None if bias is None else bias.to(self.dtype)
             self._weights[id(conv)] = (weight.to(self.dtype), bias)
         return self._weights[id(conv)]
 
@@ -173,7 +193,10 @@ class FramePass:
         """
         channels, frames, height, width = x.shape[1:]
         front, held = conv.geometry.front, self._held.get(name)
-        state = self.previous.get(name) if held is None else held[:, :, held.shape[2] - front :]
+        if held is None:
+            state = self.before(name, x, front, front)
+        else:
+            state = held[:, :, held.shape[2] - front :]
         buffer = self.pool.empty(channels, front + frames, height, width)
         self._norm_into(buffer, x, norm, front, conv.temporal == "replicate", state)
         if held is not None:
@@ -219,10 +242,10 @@ class FramePass:
         projected = [self.pool.zeros(*x.shape[1:]) for _ in range(3)]
         for y, conv in zip(projected, (block.q, block.k, block.v), strict=True):
             self.add_conv(y, h, conv)
-        tokens = [
+        q, k, v = (
             y.permute(0, 2, 3, 4, 1).view(frames, 1, height * width, channels) for y in projected
-        ]
-        mixed = F.scaled_dot_product_attention(*tokens)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v)
         mixed = mixed.view(1, frames, height, width, channels).permute(0, 4, 1, 2, 3)
         self.add_conv(x, mixed, block.proj_out)
         self.pool.give(h, *projected)
@@ -245,6 +268,15 @@ class FramePass:
             weight, bias = self.weights(layer.conv)
             self._weights[key] = (transposed_weight(weight), bias)
         return upsampled_conv3d(x, *self._weights[key])
+
+    def release(self, prefix: str, keep_state: bool) -> None:
+        """Takes back the buffers of layers that have seen their last chunk of the pass."""
+        for name in [name for name in self._held if name.startswith(prefix)]:
+            if keep_state:
+                self.following[name] = owned(self.following[name])
+            else:
+                del self.following[name]
+            self.pool.give(self._held.pop(name))
 
     def state(self) -> dict[str, Tensor]:
         """Returns the state after this chunk: copies that keep no buffer alive."""

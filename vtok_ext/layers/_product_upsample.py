@@ -34,27 +34,36 @@ class ProductUpsample:
     def __init__(self, run: FramePass, name: str, layer: TemporalUpsample) -> None:
         self.run, self.name = run, name
         self.linear = layer.interpolation == "linear"
-        self.replicate = layer.conv.temporal == "replicate"  # type: ignore[union-attr]
+        self.replicate = layer.conv.temporal == "replicate"
         weight, self.bias = run.weights(layer.conv)
         self.taps = [weight[:, :, k : k + 1].contiguous() for k in range(3)]
         self.alpha = float(torch.sigmoid(layer.mix_factor.double()))
-        self.started = f"{name}.conv" in run.previous
-        self.last: Tensor | None = run.previous.get(f"{name}.last")  # x[i - 1] to interpolate from
+        self.started = run.previous is not None
+        self.last: Tensor | None = None  # x[i - 1] to interpolate from
         self.last_products: list[Tensor] = []
         self.recent: list[Tensor] = []  # the last two frames of y
         # P_0(y[t-2]), P_0(y[t-1]) and P_1(y[t-1]) of the next t; None are zeros.
         self.waiting: list[Tensor | None] = [None, None, None]
-        if self.started:
-            self._resume(run.previous[f"{name}.conv"])
+        self.is_resumed = not self.started
 
-    def _resume(self, frames: Tensor) -> None:
-        frames = frames.to(self.run.dtype).contiguous(memory_format=torch.channels_last_3d)
+    def _resume(self, x: Tensor) -> None:
+        """Goes on where the state of the pass ends, in front of `x`."""
+        self.is_resumed = True
+        frames = self._before("conv", x, 2)
         first, second = frames[:, :, :1], frames[:, :, 1:]
         self.recent = [first, second]
         self.waiting = [self._product(0, first), self._product(0, second), self._product(1, second)]
-        if self.last is not None:
-            self.last = self.last.to(self.run.dtype)
+        if not self.linear:  # both are the same frame
+            self.run.pool.give(self.waiting[0])  # type: ignore[arg-type]
+            self.waiting[0] = self.waiting[1]
+        elif f"{self.name}.last" in (self.run.previous or {}):
+            self.last = self._before("last", x, 1)
             self.last_products = self._products(self.last)
+
+    def _before(self, name: str, x: Tensor, count: int) -> Tensor:
+        frames = self.run.before(f"{self.name}.{name}", x, count, count)
+        assert frames is not None  # a resumed stream has a state
+        return frames.to(self.run.dtype).contiguous(memory_format=torch.channels_last_3d)
 
     def _product(self, tap: int, x: Tensor) -> Tensor:
         """P_tap of one frame; the bias comes with the last tap."""
@@ -71,15 +80,11 @@ class ProductUpsample:
 
         `x` belongs to the layer from here on.
         """
-        products = self._products(x)
-        pool = self.run.pool
+        if not self.is_resumed:
+            self._resume(x)
+        products, pool = self._products(x), self.run.pool
         if not self.linear:
-            out = pool.empty(x.shape[1], 2, *x.shape[3:])
-            for t in (0, 1):
-                self._emit(out[:, :, t : t + 1], x, products, x, products, 1.0)
-            self._replace(None, [])
-            pool.give(*products)
-            return out
+            return self._repeat(x, products)
         before, before_products = self.last, self.last_products
         if before is None:  # a segment begins; the first one has this one frame
             out = pool.empty(x.shape[1], 1, *x.shape[3:])
@@ -93,6 +98,24 @@ class ProductUpsample:
         for t, share in ((0, 0.25), (1, 0.75)):
             self._emit(out[:, :, t : t + 1], before, before_products, x, products, share)
         self._replace(x, products)
+        return out
+
+    def _repeat(self, x: Tensor, products: list[Tensor]) -> Tensor:
+        """Returns both frames that y = x gives; the products need no interpolation."""
+        pool, (older, _, other) = self.run.pool, self.waiting
+        if not self.started and self.replicate:
+            older, other = products[0], products[1]
+        out = pool.empty(x.shape[1], 2, *x.shape[3:])
+        for y, terms in ((out[:, :, :1], (older, other)), (out[:, :, 1:], (older, products[1]))):
+            torch.lerp(products[2], x, self.alpha, out=y)
+            for term in terms:
+                if term is not None:
+                    y.add_(term, alpha=1 - self.alpha)
+        if self.started:
+            pool.give(*self.waiting[1:])  # type: ignore[arg-type]
+        pool.give(products[2])
+        self.waiting, self.recent = [products[0], products[0], products[1]], [x, x]
+        self.started = True
         return out
 
     def finish(self) -> Tensor | None:

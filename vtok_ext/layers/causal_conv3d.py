@@ -134,6 +134,7 @@ class _CausalConv(nn.Module):
     """
 
     conv: VolumeConv3d | PixelConv1d
+    out_channels: int
 
     def _set_options(
         self,
@@ -191,7 +192,7 @@ class _CausalConv(nn.Module):
                 upsample="space" if g.repeat_space > 1 else None,
             )
         if self.num_outputs(padded.shape[2]) == 0:
-            weight_shape = [self.conv.out_channels, 0, *self.kernel]
+            weight_shape = [self.out_channels, 0, *self.kernel]  # an adapter may not say
             return padded.new_empty(g.output_shape(padded.shape, weight_shape, 0))
         frames = repeat_nearest(padded, 1, g.repeat_space)
         if not isinstance(self.spatial_padding, str):  # else the child pads
@@ -286,6 +287,7 @@ class CausalConv3d(_CausalConv):
                 f"causal_conv3d: stride in time must be in 1..{g.reach(kernel)[0]}, "
                 f"got {g.stride_t}"
             )
+        self.out_channels = out_channels
         self.conv = VolumeConv3d(
             in_channels,
             out_channels,
@@ -311,6 +313,7 @@ class CausalConv1d(_CausalConv):
         super().__init__()
         check_temporal("causal_conv1d", temporal)
         self._set_options((kernel_size, 1, 1), temporal=temporal)
+        self.out_channels = out_channels
         self.conv = PixelConv1d(in_channels, out_channels, kernel_size)
 
 

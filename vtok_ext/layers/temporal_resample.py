@@ -212,9 +212,10 @@ class TemporalUpsample(nn.Module):
     def _behind_first(self, x: Tensor, return_state: bool):
         """Returns a clip whose first frame is copied, not interpolated; see `forward`."""
         conv, rest = self.conv, x[:, :, 1:]
-        options = {"interpolation": "linear", "final": not return_state}
         front = x[:, :, :1].expand(-1, -1, 3, -1, -1)  # two frames of context and the first itself
-        padded = temporal_upsample(rest, front=front, **options)
+        padded = temporal_upsample(
+            rest, interpolation="linear", final=not return_state, front=front
+        )
         if type(conv) is CausalConv3d and not has_hooks(conv):
             y, carry = conv.convolve(padded), conv.carry(padded) if return_state else None
         else:

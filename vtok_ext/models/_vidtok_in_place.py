@@ -71,7 +71,7 @@ def _middle(run: FramePass, middle: Middle, x: Tensor) -> None:
 def _conv_in(run: FramePass, network: Encoder | Decoder, x: Tensor) -> Tensor:
     """Returns `x` behind the front frames of the first convolution."""
     conv: Any = network.conv_in
-    padded = conv.pad(x, run.previous.get("conv_in"))
+    padded = conv.pad(x, run.before("conv_in", x, 2, 2))
     run.following["conv_in"] = padded[:, :, padded.shape[2] - 2 :]
     return padded.contiguous(memory_format=_LAYOUT)
 
@@ -106,10 +106,11 @@ class EncoderPass:
     Args:
         encoder: the network.
         first_alone: whether the first frame of a clip stands for its copies, see `Encoder`.
+        keep_state: whether a state is wanted.
     """
 
-    def __init__(self, encoder: Encoder, first_alone: bool) -> None:
-        self.encoder, self.first_alone = encoder, first_alone
+    def __init__(self, encoder: Encoder, first_alone: bool, keep_state: bool) -> None:
+        self.encoder, self.first_alone, self.keep_state = encoder, first_alone, keep_state
 
     def __call__(self, run: FramePass, x: Tensor) -> Tensor:
         """Returns the raw latent of x [1, C, T, H, W]."""
@@ -121,9 +122,11 @@ class EncoderPass:
             run.add_conv(y, padded[:, :, start : stop + 2], encoder.conv_in)
             return y
 
-        source, shape = begin, tuple(x.shape[2:])
+        source: Callable[[int, int], Tensor] = begin
+        shape = tuple(x.shape[2:])
         for level in range(len(encoder.down)):
             x = self._level(run, level, source, shape)
+            run.release(f"down_temporal.{level}.block.", self.keep_state)
             source, shape = _slices(x), tuple(x.shape[2:])
         _middle(run, encoder.mid, x)
         weight, _ = run.weights(encoder.conv_out)
@@ -144,19 +147,16 @@ class EncoderPass:
         width = space.block[0].conv1.out_channels
         name = f"down_temporal.{level}.downsample"
         num_frames, height, width_px = shape
-        front = 0
-        if time.downsample is not None:
-            front = self._front(run, name)
+        front = 0 if time.downsample is None else self._front(run, name)
         halved = (height // 2, width_px // 2) if space.downsample is not None else shape[1:]
         chunk = run.num_frames(width, height, width_px)
-        whole = space.downsample is None and chunk >= num_frames
-        out = None if whole else run.pool.empty(width, front + num_frames, *halved)
+        if space.downsample is None and chunk >= num_frames:
+            return _blocks(run, f"down_temporal.{level}", space, time, source(0, num_frames))
+        out = run.pool.empty(width, front + num_frames, *halved)
         for start in range(0, num_frames, chunk):
             stop = min(start + chunk, num_frames)
             x = source(start, stop)
             y = _blocks(run, f"down_temporal.{level}", space, time, x)
-            if out is None:
-                return y
             target = out[:, :, front + start : front + stop]
             if space.downsample is None:
                 target.copy_(y)
@@ -172,15 +172,16 @@ class EncoderPass:
 
     def _front(self, run: FramePass, name: str) -> int:
         """Returns how many frames precede the input of a temporal halving."""
-        if name in run.previous:
+        if run.previous is not None and name in run.previous:
             return run.previous[name].shape[2]
         return 2 if self.first_alone else 1
 
     @staticmethod
     def _halve_time(run: FramePass, name: str, layer: Any, padded: Tensor, front: int) -> Tensor:
         """Returns half as many frames; writes the front frames of `padded`."""
-        if name in run.previous:
-            padded[:, :, :front] = run.previous[name]
+        before = run.before(name, padded, 1, 2)
+        if before is not None:
+            padded[:, :, :front] = before
         elif layer.conv.temporal == "replicate":
             padded[:, :, :front] = padded[:, :, front : front + 1]
         else:

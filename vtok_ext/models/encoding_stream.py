@@ -138,8 +138,9 @@ class EncodingReader:
 
     Attributes:
         kind: "tokens" or "encoding".
-        is_planes: whether the latent is a dict of planes, which has no portions.
-        num_latents: t; 0 for planes.
+        is_planes: whether there are no portions: a dict of planes, or a sequence [1, L] or
+            [1, L, D].
+        num_latents: t; 0 without portions.
         num_frames, size, fps, frame_rule, model_id: as in `Tokens` and `Encoding`.
         chunk_frames: of the published chunked encoding, None for any other.
 
@@ -159,7 +160,9 @@ class EncodingReader:
         shape: Any = reader.shapes.get(self._name)
         time_first = reader.facts.get("layout") == TIME_FIRST
         rank = 4 if self.kind == "tokens" or time_first else 5
-        if self.is_planes:
+        if shape is not None and not time_first and len(shape) == rank - 2:
+            self.is_planes, one_clip = True, shape[0] == 1
+        elif self.is_planes:
             shape, one_clip = f"{planes[0][:1]} clips of planes", planes[0][:1] == [1]
         else:
             one_clip = shape is not None and len(shape) == rank and (time_first or shape[0] == 1)

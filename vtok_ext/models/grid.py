@@ -33,6 +33,7 @@ class GridTokenizer(VideoTokenizer):
     """
 
     video_channels: int = 3
+    is_exact: bool = True  # False for a view in blended tiles, see `tiled`
 
     @property
     def starts_alone(self) -> bool:
@@ -239,14 +240,18 @@ class GridTokenizer(VideoTokenizer):
         self.encode_chunk(weight.new_empty(batch, self.video_channels, frames, *size))
         self.decode_chunk(weight.new_empty(batch, self.latent_channels, *grid))
 
-    def network_steps(self, network: Any) -> list[Step]:
+    def network_steps(self, network: Any, **options: bool) -> list[Step]:
         """Returns the steps of `encoder` or `decoder`, between which tiling may cut it.
+
+        Args:
+            network: one of the two.
+            **options: further ones of its `forward`.
 
         Raises:
             ValueError: the model declares none.
         """
         raise ValueError(
-            f"tiling: model must declare the steps of its networks, got {self.name}; "
+            f"tiled: model must declare the steps of its networks, got {self.name}; "
             "mode='blended' is possible, not exact"
         )
 

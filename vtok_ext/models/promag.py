@@ -191,6 +191,22 @@ class ProMAG(GridTokenizer):
         latent, losses = kl_posterior(raw, sample, generator)
         return latent, None, losses
 
+    def tiled(self, tile: Any = "auto", *, mode: str = "exact", **options: Any) -> Any:
+        """Returns a view in tiles; an exact one is tiled inside each layer, see `promag_tiling`.
+
+        Args:
+            tile: (height, width) in pixels, rounded up to multiples of the spatial factor.
+            mode, **options: as `GridTokenizer.tiled`.
+
+        Raises:
+            ValueError: an option is not as described.
+        """
+        if mode != "exact":
+            return super().tiled(tile, mode=mode, **options)
+        from vtok_ext.models.promag_tiling import exact_view  # it builds on this file
+
+        return exact_view(self, tile)
+
     @classmethod
     def inflate(cls, image_model: ProMAG, *, freeze_image_encoder: bool = False, **fields: Any):
         """Returns a video model that starts as `image_model` applied to the frames it keeps.

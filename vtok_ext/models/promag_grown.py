@@ -231,7 +231,8 @@ class Grown(GridTokenizer):
     @property
     def is_causal(self) -> bool:
         """Whether a latent depends on its own and earlier frames only."""
-        return self.config.mixing == "per_position" or not self.config.use_subsampled
+        looks_back = self.config.mixing == "per_position" or not self.config.use_subsampled
+        return looks_back and self.base.is_causal
 
     @property
     def starts_alone(self) -> bool:
@@ -372,6 +373,23 @@ class Grown(GridTokenizer):
         """Returns codes [B, C, t, h, w] of ids [B, t, h, w]."""
         return self.base.indices_to_latent(indices)
 
+    def tiled(self, tile: Any = "auto", *, mode: str = "exact", **options: Any) -> Any:
+        """Returns a view in tiles; an exact one is tiled inside each layer, see `promag_tiling`.
+
+        Args:
+            tile: (height, width) in pixels, rounded up to multiples of the spatial factor.
+            mode, **options: as `GridTokenizer.tiled`.
+
+        Raises:
+            ValueError: an option is not as described, or a base with other
+                layers than ProMAG's.
+        """
+        if mode != "exact":
+            return super().tiled(tile, mode=mode, **options)
+        from vtok_ext.models.promag_tiling import exact_view  # it builds on this file
+
+        return exact_view(self, tile)
+
 
 GROWABLE: dict[str, Any] = {"ProMAG": ProMAG, "VidTok": VidTok, "Grown": Grown}
 
@@ -414,7 +432,8 @@ def grow(model: VideoTokenizer, factor: int = 2, mixing: str = "per_position") -
     """
     if not isinstance(model, VideoTokenizer):
         raise TypeError(f"grow: model must be a VideoTokenizer, got {type(model).__name__}")
-    if type(model).__name__ not in GROWABLE or not model.is_causal:
+    # One grown with global mixing is not causal, but divides frames into groups as causal ones do.
+    if type(model).__name__ not in GROWABLE or not getattr(model, "starts_alone", False):
         raise ValueError(
             f"grow: model must be a causal one of {', '.join(GROWABLE)}, got {model.name}"
         )

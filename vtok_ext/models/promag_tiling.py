@@ -25,6 +25,7 @@ from vtok_ext.layers._state import State
 from vtok_ext.layers.causal_conv3d import is_plain
 from vtok_ext.layers.volume import RepeatFrames, VolumeDown
 from vtok_ext.models.grid import GridTokenizer
+from vtok_ext.models.tiling import check_tile
 
 
 class Tiles:
@@ -298,6 +299,23 @@ def layerwise_tiled(
     Tiled.__name__ = type(model).__name__  # what files call the model
     tiled.__class__ = Tiled
     return tiled
+
+
+def exact_view(model: Any, tile: Any) -> Any:
+    """Returns `layerwise_tiled` for a tile as `GridTokenizer.tiled` takes it, in pixels.
+
+    Raises:
+        ValueError: "auto", another tile than (height, width) >= 1, or as `layerwise_tiled`.
+    """
+    if tile == "auto":
+        raise ValueError(
+            f'tiled: tile must be (height, width) in pixels for {model.name}, got "auto"'
+        )
+    factor = model.spatial_factor
+    height, width = (-(-size // factor) * factor for size in check_tile("tiled", tile))
+    view = layerwise_tiled(model, height, width)
+    view.is_exact = True
+    return view
 
 
 def _joined(result: Any, device: torch.device) -> Any:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vtok_ext.layers.kl import Generators
+from vtok_ext.models._config import closest
 from vtok_ext.models.coordtok_networks import PatchEmbedding
 from vtok_ext.models.generator import LatentGenerator
 from vtok_ext.models.ode import sample_ode
@@ -34,7 +35,11 @@ from vtok_ext.models.sit_network import (
 from vtok_ext.models.transport import Network, Transport, noise_like
 
 Parts = dict[str, Tensor]
-SAMPLERS = ("sde", "ode")
+# Samplers and what `sample` may be told about them.
+SAMPLERS = {
+    "sde": ("method", "num_steps", "diffusion", "norm", "last_step", "last_step_size", "noise"),
+    "ode": ("method", "num_steps", "start", "stop", "rtol", "atol", "max_steps"),
+}
 
 
 class SiT(LatentGenerator):
@@ -240,7 +245,15 @@ class SiT(LatentGenerator):
                 of its latents.
         """
         if sampler not in SAMPLERS:
-            raise ValueError(f"sample: sampler must be one of {SAMPLERS}, got {sampler!r}")
+            raise ValueError(
+                f"sample: sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}"
+            )
+        for name in options:
+            if name not in SAMPLERS[sampler]:
+                raise ValueError(
+                    f"sample: options of {sampler} must be among {', '.join(SAMPLERS[sampler])}, "
+                    f"got {name!r}{closest(name, SAMPLERS[sampler])}"
+                )
         labels = self.checked_labels(labels, num_samples)
         statistics = self.require_statistics("sample")
         shape = (num_samples, self.config.in_channels)

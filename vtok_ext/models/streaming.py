@@ -148,7 +148,7 @@ class StreamEncoder(_Stream):
             )
         self.num_frames += num_frames
         frames = self._join(self._fit(video_input.to_float(chunk, self.model.dtype)))
-        # The first latent covers the first frame alone, and is encoded with its unit if that is long.
+        # The first latent covers the first frame alone, and waits for its unit if that is longer.
         first = 1 if self._state is None else 0
         least = first if self.model.latents_per_unit == 1 else first + self._unit
         complete = first + (frames.shape[2] - first) // self._unit * self._unit

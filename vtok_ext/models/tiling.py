@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,11 +30,11 @@ from vtok_ext.models.tiling_steps import Reach, Step, measure_reaches
 Tile = tuple[int, int]
 
 # Note [Cuts]
-# One segment from the pixels to the attention would need no feature map as a whole, but VidTok 488
-# reaches 84 pixels in its encoder and 114 in its decoder: tiles of 256x256 would compute 2.7 and 3.6
-# times as much. Cut at every level, no segment reaches further than 8 positions of its own
-# resolution (tiles of 256x256 compute 1.1 times as much), and the largest map that is held whole
-# has, per pixel and frame, 32 values instead of the 128 to 256 of the maps that are tiled.
+# One segment from the pixels to the attention would need no feature map as a whole, but the decoder
+# of VidTok 488 reaches 114 pixels: tiles of 256x256 would compute 3.6 times as much. Cut at every
+# level, no segment reaches further than 8 positions of its own resolution (tiles of 256x256 compute
+# 1.1 times as much), and the largest map that is held whole has, per pixel and frame, 32 values
+# instead of the 128 to 256 of the maps that are tiled.
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ class Segment:
             scale *= reach.up / reach.down
             scales.append(scale)
         return max(scales) / scale
+
+    def output_tile(self, limit: int) -> int:
+        """Returns the height or width of outputs that take `limit` positions where it is finest."""
+        return max(1, int(limit / self.finest))
 
     def output_size(self, size: int) -> int:
         """Returns the height or width of the output for that of the input."""
@@ -95,7 +100,7 @@ def make_segments(steps: Sequence[Step], reaches: Sequence[Reach]) -> list[Segme
 
 
 def split_axis(size: int, tile: int) -> list[tuple[int, int]]:
-    """Returns equal ranges of at most `tile` that cover `size`; only the last one may be shorter."""
+    """Returns equal ranges of at most `tile` that cover `size`; the last one may be shorter."""
     length = -(-size // max(1, -(-size // tile)))
     return [(start, min(size, start + length)) for start in range(0, size, length)]
 
@@ -111,28 +116,43 @@ class TiledNetwork(nn.Module):
             are computed at once, at every resolution; the neighbours come on top.
     """
 
-    is_exact = True
-
     def __init__(
         self,
         network: nn.Module,
-        steps: Callable[[], list[Step]],
+        steps: Callable[..., list[Step]],
         segments: Sequence[Segment],
         choose_tile: Callable[[tuple[int, int, int, int]], Tile],
     ) -> None:
         super().__init__()
         self.__dict__.update(network.__dict__)  # parameters, children, hooks
         self.steps, self.segments, self.choose_tile = steps, segments, choose_tile
+        self.whole = network.forward
 
-    def forward(self, x: Tensor, state: State | None = None, return_state: bool = False):
-        """Returns what the network does."""
+    def forward(
+        self, x: Tensor, state: State | None = None, return_state: bool = False, **options: bool
+    ):
+        """Returns what the network does; options are those of its steps."""
         tile = continued_tile(state, x) or self.choose_tile((x.shape[0], *x.shape[2:]))
-        steps, following = self.steps(), {} if return_state else None
         empty = x[:, :, :0]
+        if self._is_one(tile, x.shape[3:]):
+            state = None if state is None else {n: v for n, v in state.items() if n != "tile"}
+            result = self.whole(x, state, return_state, **options)
+            return (result[0], with_tile(result[1], tile, empty)) if return_state else result
+        steps = self.steps(**options)
+        following: dict[str, Tensor] | None = {} if return_state else None
         for number, segment in enumerate(self.segments):
             run = _Run(steps[slice(*segment.steps)], segment, f"tile.{number}", state, following)
             x = run.on(x, tile)
         return x if following is None else (x, with_tile(following, tile, empty))
+
+    def _is_one(self, tile: Tile, size: Sequence[int]) -> bool:
+        """Returns whether one tile is the whole picture everywhere."""
+        for segment in self.segments:
+            size = [segment.output_size(extent) for extent in size]
+            limits = [segment.output_tile(limit) for limit in tile]
+            if segment.is_local and any(s > t for s, t in zip(size, limits, strict=True)):
+                return False
+        return True
 
 
 def with_tile(following: dict[str, Tensor], tile: Tile, empty: Tensor) -> dict[str, Tensor]:
@@ -141,7 +161,7 @@ def with_tile(following: dict[str, Tensor], tile: Tile, empty: Tensor) -> dict[s
     A model takes the state of the first layer for a piece of its input.
     """
     following.setdefault("conv_in", owned(empty))
-    following["tile"] = torch.tensor([*tile, *empty.shape[3:]])
+    following["tile"] = empty.new_empty((0, *tile, *empty.shape[3:]))  # its shape says it all
     return following
 
 
@@ -151,7 +171,7 @@ def continued_tile(state: State | None, x: Tensor) -> Tile | None:
         return None
     if "tile" not in state:
         raise ValueError("tiling: state must be that of a stream in tiles, got another")
-    height, width, *size = (int(value) for value in state["tile"].tolist())
+    height, width, *size = state["tile"].shape[1:]
     if size != list(x.shape[3:]):
         raise ValueError(f"tiling: x must have H and W of the state {size}, got {list(x.shape)}")
     return height, width
@@ -176,7 +196,7 @@ class _Run:
     def on(self, x: Tensor, tile: Tile) -> Tensor:
         """Returns the segment's output for the whole x [B, C, T, H, W]."""
         rows, columns = (
-            split_axis(self.segment.output_size(size), self._output_tile(limit))
+            split_axis(self.segment.output_size(size), self.segment.output_tile(limit))
             for size, limit in zip(x.shape[3:], tile, strict=True)
         )
         if not self.segment.is_local or len(rows) * len(columns) == 1:
@@ -187,17 +207,15 @@ class _Run:
         for index, (row, column) in enumerate((r, c) for r in rows for c in columns):
             part = self._tile(x, row, column, f"{self.prefix}.{index}.")
             if y is None:
-                shape, options = (
+                y = torch.empty(
                     (*part.shape[:3], *size),
-                    {"dtype": part.dtype, "device": part.device},
+                    dtype=part.dtype,
+                    device=part.device,
+                    memory_format=torch.channels_last_3d,
                 )
-                y = torch.empty(shape, memory_format=torch.channels_last_3d, **options)
             y[:, :, :, slice(*row), slice(*column)] = part
         assert y is not None  # there is at least one tile
         return y
-
-    def _output_tile(self, limit: int) -> int:
-        return max(1, int(limit / self.segment.finest))
 
     def _tile(self, x: Tensor, row: Tile, column: Tile, prefix: str) -> Tensor:
         """Returns outputs [row, column) of x [B, C, T, H, W]."""
@@ -208,11 +226,8 @@ class _Run:
         part = part.contiguous(memory_format=torch.channels_last_3d)
         part = self._steps(part, self.state, self.following, prefix)
         first_row, first_column = segment.output_size(top), segment.output_size(left)
-        return part[
-            *(slice(None),) * 3,
-            row[0] - first_row : row[1] - first_row,
-            column[0] - first_column : column[1] - first_column,
-        ]
+        rows = slice(row[0] - first_row, row[1] - first_row)
+        return part[:, :, :, rows, column[0] - first_column : column[1] - first_column]
 
     def _steps(self, x: Tensor, state, following, prefix: str) -> Tensor:
         previous = None if state is None else below(state, prefix)
@@ -233,7 +248,7 @@ def below(state: State, prefix: str) -> State:
 
 def check_tile(op: str, tile: Any) -> Tile:
     """Returns (height, width). Raises ValueError for anything but two integers >= 1."""
-    sizes = (tile, tile) if isinstance(tile, int) else tile
+    sizes = (tile, tile) if isinstance(tile, int) and tile is not True else tile
     if (
         not isinstance(sizes, tuple | list)
         or len(sizes) != 2
@@ -252,30 +267,35 @@ def tiled_view(
     if not 0 < overlap <= 0.5:
         raise ValueError(f"tiled: overlap must be in (0, 0.5], got {overlap}")
     fixed = None if tile == "auto" else check_tile("tiled", tile)
-    networks: dict[str, nn.Module] = {}
-    for name in ("encoder", "decoder"):
-        choose = _chooser(model, name, mode, fixed, memory)
-        network = getattr(model, name)
-        if mode == "exact":
-            networks[name] = TiledNetwork(network, *local_segments(model, name), choose)
-        else:
-            from vtok_ext.models.tiling_blended import BlendedNetwork  # it builds on this file
-
-            scale = Fraction(model.spatial_factor)
-            scale = 1 / scale if name == "encoder" else scale
-            networks[name] = BlendedNetwork(network, scale, overlap, choose)
     view = copy.copy(model)
+    view.is_exact = mode == "exact"
+    if mode == "blended":
+        return _blended(model, view, fixed, overlap)
+    networks = {}
+    for name in ("encoder", "decoder"):
+        choose = (lambda shape: fixed) if fixed else _planned(model, name, memory)
+        steps, segments = local_segments(model, name)
+        networks[name] = TiledNetwork(getattr(model, name), steps, segments, choose)
     # copy.copy shares the dict of children; nothing of `model` may change.
     view.__dict__["_modules"] = {**model._modules, **networks}
     return view
 
 
-def _chooser(model: Any, network: str, mode: str, fixed: Tile | None, memory: int | None):
-    """Returns what gives the tile for (B, T, H, W) of a network's input, once per B, H, W."""
-    if fixed is not None:
-        return lambda shape: fixed
-    if mode == "blended":
+def _blended(model: Any, view: Any, tile: Tile | None, overlap: float) -> Any:
+    """Returns `view` with the passes of `model` in overlapping tiles."""
+    from vtok_ext.models.tiling_blended import BlendedPass  # it builds on this file
+
+    if tile is None:
         raise ValueError('tiled: tile must be (height, width) with mode="blended", got "auto"')
+    scale = Fraction(model.spatial_factor)
+    view.encode_chunk = BlendedPass(model.encode_chunk, 1 / scale, overlap, tile)
+    view.decode_chunk = BlendedPass(model.decode_chunk, scale, overlap, tile)
+    view.decode_rest = partial(view.decode_chunk.rest, model.decode_rest)
+    return view
+
+
+def _planned(model: Any, network: str, memory: int | None):
+    """Returns what gives the tile for (B, T, H, W) of a network's input, once per B, H, W."""
     known: dict[tuple[int, ...], Tile] = {}
 
     def choose(shape: tuple[int, int, int, int]) -> Tile:
@@ -295,7 +315,7 @@ _measured: WeakKeyDictionary[nn.Module, tuple[list, list[Reach]]] = WeakKeyDicti
 
 def _reaches(model: Any, name: str, steps: Sequence[Step]) -> list[Reach]:
     network = getattr(model, name)
-    layers = [(id(layer), type(layer)) for layer in network.modules()]
+    layers = [(id(layer), type(layer), *layer._forward_hooks) for layer in network.modules()]
     known = _measured.get(network)
     if known is None or known[0] != layers:
         encodes = name == "encoder"
@@ -307,7 +327,7 @@ def _reaches(model: Any, name: str, steps: Sequence[Step]) -> list[Reach]:
     return known[1]
 
 
-def local_segments(model: Any, network: str) -> tuple[Callable[[], list[Step]], list[Segment]]:
+def local_segments(model: Any, network: str) -> tuple[Callable[..., list[Step]], list[Segment]]:
     """Returns what lists the steps of a network of `model`, and its segments.
 
     Args:
@@ -318,17 +338,27 @@ def local_segments(model: Any, network: str) -> tuple[Callable[[], list[Step]], 
         ValueError: the model declares no steps, or needs whole frames at full resolution.
     """
 
-    def steps() -> list[Step]:
-        return model.network_steps(getattr(model, network))
+    def steps(**options: bool) -> list[Step]:
+        return model.network_steps(getattr(model, network, None), **options)
 
-    found = steps()
+    found = steps()  # raises for models without steps
     reaches = _reaches(model, network, found)
     segments = make_segments(found, reaches)
-    end = 0 if network == "encoder" else -1
-    if not segments[end].is_local:
-        names = [s.name for s, r in zip(found, reaches, strict=True) if not r.is_local]
+    whole = _whole_at_full_size(found, reaches, network == "encoder")
+    if whole is not None:
         raise ValueError(
-            f"tiling: model must not need whole frames at full resolution, got {model.name}, whose "
-            f"{names[end]} does (statistics over a frame?); mode='blended' is possible, not exact"
+            f"tiled: model must not need whole frames at full resolution, got {model.name}, whose "
+            f"{whole} does (statistics over a frame?); mode='blended' is possible, not exact"
         )
     return steps, segments
+
+
+def _whole_at_full_size(steps: Sequence[Step], reaches: Sequence[Reach], encodes: bool):
+    """Returns the name of a step that needs the whole picture in full resolution, or None."""
+    pairs = list(zip(steps, reaches, strict=True))
+    for step, reach in pairs if encodes else reversed(pairs):
+        if not reach.is_local:
+            return step.name
+        if reach.up != reach.down:
+            return None
+    return None

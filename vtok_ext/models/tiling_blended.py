@@ -1,8 +1,8 @@
 """Overlapping tiles, each computed as a picture of its own and faded into its neighbours.
 
-    y = sum over tiles of w * network(tile),  w rising and falling linearly across the overlap
+    y = sum over tiles of w * pass(tile),  w rising and falling linearly across the overlap
 
-What most video autoencoders call tiling. Works for any network; not exact: near its border a tile
+What most video autoencoders call tiling. Works for any model; not exact: near its border a tile
 lacks its neighbours, attention sees the tile alone, and statistics over a frame are a tile's.
 """
 
@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtok_ext.layers._state import State
 from vtok_ext.models.tiling import Tile, below, continued_tile, with_tile
@@ -21,84 +22,84 @@ from vtok_ext.models.tiling import Tile, below, continued_tile, with_tile
 Range = tuple[int, int, tuple[int, int, int]]
 
 
-class BlendedNetwork(nn.Module):
-    """`network` in overlapping tiles; called like it, with its parameters under its names.
+class BlendedPass:
+    """`encode_chunk` or `decode_chunk` in overlapping tiles; called like it.
 
     Args:
-        network: an encoder or decoder, `y = network(x)` or `y, state = network(x, state, True)`.
+        compute: the method.
         scale: H and W of the output over those of the input.
         overlap: share of a tile that it has in common with the next one, in (0, 0.5].
-        choose_tile: (B, T, H, W) of the input -> (height, width) of a tile in the finer of input
-            and output.
+        tile: (height, width) of a tile in the finer of input and output.
     """
 
-    is_exact = False
-
     def __init__(
-        self,
-        network: nn.Module,
-        scale: Fraction,
-        overlap: float,
-        choose_tile: Callable[[tuple[int, int, int, int]], Tile],
+        self, compute: Callable[..., Any], scale: Fraction, overlap: float, tile: Tile
     ) -> None:
-        super().__init__()
-        self.__dict__.update(network.__dict__)  # parameters, children, hooks
-        self._compute = network.forward
-        self.scale, self.overlap, self.choose_tile = scale, overlap, choose_tile
+        self.compute, self.scale, self.overlap, self.tile = compute, scale, overlap, tile
 
-    def forward(self, x: Tensor, state: State | None = None, return_state: bool = False):
-        """Returns about what the network does."""
-        tile = continued_tile(state, x) or self.choose_tile((x.shape[0], *x.shape[2:]))
-        rows, columns = (
-            overlapping_ranges(size // self.unit, limit // max(self.unit, self.fine), self.overlap)
-            for size, limit in zip(x.shape[3:], tile, strict=True)
-        )
+    def __call__(self, x: Tensor, state: State | None = None, return_state: bool = False):
+        """Returns about what the method does."""
         following: dict[str, Tensor] | None = {} if return_state else None
+        continued = continued_tile(state, x)
+        unit = self.scale.denominator
+
+        def run(prefix: str, row: Range, column: Range) -> Tensor:
+            part = x[:, :, :, row[0] * unit : row[1] * unit, column[0] * unit : column[1] * unit]
+            previous = None if state is None else below(state, prefix)
+            result = self.compute(part, previous, return_state)
+            if following is None:
+                return result
+            following.update({prefix + name: value for name, value in result[1].items()})
+            return result[0]
+
+        y = self._blended((x.shape[3], x.shape[4]), continued or self.tile, run)
+        return y if following is None else (y, with_tile(following, self.tile, x[:, :, :0]))
+
+    def rest(self, decode_rest: Callable[[State], Tensor | None], state: State) -> Tensor | None:
+        """Returns the frames that wait in the states of all tiles, None if none can."""
+        height, width, *size = state["tile"].shape[1:]
+        if decode_rest(below(state, _prefix(0))) is None:
+            return None
+
+        def run(prefix: str, row: Range, column: Range) -> Tensor:
+            part = decode_rest(below(state, prefix))
+            assert part is not None  # the first one was not
+            return part
+
+        return self._blended((size[0], size[1]), (height, width), run)
+
+    def _blended(
+        self, size: Tile, tile: Tile, run: Callable[[str, Range, Range], Tensor]
+    ) -> Tensor:
+        """Returns the weighted sum of `run` over the tiles of an input of that (H, W)."""
+        unit, fine = self.scale.denominator, self.scale.numerator
+        rows, columns = (
+            overlapping_ranges(extent // unit, limit // max(unit, fine), self.overlap)
+            for extent, limit in zip(size, tile, strict=True)
+        )
         y: Tensor | None = None
         for index, (row, column) in enumerate((r, c) for r in rows for c in columns):
-            prefix = f"tile.{index}."
-            part, collected = self._tile(x, row, column, state, prefix, return_state)
-            if following is not None:
-                following.update({prefix + name: value for name, value in collected.items()})
+            part = run(_prefix(index), row, column)
+            for axis, parts in ((3, row[2]), (4, column[2])):
+                weights = _ramp(*(fine * length for length in parts))
+                shape = [1] * 5
+                shape[axis] = -1
+                part = part * weights.to(part).view(shape)
             if y is None:
-                size = (rows[-1][1] * self.fine, columns[-1][1] * self.fine)
-                y = part.new_zeros((*part.shape[:3], *size))
-                y = y.contiguous(memory_format=torch.channels_last_3d)
-            top, left = row[0] * self.fine, column[0] * self.fine
+                y = part.new_zeros((*part.shape[:3], rows[-1][1] * fine, columns[-1][1] * fine))
+            top, left = row[0] * fine, column[0] * fine
             y[:, :, :, top : top + part.shape[3], left : left + part.shape[4]] += part
         assert y is not None  # there is at least one tile
-        return y if following is None else (y, with_tile(following, tile, x[:, :, :0]))
+        return y
 
-    @property
-    def unit(self) -> int:
-        """Input positions per unit of the common grid."""
-        return self.scale.denominator
 
-    @property
-    def fine(self) -> int:
-        """Output positions per unit of the common grid."""
-        return self.scale.numerator
-
-    def _tile(self, x: Tensor, row: Range, column: Range, state, prefix: str, return_state: bool):
-        """Returns the weighted output of a tile, and its state."""
-        part = x[
-            *(slice(None),) * 3,
-            row[0] * self.unit : row[1] * self.unit,
-            column[0] * self.unit : column[1] * self.unit,
-        ]
-        previous = None if state is None else below(state, prefix)
-        result = self._compute(part, previous, return_state)
-        part, collected = result if return_state else (result, {})
-        for axis, (before, length, behind) in ((3, row[2]), (4, column[2])):
-            weights = _ramp(before * self.fine, length * self.fine, behind * self.fine)
-            shape = [1] * 5
-            shape[axis] = -1
-            part = part * weights.to(part).view(shape)
-        return part, collected
+def _prefix(index: int) -> str:
+    """Returns what the names of a tile's states begin with."""
+    return f"tile.{index}."
 
 
 def overlapping_ranges(size: int, tile: int, overlap: float) -> list[Range]:
-    """Returns (start, stop, (overlap before, length, overlap behind)) that cover `size`."""
+    """Returns ranges of `tile` that cover `size`, each sharing `overlap` of it with the next."""
     tile = min(size, max(2, tile))
     shared = min(tile - 1, max(1, round(tile * overlap)))
     starts = [0]

@@ -36,6 +36,7 @@ from vtok_ext.layers._state import State, StateFlow
 from vtok_ext.layers.causal_conv3d import video_conv3d
 from vtok_ext.layers.kl import Generators
 from vtok_ext.models import _vidtok_in_place as in_place
+from vtok_ext.models import vidtok_reference as reference
 from vtok_ext.models._video_input import pad_front
 from vtok_ext.models.grid import GridTokenizer
 from vtok_ext.models.streaming import StreamDecoder, StreamEncoder
@@ -46,6 +47,8 @@ from vtok_ext.models.vidtok_published import (
     PublishedStreamEncoder,
     published_chunks,
 )
+
+BACKENDS = ("native", "reference")
 
 
 class Stage(nn.Module):
@@ -127,7 +130,7 @@ class Encoder(nn.Module):
         """Returns the raw latent of `x`, or `(latent, state)`."""
         alone = {"first_alone": True} if first_alone else {}
         if self.causal and in_place.applies(self, x, state, _CONTAINERS):
-            run = in_place.EncoderPass(self, first_alone)
+            run = in_place.EncoderPass(self, first_alone, return_state)
             return in_place.each_item(run, x, state, return_state)
         flow = StateFlow(state, return_state)
         x = x.contiguous(memory_format=torch.channels_last_3d)
@@ -278,6 +281,7 @@ class VidTok(GridTokenizer):
         super().__init__(config, name)
         self.video_channels = config.in_channels
         self.encoder, self.decoder = self._networks(config)
+        self.backend = "native"
         self.quantizer = _quantizer(config)
 
     @staticmethod
@@ -318,11 +322,52 @@ class VidTok(GridTokenizer):
         """Version of the published behaviour that the weights belong to."""
         return self.config.version
 
-    def network_steps(self, network: Any) -> list[Step]:
+    def network_steps(self, network: Any, **options: bool) -> list[Step]:
         """Returns the steps of `encoder` or `decoder`, between which tiling may cut it."""
         from vtok_ext.models.vidtok_steps import network_steps
 
-        return network_steps(network)
+        return network_steps(network, **options)
+
+    def set_backend(self, backend: str) -> VidTok:
+        """Returns the model itself, which computes with `backend` from now on.
+
+        Args:
+            backend: "native"; or "reference" for the published op sequence in plain PyTorch, see
+                `vidtok_reference`, on whole clips: oracle of tests and baseline of benchmarks.
+
+        Raises:
+            ValueError: another name, or "reference" for an ablated architecture.
+        """
+        if backend not in BACKENDS:
+            raise ValueError(f"set_backend: backend must be one of {BACKENDS}, got {backend!r}")
+        if backend == "reference" and self.config.architecture != "vidtok":
+            raise ValueError(
+                "set_backend: architecture must be 'vidtok' for the reference backend, "
+                f"got {self.config.architecture!r}"
+            )
+        self.backend = backend
+        return self
+
+    @property
+    def _num_copies(self) -> int:
+        """Copies of the first frame in front of a clip, and frames that decoding drops."""
+        return self.temporal_factor - 1 if self.is_causal else 0
+
+    def _encode_published(self, video: Tensor) -> Tensor:
+        """Returns the raw latent of just these frames."""
+        if self.backend == "native":
+            return self.encoder(video)
+        return reference.encode(self.encoder, self.config, video)
+
+    def _decode_published(self, latent: Tensor) -> Tensor:
+        """Returns all f * T frames of a latent."""
+        if self.backend == "native":
+            return self.decoder(latent)
+        return reference.decode(self.decoder, self.config, latent)
+
+    def _check_whole(self, op: str, state: State | None, return_state: bool) -> None:
+        if state is not None or return_state:
+            raise ValueError(f"{op}: backend must be 'native' for a stream, got 'reference'")
 
     def _check_state(self, op: str, state: State | None, return_state: bool) -> None:
         if not self.is_causal and (state is not None or return_state):
@@ -331,13 +376,16 @@ class VidTok(GridTokenizer):
     def encode_chunk(self, video: Tensor, state: State | None = None, return_state: bool = False):
         """Returns the raw latent of the next frames of a stream, or `(latent, state)`."""
         self._check_state("encode_chunk", state, return_state)
+        if self.backend == "reference":
+            self._check_whole("encode_chunk", state, return_state)
+            return self._encode_published(pad_front(video, self._num_copies))
         if state is not None or not self.is_causal:
             return self.encoder(video, state, return_state)
         # The convolutions before the first frame see f - 1 copies of it; before these 1.0 sees
         # zeros, 1.1 more copies.
         if self.config.version == "1.1":
             return self.encoder(video, None, return_state, first_alone=True)
-        return self.encoder(pad_front(video, self.temporal_factor - 1), None, return_state)
+        return self.encoder(pad_front(video, self._num_copies), None, return_state)
 
     def encode_reference(self, video: Tensor) -> tuple[Tensor, int]:
         """Returns the raw latent of a clip under the published frame rule, and its frame count."""
@@ -348,19 +396,22 @@ class VidTok(GridTokenizer):
                     f"encode: video must have at least {f} frames with frames='reference', "
                     f"got {list(video.shape)}"
                 )
-            return self.encoder(video), num_frames // f * f
+            return self._encode_published(video), num_frames // f * f
         copies = -num_frames % f
         if self.config.version == "1.1":
-            return self.encoder(pad_front(video, copies)), num_frames
-        raw = self.encoder(pad_front(video, f - 1 if copies else 0))
+            return self._encode_published(pad_front(video, copies)), num_frames
+        raw = self._encode_published(pad_front(video, f - 1 if copies else 0))
         return raw, f * (raw.shape[2] - 1) + 1
 
     def decode_chunk(self, latent: Tensor, state: State | None = None, return_state: bool = False):
         """Returns the frames of the next latents of a stream, or `(frames, state)`."""
         self._check_state("decode_chunk", state, return_state)
+        drop = self._num_copies
+        if self.backend == "reference":
+            self._check_whole("decode_chunk", state, return_state)
+            return self._decode_published(latent)[:, :, drop:]
         if state is not None or not self.is_causal:
             return self.decoder(latent, state, return_state)
-        drop = self.temporal_factor - 1
         if isinstance(self.decoder, Decoder):
             if self.decoder.linear:
                 return self.decoder(latent, None, return_state, first_alone=True)
@@ -381,7 +432,7 @@ class VidTok(GridTokenizer):
         """Returns the frames of a latent under the published frame rule, the `num_frames` of it."""
         if self.config.version != "1.1":
             return self.decode_chunk(latent)
-        frames = self.decoder(latent)
+        frames = self._decode_published(latent)
         return frames if num_frames is None else frames[:, :, -num_frames:]
 
     def stream_encoder(

@@ -150,6 +150,7 @@ def published_chunks(model: VidTok) -> VidTok:
     `model` itself where its interpolation does not look ahead."""
     if model.config.interpolation == "nearest":
         return model
+    _check_untiled("published_chunks", model)
     shared = {id(part): part for part in (model.encoder, model.decoder)}
     other = copy.deepcopy(model, shared)
     other.name = f"{model.name} in published chunks"
@@ -163,6 +164,13 @@ def _check(op: str, model: VidTok, chunk_frames: int) -> None:
         raise ValueError(f"{op}: model must be of version 1.1, got {model.name}")
     if chunk_frames < f or chunk_frames % f:
         raise ValueError(f"{op}: chunk_frames must be a multiple of {f}, got {chunk_frames}")
+
+
+def _check_untiled(op: str, model: VidTok) -> None:
+    from vtok_ext.models.vidtok import Decoder  # it builds on this file
+
+    if not isinstance(model.decoder, Decoder) or not model.is_exact:
+        raise ValueError(f"{op}: model must be a VidTok 1.1 without tiles, got {model.name}")
 
 
 def _first_and_chunks(x: Tensor, length: int) -> list[Tensor]:
@@ -283,6 +291,7 @@ def decode_published(
         TypeError, ValueError: another version, a bad encoding or chunk length.
     """
     _check("decode_published", model, chunk_frames)
+    _check_untiled("decode_published", model)
     num_frames = size = None
     if isinstance(encoding, Encoding):
         num_frames, size = encoding.num_frames, encoding.size

@@ -15,10 +15,16 @@ from vtok_ext.layers._state import StateFlow
 from vtok_ext.models.tiling_steps import Step
 
 
-def network_steps(network: Any) -> list[Step]:
-    """Returns the steps of an Encoder or Decoder, or of one of an ablation."""
+def network_steps(network: Any, first_alone: bool = False) -> list[Step]:
+    """Returns the steps of an Encoder or Decoder, or of one of an ablation.
+
+    Args:
+        network: the Encoder, ...
+        first_alone: as for `Encoder.forward`.
+    """
     pairs = hasattr(network, "down_temporal") or hasattr(network, "up_temporal")
-    levels = _paired_levels(network) if pairs else _full_levels(network)
+    alone = {"first_alone": True} if first_alone else {}
+    levels = _paired_levels(network, alone) if pairs else _full_levels(network)
     first = _layer("conv_in", network.conv_in)
     last = Step("conv_out", lambda x, flow: flow("conv_out", network.conv_out, network.norm_out(x)))
     if hasattr(network, "down"):
@@ -45,7 +51,7 @@ def _stateless(layer: nn.Module):
     return lambda x, flow: layer(x)
 
 
-def _paired_levels(network: Any) -> Iterator[Step]:
+def _paired_levels(network: Any, alone: dict[str, bool]) -> Iterator[Step]:
     """Pairs of a block in space and one in time, and changes of both resolutions."""
     encodes = hasattr(network, "down")
     kind = "down" if encodes else "up"
@@ -61,18 +67,17 @@ def _paired_levels(network: Any) -> Iterator[Step]:
         resample = f"{kind}sample"
         change, rate = getattr(space, resample), getattr(time, resample)
         if change is not None or rate is not None:
-            yield Step(
-                f"{kind}.{level}.{resample}", _pair(f"{name}.{resample}", change, rate), not encodes
-            )
+            run = _pair(f"{name}.{resample}", change, rate, **alone)
+            yield Step(f"{kind}.{level}.{resample}", run, not encodes)
             begins = encodes
 
 
-def _pair(name: str, space: nn.Module | None, time: nn.Module | None):
+def _pair(name: str, space: nn.Module | None, time: nn.Module | None, **options: bool):
     """Returns what runs a layer without state, then one with it; either may be missing."""
 
     def run(x: Tensor, flow: StateFlow) -> Tensor:
         x = x if space is None else space(x)
-        return x if time is None else flow(name, time, x)
+        return x if time is None else flow(name, time, x, **options)
 
     return run
 

@@ -172,6 +172,7 @@ def tower_from_json(text: str) -> nn.Module:
     if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
         raise ValueError("tower_from_json: text must be a JSON object with model_type")
     kind = fields.pop("model_type")
+    fields.pop("auto_map", None)  # names code in a repository: only transformers' own is run
     config = transformers.AutoConfig.for_model(kind, **fields)
     model = transformers.AutoModel.from_config(config)
     return getattr(model, "vision_model", model)

@@ -29,7 +29,7 @@ from vtok_ext.models.vision_encoder import (
     tower_from_json,
 )
 from vtok_ext.models.vtok_config import KEY_FRAMES, PRESETS, VTokConfig
-from vtok_ext.models.vtok_decoder import VTokDecoder
+from vtok_ext.models.vtok_decoder import Generators, VTokDecoder
 from vtok_ext.models.vtok_layout import (
     PADDING,
     FrameRule,
@@ -109,6 +109,11 @@ class VTok(VideoTokenizer):
         return None if self.quantizer is None else self.quantizer.codebook_size
 
     @property
+    def latent_channels(self) -> int:
+        """Numbers per token."""
+        return self.config.latent_dim
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the parameters, to which videos and latents are converted."""
         return self.decoder.out.weight.dtype
@@ -144,7 +149,9 @@ class VTok(VideoTokenizer):
 
     # Encoding.
 
-    def forward(self, video: Tensor, *, step: int = 0, **options: Any) -> Output:
+    def forward(
+        self, video: Tensor, *, step: int = 0, generator: Generators = None, **options: Any
+    ) -> Output:
         """Returns Output(reconstruction, encoding); the entry for training.
 
         In training mode `encoding.losses` has `flow_loss`, to be minimised, and the reconstruction
@@ -153,6 +160,7 @@ class VTok(VideoTokenizer):
         Args:
             video: [B, 3, T, H, W], float in [-1, 1] or uint8.
             step: optimiser steps done, for FSQ's annealed loss.
+            generator: sources of the decoder's times and noise: one per clip, or one for all.
             **options: as for `encode`.
 
         Raises:
@@ -163,7 +171,9 @@ class VTok(VideoTokenizer):
             return Output(self.decode(encoding), encoding)
         assert isinstance(encoding.latent, Tensor) and encoding.positions is not None
         target = video_input.to_float(video, self.dtype)
-        loss, reconstruction = self.decoder.loss(target, encoding.latent, encoding.positions)
+        loss, reconstruction = self.decoder.loss(
+            target, encoding.latent, encoding.positions, generator
+        )
         encoding.losses["flow_loss"] = loss
         return Output(reconstruction, encoding)
 
@@ -179,6 +189,7 @@ class VTok(VideoTokenizer):
         cut_threshold: float | None = None,
         step: int = 0,
         compute_loss: bool | None = None,
+        frames: str = "preserve",
     ) -> Encoding:
         """Returns the Encoding of a video, whose latent is a sequence of tokens; see the class.
 
@@ -188,11 +199,14 @@ class VTok(VideoTokenizer):
             sample, generator: without effect, the latent has no distribution.
             stride, key_frame, cut_threshold: instead of those of the configuration.
             step, compute_loss: of FSQ, see there.
+            frames: "preserve"; there is no released system whose rule could be followed.
 
         Raises:
             TypeError, ValueError: the video or an option is not as described; NaN or infinity.
         """
         video_input.check_video("encode", video)
+        if frames != "preserve":
+            raise ValueError(f"encode: frames must be 'preserve' for VTok, got {frames!r}")
         key_frame = self.config.key_frame if key_frame is None else key_frame
         if key_frame not in KEY_FRAMES:
             raise ValueError(f"encode: key_frame must be one of {KEY_FRAMES}, got {key_frame!r}")

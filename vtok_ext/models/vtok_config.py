@@ -115,6 +115,11 @@ class VTokConfig(ModelConfig):
         return bool(self.levels)
 
     @property
+    def regularizer(self) -> str:
+        """What tables call the kind of latent."""
+        return "fsq" if self.levels else "tokens"
+
+    @property
     def latent_dim(self) -> int:
         """Numbers per token of the latent: D, or those that FSQ rounds."""
         return len(self.levels) if self.levels else self.token_dim

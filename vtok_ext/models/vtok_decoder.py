@@ -14,6 +14,7 @@ video model.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ from vtok_ext.models.vtok_layout import PADDING
 # 20 steps begins before. Rows and columns are told as parts of this many, whatever the size.
 _LAST_TIME, _SPAN = 0.95, 32.0
 _EPS = 1e-6
+Generators = Sequence[torch.Generator] | torch.Generator | None
 
 
 class DecoderBlock(nn.Module):
@@ -136,17 +138,17 @@ class VTokDecoder(nn.Module):
         video: Tensor,  # [B, 3, T, H, W]
         tokens: Tensor,  # [B, L, D]
         positions: Tensor,  # [B, L, 2]
-        generator: torch.Generator | None = None,
+        generators: Generators = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns the mean loss, and the expected clip as `video` at the times that were drawn.
 
         Args:
             video: in [-1, 1].
             tokens, positions: as for `predict`.
-            generator: source of times and noise.
+            generators: sources of times and noise: one per clip, one for all, or torch's.
         """
         clip = self._padded(video)
-        t, noise = self.transport.draw(clip, generator)
+        t, noise = self._draw(clip, generators)
         t = t * _LAST_TIME
         seen: list[Tensor] = []
 
@@ -157,6 +159,17 @@ class VTokDecoder(nn.Module):
         loss = self.transport.loss(network, clip, t=t, x0=noise).mean()
         frames, height, width = video.shape[2:]
         return loss, seen[0][:, :, :frames, :height, :width]
+
+    def _draw(self, clip: Tensor, generators: Generators) -> tuple[Tensor, Tensor]:
+        """Returns times [B] in [0, 1] and noise as `clip`."""
+        if generators is None or isinstance(generators, torch.Generator):
+            return self.transport.draw(clip, generators)
+        parts = [
+            self.transport.draw(one, generator)
+            for one, generator in zip(clip.split(1), generators, strict=True)
+        ]
+        times, noise = zip(*parts, strict=True)
+        return torch.cat(times), torch.cat(noise)
 
     @torch.no_grad()
     def sample(

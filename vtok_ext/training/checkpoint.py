@@ -1,7 +1,7 @@
 """Checkpoints that are either complete and verified, or not there.
 
     checkpoints/step-00000010/
-        state.json, state.safetensors        everything that all processes share
+        state.json, part-0.safetensors       everything, see `checkpoint_storage`
         rank-0.json, rank-0.safetensors      what each process has for itself: its random generators
         manifest.json                        step, metric, and size and SHA-256 of every file
 
@@ -18,18 +18,32 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import distributed
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.api import CheckpointException
 
-from vtok_ext.training.distributed import any_rank, rank, wait_for_all, world_size
+from vtok_ext.training.checkpoint_storage import STATE, PartReader, PartWriter, read_index
+from vtok_ext.training.distributed import (
+    any_rank,
+    is_distributed,
+    rank,
+    wait_for_all,
+    world_size,
+)
+from vtok_ext.training.parallel import local
 from vtok_ext.training.tensor_tree import first_non_finite, read_tree, write_tree
 
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step-(\d{8,})")
 _MANIFEST = "manifest.json"
 _PARTIAL = ".partial-"
@@ -47,58 +61,129 @@ class Checkpoint:
     metric: float | None
 
 
-def save_checkpoint(
-    root: Path,
-    step: int,
-    tensors: dict[str, torch.Tensor],
-    numbers: dict[str, Any],
-    *,
-    device: torch.device,
-    metric: float | None = None,
-    keep_last: int | None = None,
-    generators: Any = None,
-) -> Path:
-    """Returns the folder of a new checkpoint of all processes, which must all call this.
+class CheckpointWriter:
+    """Writes checkpoints of all processes, in the background if wanted.
+
+    All processes make one together and call its methods together.
 
     Args:
         root: folder of the checkpoints.
-        step: steps done.
-        tensors: by name; those of rank 0 are written.
-        numbers: what JSON can hold.
         device: whose random generator is saved, beside those of the CPU, Python and numpy.
-        metric: of the validation at this step, lower is better.
-        keep_last: remove older ones than the last so many, except that with the lowest metric.
-        generators: from `random_generators`; default as they are now.
-
-    Raises:
-        ValueError: a tensor is not finite; nothing is written.
-        OSError: writing failed; earlier checkpoints are as they were.
     """
-    bad = first_non_finite(tensors)
-    if any_rank(bad is not None, device):
-        where = bad or "another process"
-        raise ValueError(f"save_checkpoint: every tensor must be finite, got NaN or inf in {where}")
-    final = root / f"step-{step:08d}"
-    partial = root / f"{_PARTIAL}{final.name}"
-    if rank() == 0:
-        root.mkdir(parents=True, exist_ok=True)
-        for left in root.glob(f"{_PARTIAL}*"):  # of a process that was killed while writing
-            shutil.rmtree(left)
-        partial.mkdir()
-    wait_for_all()
-    write_tree(generators or random_generators(device), partial / f"rank-{rank()}")
-    if rank() == 0:
-        write_tree({"tensors": tensors, "numbers": numbers}, partial / "state")
-    wait_for_all()
-    if rank() == 0:
-        _complete(partial, step, metric)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        _flush(root)
-        if keep_last is not None:
-            _prune(root, keep_last)
-    wait_for_all()
-    return final
+
+    def __init__(self, root: Path, device: torch.device) -> None:
+        self.root, self.device = root, device
+        # A group of its own: its messages must not meet those of the training.
+        self._group = distributed.new_group(backend="gloo") if is_distributed() else None
+        self._pending: Any = None
+        _let_one_process_be()
+
+    def save(
+        self,
+        step: int,
+        tensors: dict[str, torch.Tensor],
+        numbers: dict[str, Any],
+        *,
+        metric: float | None = None,
+        keep_last: int | None = None,
+        background: bool = False,
+    ) -> Path:
+        """Returns the folder of a new checkpoint, after the one before is complete.
+
+        Args:
+            step: steps done.
+            tensors: by name; with FSDP2 each process gives its part.
+            numbers: what JSON can hold; those of rank 0 are written.
+            metric: of the validation at this step, lower is better.
+            keep_last: remove older ones than the last so many, except that with the lowest metric.
+            background: return as soon as all tensors are copied; `wait` ends it.
+
+        Raises:
+            ValueError: a tensor is not finite; nothing is written.
+            OSError: writing this one, or the one before, failed; earlier ones are as they were.
+        """
+        self.wait()
+        bad = first_non_finite({name: local(tensor) for name, tensor in tensors.items()})
+        if any_rank(bad is not None, self.device):
+            where = bad or "another process"
+            raise ValueError(
+                f"save_checkpoint: every tensor must be finite, got NaN or inf in {where}"
+            )
+        final = self.root / f"step-{step:08d}"
+        writer = self._writer(final, step, numbers, metric, keep_last)
+        plan = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        options: dict[str, Any] = {"storage_writer": writer, "planner": plan}
+        options["process_group"] = self._group
+        with _as_os_error(final):
+            if background:
+                self._pending = final, checkpoint.async_save(tensors, **options)
+            else:
+                checkpoint.save(tensors, **options)
+        return final
+
+    def wait(self) -> None:
+        """Returns None once nothing is being written; raises OSError if that failed."""
+        if self._pending is not None:
+            (final, future), self._pending = self._pending, None
+            with _as_os_error(final):
+                getattr(future, "upload_completion", future).result()
+
+    def _writer(
+        self,
+        final: Path,
+        step: int,
+        numbers: dict[str, Any],
+        metric: float | None,
+        keep_last: int | None,
+    ) -> PartWriter:
+        partial = self.root / f"{_PARTIAL}{final.name}"
+        # As they are now, not when the background comes to it.
+        generators, number = random_generators(self.device), rank()
+
+        def prepare() -> None:
+            self.root.mkdir(parents=True, exist_ok=True)
+            for left in self.root.glob(f"{_PARTIAL}*"):  # of a process that was killed
+                shutil.rmtree(left)
+            partial.mkdir()
+
+        def extra() -> list[Path]:
+            stem = partial / f"rank-{number}"
+            write_tree(generators, stem)
+            return [stem.with_suffix(".json"), stem.with_suffix(".safetensors")]
+
+        def complete(files: dict[str, Any]) -> None:
+            _write_manifest(partial, step, metric, files)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+            _flush(self.root)
+            if keep_last is not None:
+                _prune(self.root, keep_last)
+
+        return PartWriter(
+            partial,
+            number,
+            prepare=prepare,
+            extra=extra,
+            describe=_described,
+            numbers=numbers,
+            complete=complete,
+        )
+
+
+@contextmanager
+def _as_os_error(folder: Path) -> Iterator[None]:
+    """Within it, the failure of any process to read or write is an OSError or ValueError."""
+    try:
+        yield
+    except CheckpointException as error:
+        number, (cause, _) = next(iter(error.failures.items()))
+        kind = OSError if isinstance(cause, OSError) else ValueError
+        raise kind(f"checkpoint: {folder} failed on process {number}, got {cause}") from error
+
+
+def _let_one_process_be() -> None:
+    """Returns None after telling torch not to warn, from any thread, that a process is alone."""
+    warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|load)")
 
 
 def latest_checkpoint(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -163,29 +248,36 @@ def verify_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, manifest["step"], manifest["world_size"], manifest["metric"])
 
 
-def read_numbers(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Returns the `numbers` of `save_checkpoint`."""
-    return read_tree(checkpoint.folder / "state")["numbers"]
+def read_numbers(found: Checkpoint) -> dict[str, Any]:
+    """Returns the `numbers` that were saved."""
+    return read_index(found.folder)["numbers"]
 
 
-def read_shapes(checkpoint: Checkpoint) -> dict[str, torch.Size]:
-    """Returns the shapes of the `tensors` of `save_checkpoint`."""
-    saved = read_tree(checkpoint.folder / "state")["tensors"]
-    return {name: tensor.shape for name, tensor in saved.items()}
+def read_shapes(found: Checkpoint) -> dict[str, torch.Size]:
+    """Returns the whole shapes of the tensors that were saved."""
+    tensors = read_index(found.folder)["tensors"]
+    return {name: torch.Size(entry["shape"]) for name, entry in tensors.items()}
 
 
-@torch.no_grad()
-def read_tensors(checkpoint: Checkpoint, into: dict[str, torch.Tensor]) -> None:
-    """Returns None after copying the `tensors` of `save_checkpoint` into those of their names."""
-    saved = read_tree(checkpoint.folder / "state")["tensors"]
-    for name, tensor in into.items():
-        tensor.copy_(saved[name])
+def read_tensors(found: Checkpoint, into: dict[str, torch.Tensor]) -> None:
+    """Returns None after filling tensors with those saved under their names.
+
+    All processes call this together; with FSDP2 each gets its part, whatever parts were saved.
+
+    Raises:
+        ValueError: a name or shape is not that of a saved tensor.
+    """
+    plan = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    reader = PartReader(found.folder)
+    _let_one_process_be()
+    with _as_os_error(found.folder):
+        checkpoint.load(into, storage_reader=reader, planner=plan)
 
 
-def restore_generators(checkpoint: Checkpoint, device: torch.device) -> bool:
+def restore_generators(found: Checkpoint, device: torch.device) -> bool:
     """Returns whether this process found its random generators and took them over."""
-    stem = checkpoint.folder / f"rank-{rank()}"
-    if checkpoint.world_size != world_size():
+    stem = found.folder / f"rank-{rank()}"
+    if found.world_size != world_size():
         return False
     set_random_generators(read_tree(stem), device)
     return True
@@ -222,12 +314,13 @@ def _folders(root: Path) -> list[tuple[int, Path]]:
     return [(int(match[1]), path) for match, path in matches if match]
 
 
-def _complete(partial: Path, step: int, metric: float | None) -> None:
-    """Writes the manifest and flushes every file, so that the rename comes last on the disk too."""
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(partial.iterdir())
-    }
+def _described(path: Path) -> dict[str, Any]:
+    """Returns size and hash of a file that is on the disk."""
+    _flush(path)
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _write_manifest(partial: Path, step: int, metric: float | None, files: dict[str, Any]) -> None:
     manifest = {
         "format": FORMAT,
         "step": step,
@@ -235,9 +328,9 @@ def _complete(partial: Path, step: int, metric: float | None) -> None:
         "metric": metric,
         "files": files,
     }
-    (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for path in partial.iterdir():
-        _flush(path)
+    path = partial / _MANIFEST
+    path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    _flush(path)
     _flush(partial)
 
 
@@ -253,7 +346,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     keys = {"step", "world_size", "metric", "files"}
     if not known or not keys <= set(manifest) or f"step-{manifest['step']:08d}" != folder.name:
         raise ValueError(f"checkpoint: {path} must be a manifest of {folder.name}, got another")
-    if not {"state.json", "state.safetensors"} <= set(manifest["files"]):
+    if not {STATE} <= set(manifest["files"]):
         raise ValueError(f"checkpoint: {path} must name the state's files, got others")
     return manifest
 

@@ -27,8 +27,11 @@ class ClipOrder:
         accumulate: micro-batches of a step.
         rank, world_size: which process this is, of how many.
         seed: of the shuffles.
+        first_step, first_sample: the row is at sample `first_sample` at the beginning of step
+            `first_step`: with other numbers of processes than before, steps have other sizes.
         bucket_of: the bucket of each clip where there are several: the clips of a micro-batch, over
-            all processes, are then of one bucket. Which clips share one depends on its size.
+            all processes, are then of one bucket. Which clips share one depends on its size, so
+            that another number of processes sees other batches.
     """
 
     num_clips: int
@@ -37,19 +40,22 @@ class ClipOrder:
     rank: int = 0
     world_size: int = 1
     seed: int = 0
+    first_step: int = 0
+    first_sample: int = 0
     bucket_of: list[int] = field(default_factory=list, repr=False)
     _shuffles: dict[int, list[int]] = field(default_factory=dict, repr=False)
     _members: list[list[int]] = field(default_factory=list, repr=False)
 
     def places(self, step: int, part: int) -> list[tuple[int, int]]:
         """Returns the places of micro-batch `part` of step `step`, both from 0."""
-        if self._members:
-            row = self._bucketed(step * self.accumulate + part)
-            return row[self.rank * self.batch_size :][: self.batch_size]
         per_part = self.batch_size * self.world_size
-        first = (step * self.accumulate + part) * per_part + self.rank * self.batch_size
-        numbered = (divmod(n, self.num_clips) for n in range(first, first + self.batch_size))
-        return [(epoch, self._shuffled(epoch)[position]) for epoch, position in numbered]
+        part += (step - self.first_step) * self.accumulate
+        if self._members:
+            shared = self._bucketed(self.first_sample // per_part + part)
+            return shared[self.rank * self.batch_size :][: self.batch_size]
+        first = self.first_sample + part * per_part + self.rank * self.batch_size
+        row = (divmod(n, self.num_clips) for n in range(first, first + self.batch_size))
+        return [(epoch, self._shuffled(epoch)[position]) for epoch, position in row]
 
     def _shuffled(self, epoch: int) -> list[int]:
         if epoch not in self._shuffles:

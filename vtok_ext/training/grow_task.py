@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vtok_ext.metrics import psnr
 from vtok_ext.models.promag_grown import MIXINGS, Grown, grow
 from vtok_ext.training.growth_loss import KL_WEIGHT, growth_loss
+from vtok_ext.training.optimizers import tokenizer_optimizers
 from vtok_ext.training.recipe import Recipe, TokenizerRecipe
 from vtok_ext.training.task import MicroBatch, Task
 from vtok_ext.training.tokenizer_task import TokenizerTask, build_model, to_video
@@ -80,15 +81,8 @@ class GrowTask(Task):
         return [f"{self.model.name}: {new:,} parameters train, {old:,} of the base are frozen"]
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Returns AdamW of the new parts."""
-        settings = self.recipe.optimizer
-        optimizer = torch.optim.AdamW(
-            self.trained("model"),
-            lr=settings.lr,
-            betas=(settings.betas[0], settings.betas[1]),
-            weight_decay=settings.weight_decay,
-        )
-        return {"model": optimizer}
+        """Returns those of the new parts."""
+        return tokenizer_optimizers(self.model, self.recipe.optimizer, [])
 
     def accumulate(
         self, batch: MicroBatch, backward: Callable[[Tensor], None]

@@ -3,6 +3,7 @@
     OUT/recipe.yaml     the effective recipe
     OUT/log.jsonl       every step's loss terms, validations, checkpoints
     OUT/checkpoints/    see `checkpoint`
+    OUT/samples/        see `sample_pictures`
     OUT/model/          the trained tokenizer, its moving averages if there are any
 
 A run that was killed at any moment and is resumed gives, with the same number of processes and
@@ -21,11 +22,14 @@ import torch
 
 from vtok_ext.data.atomic_output import output_file
 from vtok_ext.training import checkpoint as checkpoints
+from vtok_ext.training.clip_checks import check_clips, clips_of
 from vtok_ext.training.clip_order import ClipOrder, buckets_of, step_batches
 from vtok_ext.training.distributed import any_rank, rank, wait_for_all, world_size
+from vtok_ext.training.log_sinks import open_sinks
 from vtok_ext.training.parallel import local
 from vtok_ext.training.recipe import Recipe
 from vtok_ext.training.run_log import RunLog
+from vtok_ext.training.sample_pictures import write_samples
 from vtok_ext.training.sentinel import NonFiniteLossError, is_finite
 from vtok_ext.training.setup import build_training
 from vtok_ext.training.step import NonFiniteStep, Stepper
@@ -102,7 +106,10 @@ def train(
         raise ValueError(f"train: resume must be one of {RESUME}, got {resume!r}")
     with stop_requests() as request:
         run = _Run(recipe, out, torch.device(device), resume, warn if rank() == 0 else _nothing)
-        return run.loop(request, on_step if rank() == 0 else None)
+        try:
+            return run.loop(request, on_step if rank() == 0 else None)
+        finally:
+            run.log.close()
 
 
 def _nothing(line: str) -> None:
@@ -122,6 +129,7 @@ class _Run:
     ) -> None:
         self.recipe, self.out, self.device, self.warn = recipe, out, device, warn
         self.folder = out / "checkpoints"
+        self.writer = checkpoints.CheckpointWriter(self.folder, device)
         found = self._found(resume)
         self.training = build_training(recipe, device)
         for line in self.training.task.notes():
@@ -134,7 +142,7 @@ class _Run:
         self.first_step = self.training.step
         if rank() == 0:
             self._write_recipe()
-        self.log = RunLog(out / "log.jsonl", self.first_step, active=rank() == 0)
+        self.log = self._open_log()
         self.step = Stepper(self.training)
         # After everything that draws random numbers: noise of this run begins or goes on here.
         if found is None or not checkpoints.restore_generators(found, device):
@@ -164,6 +172,26 @@ class _Run:
         checkpoints.read_tensors(found, into)
         self.training.adopt(into, numbers)
         self.saved = found.folder
+        old, new = (
+            recipe["run"]["batch_size"] * recipe["run"]["accumulate"] * processes
+            for recipe, processes in (
+                (numbers["recipe"], found.world_size),
+                (self.recipe.to_dict(), world_size()),
+            )
+        )
+        if old != new:
+            self.warn(
+                f"a step had {old} samples and has {new} now: the order of samples goes on at "
+                f"number {self.training.samples}"
+            )
+
+    def _open_log(self) -> RunLog:
+        leads = rank() == 0
+        sinks = []
+        if leads:
+            names = self.recipe.run.loggers
+            sinks = open_sinks(names, self.out, self.first_step, self.recipe.to_dict())
+        return RunLog(self.out / "log.jsonl", self.first_step, active=leads, sinks=sinks)
 
     def _write_recipe(self) -> None:
         import yaml
@@ -185,6 +213,8 @@ class _Run:
             rank(),
             world_size(),
             settings.seed,
+            self.first_step,
+            self.training.samples,
             buckets_of(self.clips),
         )
         batches = step_batches(
@@ -194,6 +224,8 @@ class _Run:
         start, logged = time.monotonic(), self.first_step
         stopped = False
         for clips in batches:
+            if self.training.step == self.first_step:
+                self._check(clips)
             terms = self._take(clips)
             step = self.training.step
             if step % settings.log_every == 0 or step == settings.steps:
@@ -220,8 +252,25 @@ class _Run:
             validation=self.validation,
         )
 
+    def _check(self, parts: list[Any]) -> None:
+        """Looks at the first batch."""
+        for part in parts:
+            for clips in clips_of(part):
+                for line in check_clips(clips):
+                    self.warn(line)
+
+    def _show(self, step: int) -> None:
+        """Writes samples of held-out clips."""
+        shown = self.held_out[: self.recipe.run.sample_clips]
+        with self.training.evaluating():
+            videos = self.training.task.pictures(shown)
+        if rank() == 0:
+            pictures = write_samples(self.out / "samples" / f"step-{step:08d}", videos)
+            for name, picture in pictures.items():
+                self.log.picture(name, step, picture)
+
     def _mark(self, step: int, stopped: bool) -> None:
-        """Validates and saves after a step, if it is time."""
+        """Validates, shows and saves after a step, if it is time."""
         settings = self.recipe.run
         last = step == settings.steps
         saving = last or stopped or step % settings.checkpoint_every == 0
@@ -232,18 +281,19 @@ class _Run:
                 self.validation = validate(self.training, self.held_out)
                 self.log.write("validation", step, **self.validation)
                 metric = self.validation[self.training.task.metric]
+            if settings.sample_every and (last or step % settings.sample_every == 0):
+                self._show(step)
         if saving:
-            self._save(metric if metric is not None and metric == metric else None)
+            self._save(metric if metric is not None and metric == metric else None, last or stopped)
 
-    def _save(self, metric: float | None) -> None:
-        self.saved = checkpoints.save_checkpoint(
-            self.folder,
+    def _save(self, metric: float | None, last: bool) -> None:
+        self.saved = self.writer.save(
             self.training.step,
             self.training.tensors(),
             self.training.numbers(),
-            device=self.device,
             metric=metric,
             keep_last=self.recipe.run.keep_last,
+            background=self.recipe.run.background_checkpoints and not last,
         )
         self.log.write("checkpoint", self.training.step, folder=self.saved.name)
 
@@ -270,9 +320,8 @@ class _Run:
         good = not any_rank(not good, self.device)
         if good and (self.saved is None or self.saved.name != f"step-{number:08d}"):
             # Nothing is removed for it: older states may be wanted now.
-            self.saved = checkpoints.save_checkpoint(
-                self.folder, number, state, self.training.numbers(), device=self.device
-            )
+            self.saved = self.writer.save(number, state, self.training.numbers())
+        self.writer.wait()
         wait_for_all()
         kept = f"is in {self.saved}" if self.saved else "is none: no checkpoint was written before"
         self.log.write("non_finite", number, where=where)

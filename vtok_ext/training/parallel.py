@@ -8,6 +8,7 @@ of resolution), the rest of a network is one unit more.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -35,6 +36,10 @@ def wrap(
     """
     if not is_distributed():
         return dict(networks)
+    # torch has a new name for this option since 2.13, and announces what only code that changes the
+    # output of the whole network in place must know.
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated")
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     # Buffers stay each process's own: real and fake pass before one backward.
     options: dict[str, Any] = {"broadcast_buffers": False}
     if device.type == "cuda":
@@ -117,11 +122,16 @@ def reshard(network: nn.Module) -> None:
             module.reshard()  # type: ignore[operator]
 
 
+def is_part(tensor: Tensor) -> bool:
+    """Returns whether a tensor is one that FSDP2 has divided among the processes."""
+    return hasattr(tensor, "full_tensor")
+
+
 def local(tensor: Tensor) -> Tensor:
     """Returns the part of a tensor that this process holds: itself but for FSDP2."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.to_local() if is_part(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def whole(tensor: Tensor) -> Tensor:
     """Returns the whole of a tensor; with FSDP2 all processes must ask."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if is_part(tensor) else tensor  # type: ignore[attr-defined]

@@ -25,6 +25,7 @@ from vtok_ext.training.blocks import recompute_activations
 from vtok_ext.training.coordtok_loss import PointLoss, PointLossConfig, draw_points
 from vtok_ext.training.point_clips import PointClips
 from vtok_ext.training.recipe import DataRecipe, ModelRecipe, PerceptualRecipe, Recipe
+from vtok_ext.training.sample_pictures import reconstruction_video
 from vtok_ext.training.task import MicroBatch, Task
 from vtok_ext.training.tokenizer_task import build_model, perceptual_network, to_video
 
@@ -191,6 +192,11 @@ class PointTask(Task):
             totals["rec_loss"] += error.item() / len(samples)
             totals["psnr"] += psnr(reconstruction, video).mean().item() / len(samples)
         return totals
+
+    def pictures(self, samples: list[Any]) -> dict[str, Tensor]:
+        """Returns input, output and error map of each clip, side by side."""
+        pairs = (self._reconstruct(sample) for sample in samples)
+        return {f"clip-{i}": reconstruction_video(a[0], b[0]) for i, (a, b) in enumerate(pairs)}
 
     def _reconstruct(self, sample: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Returns video and reconstruction [1, 3, T, H, W] of the real frames of a sample."""

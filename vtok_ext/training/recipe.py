@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from vtok_ext.training.log_sinks import LOGGERS
 from vtok_ext.training.losses import LossConfig
 
 SCHEDULES = ("constant", "cosine", "linear")
@@ -148,7 +149,14 @@ class PerceptualRecipe:
 
 @dataclass(frozen=True)
 class LossRecipe(PerceptualRecipe, LossConfig):
-    """What is minimised: `LossConfig`, and where LPIPS comes from."""
+    """What is minimised: `LossConfig`, and where LPIPS comes from.
+
+    Attributes:
+        continue_from: folder of checkpoints whose log variance, LeCam averages and discriminator
+            are the first ones here; null to begin anew.
+    """
+
+    continue_from: str | None = None
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -162,6 +170,7 @@ class OptimizerRecipe:
 
     Attributes:
         lr, discriminator_lr: learning rates at the top of the schedule; null for the same.
+        muon_lr: of Muon for the matrices within the tokenizer; null for Adam everywhere.
         betas: decays of the two moments.
         weight_decay: decoupled (AdamW).
         clip: largest norm of all gradients of an optimiser.
@@ -173,6 +182,7 @@ class OptimizerRecipe:
 
     lr: float = 1e-5
     discriminator_lr: float | None = None
+    muon_lr: float | None = None
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = 0.0
     clip: float = 20.0
@@ -189,6 +199,7 @@ class OptimizerRecipe:
         _require(known, "optimizer.schedule", f"one of {SCHEDULES}", self.schedule)
         ok = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         _require(ok, "optimizer.betas", "two numbers in [0, 1)", self.betas)
+        _require(self.muon_lr is None or self.muon_lr > 0, "optimizer.muon_lr", "> 0", self.muon_lr)
         for name, limit in (("discriminator_lr", math.inf), ("ema_decay", 1.0)):
             value = getattr(self, name)
             ok = value is None or 0 <= value < limit
@@ -220,7 +231,11 @@ class RunRecipe:
         checkpoint_activations: recompute the blocks in the backward pass to save memory.
         compile: torch.compile of the blocks.
         log_every, validate_every, checkpoint_every: in steps; validation also precedes checkpoints.
+        sample_every: in steps; videos and error maps of held-out clips, 0 for none.
+        sample_clips: how many.
+        loggers: beside log.jsonl, "tensorboard" and "wandb".
         keep_last: newest checkpoints that stay, beside the best.
+        background_checkpoints: train on while a copy of everything is written.
         seed: of weights, order of clips and noise.
     """
 
@@ -234,14 +249,20 @@ class RunRecipe:
     log_every: int = 1
     validate_every: int = 2000
     checkpoint_every: int = 5000
+    sample_every: int = 0
+    sample_clips: int = 2
+    loggers: list[str] = field(default_factory=list)
     keep_last: int = 3
+    background_checkpoints: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Checks every field."""
         _at_least("run", self, 1, "steps", "batch_size", "accumulate", "log_every")
         _at_least("run", self, 1, "validate_every", "checkpoint_every", "keep_last")
-        _at_least("run", self, 0, "seed")
+        _at_least("run", self, 0, "seed", "sample_every", "sample_clips")
+        for name in self.loggers:
+            _require(name in LOGGERS, "run.loggers", f"among {LOGGERS}", name)
         for name, choices in (("precision", PRECISIONS), ("parallel", PARALLEL)):
             value = getattr(self, name)
             _require(value in choices, f"run.{name}", f"one of {choices}", value)
@@ -260,6 +281,12 @@ class Recipe:
     data: DataRecipe = field(default_factory=DataRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     run: RunRecipe = field(default_factory=RunRecipe)
+
+    def __post_init__(self) -> None:
+        """Checks what concerns several sections."""
+        # Muon needs whole matrices, of which a process then has a part.
+        whole = self.optimizer.muon_lr is None or self.run.parallel != "fsdp"
+        _require(whole, "optimizer.muon_lr", "null with run.parallel fsdp", self.optimizer.muon_lr)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all values, as YAML and JSON can hold them."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from vtok_ext.models._config import closest
 from vtok_ext.training.recipe import Recipe
+from vtok_ext.training.released_recipe import is_released, released_recipe
 from vtok_ext.training.tasks import task_class
 
 BUILT_IN = Path(__file__).parent / "recipes"
@@ -25,17 +26,61 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Any:
     """Returns the recipe of a YAML file or of a built-in name, with single values replaced.
 
     Args:
-        source: path of a YAML file, or one of `list_recipes()`.
+        source: path of a YAML file, one of `list_recipes()`, or a released file of VidTok.
         overrides: such as "run.steps=100".
 
     Raises:
         FileNotFoundError: neither a file nor a built-in name.
-        ValueError: not YAML, an unknown key (the message names the closest) or a rejected value.
+        ValueError: not YAML, several stages, an unknown key (the message names the closest) or a
+            rejected value.
     """
-    values = _read(_locate(str(source)))
-    for override in overrides:
+    recipes = load_stages(source, overrides)
+    if len(recipes) > 1:
+        raise ValueError(f"recipe: {source} must have one stage for this, got {len(recipes)}")
+    return recipes[0]
+
+
+def load_stages(source: str | Path, overrides: Sequence[str] = ()) -> list[Any]:
+    """Returns the recipes of all stages of a YAML file or of a built-in name.
+
+    A file may have a list `stages` of sections that replace values of the file, one item per stage;
+    without it there is one stage.
+
+    Args:
+        source: as `load_recipe`.
+        overrides: "run.steps=100" for every stage, "stages.0.run.steps=100" for the first.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_recipe`.
+    """
+    path = _locate(str(source))
+    values = _read(path)
+    if is_released(values):
+        values = released_recipe(values, path)
+    own = [text for text in overrides if text.startswith("stages.")]
+    for override in own:
         _replace(values, override)
-    return recipe_from_dict(values)
+    stages = values.pop("stages", [{}])
+    if not (isinstance(stages, list) and stages and all(isinstance(s, dict) for s in stages)):
+        raise ValueError(f"recipe: stages must be a list of sections, got {stages!r}")
+    recipes = []
+    for stage in stages:
+        merged = _merged(values, stage)
+        for override in overrides:
+            if override not in own:
+                _replace(merged, override)
+        recipes.append(recipe_from_dict(merged))
+    return recipes
+
+
+def _merged(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Returns a copy of nested mappings with those values replaced that `over` has too."""
+    result = {k: _merged(v, {}) if isinstance(v, dict) else v for k, v in values.items()}
+    for key, value in over.items():
+        old = result.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        result[key] = _merged(old, value) if both else value  # type: ignore[arg-type]
+    return result
 
 
 def recipe_from_dict(values: Mapping[str, Any]) -> Any:
@@ -91,14 +136,21 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
-def _replace(values: dict[str, Any], override: str) -> None:
+def _replace(values: Any, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise ValueError(f"recipe: an override must be section.key=value, got {override!r}")
     *sections, name = key.split(".")
     for section in sections:
-        inner = values.setdefault(section, {})
-        if not isinstance(inner, dict):
+        if isinstance(values, list):
+            if not section.isdigit() or int(section) >= len(values):
+                raise ValueError(
+                    f"recipe: stages must be numbered 0..{len(values) - 1}, got {override!r}"
+                )
+            inner = values[int(section)]
+        else:
+            inner = values.setdefault(section, {})
+        if not isinstance(inner, dict) and not (section == "stages" and isinstance(inner, list)):
             raise ValueError(f"recipe: {section} must be a section for {override!r}, got {inner!r}")
         values = inner
     values[name] = _parse(f"value: {text}", override)["value"]

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from vtok_ext.data.atomic_output import output_file
+from vtok_ext.training.log_sinks import LogSink
 
 
 class RunLog:
@@ -17,10 +21,13 @@ class RunLog:
         path: the file; lines of steps after `first_step` and a cut-off last line are removed.
         first_step: steps that the run has done.
         active: whether this process writes at all.
+        sinks: further places that numbers and pictures go to.
     """
 
-    def __init__(self, path: Path, first_step: int, active: bool = True) -> None:
-        self.path, self.active = path, active
+    def __init__(
+        self, path: Path, first_step: int, active: bool = True, sinks: Sequence[LogSink] = ()
+    ) -> None:
+        self.path, self.active, self.sinks = path, active, sinks
         if not active:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,6 +51,19 @@ class RunLog:
             os.write(descriptor, line.encode())
         finally:
             os.close(descriptor)
+        scalars = {n: v for n, v in values.items() if isinstance(v, int | float)}
+        for sink in self.sinks if scalars else ():
+            sink.numbers(kind, step, scalars)
+
+    def picture(self, name: str, step: int, image: Tensor) -> None:
+        """Returns None after giving a picture [3, H, W] uint8 to the sinks."""
+        for sink in self.sinks:
+            sink.picture(name, step, image)
+
+    def close(self) -> None:
+        """Returns None once the sinks have everything."""
+        for sink in self.sinks:
+            sink.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

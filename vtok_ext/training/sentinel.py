@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtok_ext.training.parallel import local
+
 
 class NonFiniteLossError(ValueError):
     """A loss or gradient became NaN or infinite; the message says where first."""
@@ -49,7 +51,11 @@ def last_bad_gradient(network: nn.Module) -> str | None:
 
     The backward pass meets it first.
     """
-    bad = [name for name, p in network.named_parameters() if not is_finite(p.grad)]
+    bad = [
+        name
+        for name, p in network.named_parameters()
+        if not is_finite(None if p.grad is None else local(p.grad))
+    ]
     return bad[-1] if bad else None
 
 

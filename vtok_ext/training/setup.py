@@ -14,10 +14,16 @@ from vtok_ext.training.blocks import compile_blocks, recompute_activations
 from vtok_ext.training.parallel import wrap
 from vtok_ext.training.recipe import DataRecipe, Recipe
 from vtok_ext.training.state import Training
+from vtok_ext.training.task import Task
 from vtok_ext.training.tasks import task_class
 
 # Beyond any number of training clips, so that the held-out ones are none of them.
 _VALIDATION_SEED = 1_000_000_000
+
+
+def build_task(recipe: Recipe, device: torch.device) -> Task:
+    """Returns the task that a recipe names. Raises as `build_training`."""
+    return task_class(recipe.task)(recipe, device)
 
 
 def build_training(recipe: Recipe, device: torch.device) -> Training:
@@ -27,7 +33,7 @@ def build_training(recipe: Recipe, device: torch.device) -> Training:
         ValueError, OSError: what the task needs cannot be had.
     """
     torch.manual_seed(recipe.run.seed)
-    task = task_class(recipe.task)(recipe, device)
+    task = build_task(recipe, device)
     # From the inside out: compiled, recomputed, divided.
     for network in task.networks.values():
         if recipe.run.compile:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vtok_ext.training.ema import ExponentialMovingAverage
+from vtok_ext.training.gradients import LossScale
 from vtok_ext.training.parallel import reshard, whole
 from vtok_ext.training.task import Task
 
@@ -31,6 +32,7 @@ class Training:
 
     Attributes:
         optimizers: by name, the main one first.
+        loss_scale: of float16.
         averages: moving averages of the exported network's weights, None if not wanted.
         step: steps done.
         samples: samples seen in them by all processes.
@@ -46,6 +48,7 @@ class Training:
         decay = self.recipe.optimizer.ema_decay
         exported = task.networks[task.exported]
         self.averages = None if decay is None else ExponentialMovingAverage(exported, decay)
+        self.loss_scale = LossScale(self.recipe.run.precision == "float16")
         self.step = self.samples = 0
 
     def numbers(self) -> dict[str, Any]:
@@ -54,6 +57,7 @@ class Training:
             "step": self.step,
             "samples": self.samples,
             "averages": self.averages.num_updates if self.averages else None,
+            "loss_scale": self.loss_scale.state_dict(),
             "recipe": self.recipe.to_dict(),
         }
 
@@ -125,6 +129,7 @@ class Training:
                 optimizer = self.optimizers[stem.split(".")[1]]
                 optimizer.state[parameter] = state
         self.step, self.samples = numbers["step"], numbers["samples"]
+        self.loss_scale.load_state_dict(numbers["loss_scale"])
         if self.averages is not None:
             self.averages.num_updates = numbers["averages"]
 

@@ -6,7 +6,6 @@ Nothing is applied unless all losses and gradients are finite on every process.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from vtok_ext.training.checkpoint import random_generators, set_random_generators
 from vtok_ext.training.distributed import mean_over_ranks, rank, world_size
+from vtok_ext.training.gradients import clip_gradients, divide_gradients
 from vtok_ext.training.parallel import gradients_shared, is_sharded, local
 from vtok_ext.training.sentinel import first_bad_layer, is_finite, last_bad_gradient
 from vtok_ext.training.state import Training
@@ -62,21 +62,25 @@ class Stepper:
         terms = []
         for i, batch in enumerate(batches):
             with gradients_shared(task.call.values(), i == len(parts) - 1):
-                terms.append(task.accumulate(batch, partial(_backward, 1 / len(parts))))
+                factor = training.loss_scale.value / len(parts)
+                terms.append(task.accumulate(batch, partial(_backward, factor)))
         norms = self._clip_gradients()
         mean = {name: torch.stack([t[name].float() for t in terms]).mean() for name in terms[0]}
         mean |= norms
         # One transfer for all numbers; a NaN of one process reaches all of them.
         values = mean_over_ranks(torch.stack(list(mean.values()))).tolist()
-        if not all(map(math.isfinite, values)):
-            names = [name for name, v in zip(mean, values, strict=True) if not math.isfinite(v)]
+        num_samples = sum(len(batch.numbers) for batch in batches) * world_size()
+        names = [name for name, v in zip(mean, values, strict=True) if not math.isfinite(v)]
+        if names and training.loss_scale.can_shrink and names[0] in norms:
+            return self._leave_out(dict(zip(mean, values, strict=True)), num_samples)
+        if names:
             _restore(buffers)
             where = self._search(batches, generators, names)
             _restore(buffers)
             set_random_generators(generators, training.device)
             self._zero_gradients()
             raise NonFiniteStep(where)
-        self._apply(sum(len(batch.numbers) for batch in batches) * world_size())
+        self._apply(num_samples)
         return dict(zip(mean, values, strict=True))
 
     def _batch(self, part: int, data: Any, num_parts: int) -> MicroBatch:
@@ -112,6 +116,7 @@ class Stepper:
         for parameter in self._loose:
             if parameter.grad is not None:
                 parameter.grad.copy_(mean_over_ranks(parameter.grad))
+        divide_gradients(self._parameters(), self.training.loss_scale.value)
         largest = self.training.recipe.optimizer.clip
         norms: dict[str, Tensor] = {}
         for kind, optimizer in self.training.optimizers.items():
@@ -125,6 +130,17 @@ class Stepper:
             optimizer.step()
         if self.training.averages is not None:
             self.training.averages.update()
+        self.training.loss_scale.count()
+        self._count(num_samples)
+
+    def _leave_out(self, values: dict[str, float], num_samples: int) -> dict[str, float]:
+        """Returns what is finite of a step whose float16 gradients overflowed."""
+        self._zero_gradients()
+        self.training.loss_scale.shrink()
+        self._count(num_samples)
+        return {n: v for n, v in values.items() if math.isfinite(v)} | {"left_out": 1.0}
+
+    def _count(self, num_samples: int) -> None:
         self.training.step += 1
         self.training.samples += num_samples
 
@@ -155,8 +171,8 @@ class Stepper:
         return f"{', '.join(names)}, while all layers of this process were finite"
 
 
-def _backward(share: float, loss: Tensor) -> None:
-    (loss * share).backward()
+def _backward(factor: float, loss: Tensor) -> None:
+    (loss * factor).backward()
 
 
 def batch_size(data: Any) -> int:
@@ -175,19 +191,6 @@ def to_device(data: Any, device: torch.device) -> Any:
     if isinstance(data, list | tuple):
         return type(data)(to_device(value, device) for value in data)
     return data
-
-
-@torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
-    """Returns the norm of all gradients, which are then scaled to a norm of at most `largest`.
-
-    A norm that is not finite leaves them as they are, so that their origin can be found.
-    """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    scale = (largest / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(gradients, torch.where(torch.isfinite(norm), scale, 1.0))
-    return norm
 
 
 @torch.no_grad()

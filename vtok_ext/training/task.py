@@ -154,7 +154,10 @@ class Task(ABC):
         self.networks[self.exported](batch.data)
 
     def pictures(self, samples: list[Any]) -> dict[str, Tensor]:
-        """Returns videos [3, T, H, W] uint8 that show how far the training is, by name."""
+        """Returns videos [3, T, H, W] uint8 that show how far the training is, by name.
+
+        Called as `validate`, by all processes.
+        """
         return {}
 
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:

@@ -10,6 +10,8 @@ from vtok_ext.training.grow_task import GrowDecoderTask, GrowTask
 from vtok_ext.training.point_task import PointTask
 from vtok_ext.training.task import Task
 from vtok_ext.training.tokenizer_task import TokenizerTask
+from vtok_ext.training.vtok_lm_task import VTokLMTask
+from vtok_ext.training.vtok_task import VTokEncoderTask, VTokTask
 
 TASKS: dict[str, type[Task]] = {
     "gpt": GPTTask,
@@ -18,6 +20,9 @@ TASKS: dict[str, type[Task]] = {
     "points": PointTask,
     "sit": SiTTask,
     "tokenizer": TokenizerTask,
+    "vtok": VTokTask,
+    "vtok_encoder": VTokEncoderTask,
+    "vtok_lm": VTokLMTask,
 }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -17,10 +18,13 @@ from torch import Tensor, nn
 
 from vtok_ext.metrics import psnr
 from vtok_ext.models._registry import create_model, load_model
+from vtok_ext.training.checkpoint import latest_checkpoint, read_shapes, read_tensors
 from vtok_ext.training.losses import TokenizerLoss
 from vtok_ext.training.lpips import published_lpips, random_lpips
+from vtok_ext.training.optimizers import tokenizer_optimizers
 from vtok_ext.training.parallel import partial_backward
 from vtok_ext.training.recipe import ModelRecipe, Recipe, TokenizerRecipe
+from vtok_ext.training.sample_pictures import reconstruction_video
 from vtok_ext.training.task import MicroBatch, Task
 
 # The random LPIPS is an eighth as wide as the published one: its code runs, quickly.
@@ -45,6 +49,8 @@ class TokenizerTask(Task):
         super().__init__(recipe, device)
         self.model: Any = build_model(recipe.model).to(device)
         self.loss = TokenizerLoss(recipe.loss, perceptual_network(recipe.loss)).to(device)
+        if recipe.loss.continue_from is not None:
+            continue_losses(self.loss, Path(recipe.loss.continue_from))
         self.discriminator = self.loss.discriminator
         self.modules = {"model": self.model, "loss": self.loss}
         self.networks = {"model": self.model}
@@ -88,11 +94,7 @@ class TokenizerTask(Task):
             "weight_decay": settings.weight_decay,
         }
         logvar = [self.loss.logvar] if self.loss.logvar.requires_grad else []
-        found: dict[str, torch.optim.Optimizer] = {
-            "generator": torch.optim.AdamW(
-                [*self.trained("model"), *logvar], lr=settings.lr, **options
-            )
-        }
+        found = tokenizer_optimizers(self.model, settings, logvar)
         if self.discriminator is not None:
             lr = settings.lr if settings.discriminator_lr is None else settings.discriminator_lr
             parameters = self.discriminator.parameters()
@@ -164,6 +166,11 @@ class TokenizerTask(Task):
             totals["psnr"] += psnr(reconstruction.float(), video).mean().item() / len(samples)
         return totals
 
+    def pictures(self, samples: list[Tensor]) -> dict[str, Tensor]:
+        """Returns input, output and error map of each clip, side by side."""
+        pairs = (self._reconstruct(clip) for clip in samples)
+        return {f"clip-{i}": reconstruction_video(a[0], b[0]) for i, (a, b) in enumerate(pairs)}
+
     def _reconstruct(
         self,
         clip: Tensor,  # [3, T, H, W] uint8
@@ -172,6 +179,24 @@ class TokenizerTask(Task):
         video = to_video(clip.unsqueeze(0).to(self.device))
         with self.autocast():
             return video, self.model(video).reconstruction
+
+
+def continue_losses(loss: TokenizerLoss, root: Path) -> None:
+    """Returns None after taking over the state of the losses from the newest checkpoint in `root`.
+
+    Raises:
+        ValueError: there is no undamaged checkpoint, or its losses are others.
+    """
+    found = latest_checkpoint(root, print)
+    own = {f"loss.{name}": tensor for name, tensor in loss.state_dict().items()}
+    shapes = {} if found is None else read_shapes(found)
+    if found is None or any(shapes.get(name) != tensor.shape for name, tensor in own.items()):
+        what = "none" if found is None else "one with other losses"
+        raise ValueError(
+            f"recipe: loss.continue_from must hold a checkpoint with the same losses, got {what} "
+            f"in {root}"
+        )
+    read_tensors(found, own)
 
 
 def build_model(recipe: ModelRecipe) -> Any:
@@ -200,9 +225,10 @@ def perceptual_network(recipe: Any) -> nn.Module | None:
 
 def to_video(
     clips: Tensor,  # [B, 3, T, H, W] uint8
+    device: torch.device | None = None,
 ) -> Tensor:
-    """Returns [B, 3, T, H, W] float32 in [-1, 1]."""
-    return clips.float() / 127.5 - 1
+    """Returns [B, 3, T, H, W] float32 in [-1, 1], on another device if one is given."""
+    return clips.to(device, non_blocking=True).float() / 127.5 - 1
 
 
 @contextmanager

@@ -29,8 +29,9 @@ from vtok_ext.data.captioned.scene import (
 
 # A colour is there from this part of the smallest shape's area on: a cross has 2.4 squared radii.
 _LEAST_AREA = 0.35 * 2.4 * RADIUS**2
-# A pixel counts if it is at most this far (of 441) from its colour: half mixed with background.
-_NEAR = 110.0
+# A pixel counts if it is at most this far (of 441) from its colour; two colours are 97 apart or
+# more.
+_NEAR = 70.0
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,19 @@ def colour_masks(
     pixels = clip.float().flatten(1).mT  # [T H W, 3]
     distance, nearest = torch.cdist(pixels, palette).min(1)
     nearest = torch.where(distance < _NEAR, nearest, 0).view(clip.shape[1:])
-    return {name: nearest == i for i, name in enumerate(COLOURS, start=1)}
+    return {name: _in_one_quarter(nearest == i) for i, name in enumerate(COLOURS, start=1)}
+
+
+def _in_one_quarter(mask: Tensor) -> Tensor:
+    """Returns a mask [T, H, W] cut down to its fullest quarter: shapes do not leave theirs, and the
+    edge of one, mixed with background, may be near another's colour."""
+    height, width = mask.shape[1] // 2, mask.shape[2] // 2
+    halves = [(slice(0, size), slice(size, None)) for size in (height, width)]
+    quarters = [(rows, columns) for rows in halves[0] for columns in halves[1]]
+    rows, columns = max(quarters, key=lambda at: int(mask[:, at[0], at[1]].sum()))
+    kept = torch.zeros_like(mask)
+    kept[:, rows, columns] = mask[:, rows, columns]
+    return kept
 
 
 def cover_of(

@@ -63,11 +63,14 @@ class CaptionedClips:
         """Number of clips."""
         return self.num_clips
 
+    def scene(self, index: int) -> Scene:
+        """Returns what is in clip `index`, without drawing it."""
+        return draw_scene(self.first_seed + index, self.shape[0], self.split)
+
     def clip(self, index: int) -> CaptionedClip:
         """Returns clip `index` with caption and questions."""
-        num_frames, height, width = self.shape
-        scene = draw_scene(self.first_seed + index, num_frames, self.split)
-        video = render(scene, height, width)
+        scene = self.scene(index)
+        video = render(scene, *self.shape[1:])
         return CaptionedClip(video, scene, caption_of(scene), questions_of(scene))
 
     def __getitem__(self, place: tuple[int, int]) -> torch.Tensor:

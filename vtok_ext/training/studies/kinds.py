@@ -28,6 +28,8 @@ RunRow = Callable[[dict[str, Any], int, Path, Progress], RowResult]
 KINDS: dict[str, str | RunRow] = {
     "promag": "vtok_ext.training.studies.promag_row",
     "vidtok": "vtok_ext.training.studies.vidtok_row",
+    "vtok": "vtok_ext.training.studies.vtok_row",
+    "vtok_generation": "vtok_ext.training.studies.vtok_generation_row",
 }
 
 

@@ -4,13 +4,19 @@
                            linear interpolation
     method "direct"        a model of that temporal factor trained from random weights, with as much
                            work as base and growth together, or as growth alone
-    method "grown"         grown to 8x, and from there to 16x
+    method "grown"         grown to 8x, and from there to 16x; at factor 4 the base itself
 
-All train with `growth_loss` by AdamW, warm-up and half a cosine, on the same clips in the same
-order. Trained stages are kept in the study's shared folder. Metrics per held-out clip: psnr, ssim;
-psnr_kept and sharpness of every (factor / 4)-th frame, the latter the ratio of mean |gradient| to
-the source's; corner_error, mean |error| in the corners over that elsewhere. With `overlap`, clips
-of `long_frames` are coded in chunks, or as a stream: psnr, and boundary_jump at chunk borders.
+All train with `growth_loss` by Muon and AdamW, warm-up and half a cosine, on the same clips in the
+same order. Trained stages are kept in the study's shared folder. Metrics per held-out clip:
+
+    psnr, ssim
+    psnr_kept, sharpness   of every (factor / 4)-th frame; sharpness is the ratio of mean |gradient|
+                           to the source's
+    corner_error           mean |error| in the corners over that elsewhere
+
+With `overlap`, clips of `long_frames` are coded in chunks or as a stream; then metrics are psnr and
+boundary_jump at chunk borders. With `generator_work`, a SiT is trained on the latents instead, see
+`promag_generation`.
 """
 
 from __future__ import annotations
@@ -44,8 +50,11 @@ from vtok_ext.models.promag_overlap import (
 from vtok_ext.training.clip_order import ClipOrder
 from vtok_ext.training.growth_loss import KL_WEIGHT, growth_loss
 from vtok_ext.training.growth_work import step_multiply_adds
+from vtok_ext.training.optimizers import tokenizer_optimizers
+from vtok_ext.training.recipe import OptimizerRecipe
 from vtok_ext.training.studies.clip_store import clip_store, fingerprint
 from vtok_ext.training.studies.kinds import Progress, shared_folder
+from vtok_ext.training.studies.promag_generation import measure_generation
 from vtok_ext.training.studies.row_result import RowResult
 
 METHODS = ("interpolated", "direct", "grown")
@@ -62,16 +71,18 @@ class PromagRow:
     """Settings of a row.
 
     Attributes:
-        method, factor: see above; factor 8 or 16.
+        method, factor: see above; factor 4, 8 or 16.
         model: fields of `ProMAGConfig` for all models.
         budget: of method "direct": the work of "summed" base and growth, or of "growth" alone.
         mixing, use_subsampled: of method "grown".
         overlap: frames by which chunks of 17 overlap, -1 for an exact stream; null measures clips
             of 17 frames.
         base_steps, growth_steps: of the base, and of each growth; 0 leaves the base untrained.
-        batch_size, base_lr, growth_lr, warmup, kl_weight: of the trainings.
+        batch_size, muon_lr, adam_lr, warmup, kl_weight: of all trainings; see
+            `tokenizer_optimizers`.
         size, train_clips, eval_clips: of the clips of 17 frames, H = W.
         long_frames, long_clips: of the clips with `overlap`.
+        generator_work: 10^12 multiply-adds for training a SiT on the latents; null for none.
     """
 
     method: str
@@ -84,8 +95,8 @@ class PromagRow:
     base_steps: int = 400
     growth_steps: int = 200
     batch_size: int = 4
-    base_lr: float = 3e-3
-    growth_lr: float = 2e-3
+    muon_lr: float = 0.01
+    adam_lr: float = 2e-3
     warmup: int = 20
     kl_weight: float = KL_WEIGHT
     size: int = 32
@@ -93,12 +104,13 @@ class PromagRow:
     eval_clips: int = 64
     long_frames: int = 56
     long_clips: int = 16
+    generator_work: float | None = None
 
     def __post_init__(self) -> None:
         """Checks every field."""
         for name, choices in (
             ("method", METHODS),
-            ("factor", (8, 16)),
+            ("factor", (4, 8, 16)),
             ("budget", BUDGETS),
         ):
             if getattr(self, name) not in choices:
@@ -127,12 +139,31 @@ def run_row(settings: dict[str, Any], seed: int, folder: Path, progress: Progres
         RuntimeError: a loss became NaN or infinite.
     """
     row = PromagRow.of(settings)
-    model, work = _Stages(row, seed, shared_folder(folder), progress).trained()
+    shared = shared_folder(folder)
+    model, work = _Stages(row, seed, shared, progress).trained()
+    if row.generator_work is not None:
+        return _generation(model.eval(), row, seed, folder, progress)
     result = _measure(model.eval(), row, folder, picture=seed == 0)
     result.summary = {
         "million_parameters": sum(p.numel() for p in model.parameters()) / 1e6,
         "training_tera_macs": work / 1e12,
     }
+    return result
+
+
+def _generation(
+    model: Any, row: PromagRow, seed: int, folder: Path, progress: Progress
+) -> RowResult:
+    """Returns what a generator on the latents of a model measured."""
+    shared, frames = shared_folder(folder), CHUNK_FRAMES
+    clips = clip_store(shared, row.train_clips, frames, row.size)
+    held_out = clip_store(shared, row.eval_clips, frames, row.size, first_seed=_HELD_OUT_SEED)
+    work = 1e12 * (row.generator_work or 0.0)
+    summary, samples = measure_generation(model, clips, held_out, work, seed, progress)
+    result = RowResult(summary=summary, held_out=fingerprint(held_out))
+    if seed == 0:
+        shown = [to_float(video, torch.float32) for video in samples[:2]]
+        result.pictures = [_picture(folder / "samples.png", shown[0], shown[1])]
     return result
 
 
@@ -150,14 +181,14 @@ class _Stages:
         if row.method == "direct":
             return self._direct()
         model: Any = self._new_base()
-        work = self._train(model, "base", row.base_steps, row.base_lr)
+        work = self._train(model, "base", row.base_steps)
         if row.method == "interpolated":
             return model, work
         factor = 4
         while factor < row.factor:
             factor *= 2
             model = self._grown(model)
-            work += self._train(model, f"grown {factor}x", steps, row.growth_lr)
+            work += self._train(model, f"grown {factor}x", steps)
         return model, work
 
     def _new_base(self, extra_halvings: int = 0) -> ProMAG:
@@ -175,7 +206,7 @@ class _Stages:
     def _direct(self) -> tuple[Any, int]:
         """Returns a directly trained model, with the steps that its work pays for."""
         row = self.row
-        halvings = {8: 1, 16: 2}[row.factor]
+        halvings = {4: 0, 8: 1, 16: 2}[row.factor]
         stages: list[tuple[Any, int]] = [(self._new_base(), row.base_steps)]
         for _ in range(halvings):
             stages.append((self._grown(stages[-1][0]), row.growth_steps))
@@ -183,16 +214,16 @@ class _Stages:
         work = sum(steps * step_multiply_adds(model, *self.shape) for model, steps in paid)
         model = self._new_base(halvings)
         steps = round(work / step_multiply_adds(model, *self.shape))
-        done = self._train(model, f"direct {row.factor}x", steps, row.base_lr)
+        done = self._train(model, f"direct {row.factor}x", steps)
         return model, done
 
-    def _train(self, model: Any, name: str, steps: int, lr: float) -> int:
+    def _train(self, model: Any, name: str, steps: int) -> int:
         """Returns the multiply-adds of training `model` in place, or of loading the result."""
         from safetensors.torch import load_file, save_file
 
         row = self.row
-        facts = [name, model.config.to_dict(), steps, lr, row.batch_size, row.warmup]
-        facts += [row.kl_weight, row.size, row.train_clips, self.seed]
+        facts = [name, model.config.to_dict(), steps, row.batch_size, row.muon_lr, row.adam_lr]
+        facts += [row.warmup, row.kl_weight, row.size, row.train_clips, self.seed]
         # The lineage in a grown model's configuration stands for how its base was trained.
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         path = self.shared / f"promag-{digest}.safetensors"
@@ -201,34 +232,40 @@ class _Stages:
             model.load_state_dict(load_file(path))
             return work
         if steps:
-            self._run(model, name, steps, lr)
+            self._run(model, name, steps)
             model.eval()
             with output_file(path, "study") as partial:
                 save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial)
         return work
 
-    def _run(self, model: Any, name: str, num_steps: int, lr: float) -> None:
+    def _run(self, model: Any, name: str, num_steps: int) -> None:
         row = self.row
         if self.clips is None:
             self.clips = clip_store(self.shared, row.train_clips, CHUNK_FRAMES, row.size)
         torch.manual_seed(self.seed)
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+        settings = OptimizerRecipe(lr=row.adam_lr, muon_lr=row.muon_lr, betas=[0.9, 0.99])
+        optimizers = list(tokenizer_optimizers(model, settings, []).values())
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        peaks = [group["lr"] for group in groups]
         order = ClipOrder(len(self.clips), row.batch_size, seed=self.seed)
         model.train()
         for step in range(num_steps):
             rising = min(1.0, (step + 1) / max(1, row.warmup))
             scale = rising * 0.5 * (1 + math.cos(math.pi * step / num_steps))
-            optimizer.param_groups[0]["lr"] = lr * scale
+            for group, peak in zip(groups, peaks, strict=True):
+                group["lr"] = peak * scale
             places = [index for _, index in order.places(step, 0)]
             video = to_float(self.clips[places], torch.float32)
             loss, terms = growth_loss(video, model(video), kl_weight=row.kl_weight)
             if not math.isfinite(loss.item()):
                 raise RuntimeError(f"study: the loss became {loss.item()} at step {step}")
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(trained, _GRADIENT_CLIP)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             note = f"{name}, step {step}, L1 {terms['rec_loss'].item():.4f}"
             self.progress(0.9 * step / num_steps, note)
 

@@ -1,0 +1,96 @@
+"""`vtok generate`: videos, pictures, reproducible numbers, and bad input in one line."""
+
+import json
+
+import pytest
+import torch
+
+import vtok_ext as vt
+from vtok_ext.data.video import VideoReader
+from vtok_ext.models.generator import LatentOrigin
+from vtok_ext.models.latent_statistics import LatentStatistics
+
+
+@pytest.fixture
+def generators(saved_models, tmp_path):
+    """{"sit": folder, "gpt": folder} for the tiny saved models, with random weights."""
+    thin = {"hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 2, "class_dropout": 0.1}
+    folders = {}
+    for kind, tokenizer in (("sit", "kl"), ("gpt", "fsq")):
+        model = vt.load_model(saved_models[tokenizer])
+        torch.manual_seed(0)
+        if kind == "sit":
+            made = vt.create_generator(
+                "sit_s_2", latent="grid", input_size=(2, 2, 4), in_channels=4, **thin
+            )
+            made.statistics = LatentStatistics({"grid": torch.zeros(4)}, {"grid": torch.ones(4)})
+        else:
+            made = vt.create_generator(
+                "gpt_small", grid=(2, 2, 4), codebook_size=2**18, factors=(512, 512), **thin
+            )
+        source = str(saved_models[tokenizer])
+        made.origin = LatentOrigin(5, 16, 28, None, model.model_id, source)
+        folders[kind] = tmp_path / kind
+        made.save_pretrained(folders[kind])
+    return folders
+
+
+def frames(path):
+    with VideoReader(path) as reader:
+        return torch.cat([chunk.frames for chunk in reader.chunks(8)], 1)
+
+
+@pytest.mark.parametrize("kind", ["sit", "gpt"])
+def test_videos(vtok, generators, tmp_path, kind):
+    out = tmp_path / "out"
+    fast = ["--steps", 2] if kind == "sit" else ["--top-k", 5]
+    arguments = ["--seed", 7, "--label", 1, "--guidance", 1.5, *fast, "--device", "cpu"]
+    done = vtok("generate", generators[kind], "-o", out, "-n", 3, "--json", *arguments)
+    assert done.code == 0, done.err
+    names = ["0000.mp4", "0001.mp4", "0002.mp4", "generate.json", "samples.png"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert done.json["videos"] == 3 and done.json == json.loads((out / names[3]).read_text())
+    first, second = frames(out / "0000.mp4"), frames(out / "0001.mp4")
+    assert first.shape == (3, 5, 16, 28) and not torch.equal(first, second)
+    # Video 1 of seed 7 is video 0 of seed 8, alone as in a batch.
+    arguments[1] = 8
+    again = vtok("generate", generators[kind], "-o", out, "-n", 1, *arguments)
+    assert again.code == 0, again.err
+    difference = (frames(out / "0000.mp4").int() - second.int()).abs()
+    assert float(difference.float().mean()) < 1
+    assert not (out / "0001.mp4").exists()
+
+
+def test_the_tokenizer_it_was_trained_on(vtok, generators, saved_models, tmp_path):
+    other = tmp_path / "other"
+    torch.manual_seed(5)
+    model = vt.load_model(saved_models["kl"])
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    model.save_pretrained(other)
+    refused = vtok("generate", generators["sit"], "--tokenizer", other, "-o", tmp_path / "out")
+    assert refused.code == 2 and "another training run" in refused.err
+    assert not (tmp_path / "out").exists()
+    options = ["--any-weights", "--steps", 2, "-n", 1, "--device", "cpu"]
+    taken = vtok(
+        "generate", generators["sit"], "--tokenizer", other, "-o", tmp_path / "o", *options
+    )
+    assert taken.code == 0, taken.err
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        ("sit", ["-n", 0], "-n and --batch-size must be >= 1"),
+        ("sit", ["--temperature", 0.5], "options of sde must be among"),
+        ("gpt", ["--sampler", "ode"], "GPT must be given no"),
+        ("sit", ["--sampler", "odd"], "sampler must be one of sde, ode"),
+        ("sit", ["--label", 2], "labels must be 4 integers in 0..1"),
+        ("sit", ["--name", "sit_l_2"], "must be absent for a saved generator"),
+        ("sit", ["--statistics", "none.txt"], "must be a file, got none"),
+    ],
+)
+def test_bad_input_is_one_line(vtok, generators, tmp_path, kind, arguments, message):
+    failed = vtok("generate", generators[kind], "-o", tmp_path / "out", *arguments)
+    assert failed.code == 2 and message in failed.err and failed.err.count("\n") <= 2
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,137 @@
+"""The planner: what it predicts is what is measured, and what it plans fits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import vtok_ext as vt
+from vtok_ext.models.memory_rehearsal import free_bytes, predicted_bytes
+from vtok_ext.models.planning import MemoryPlan, plan_stream, predict_stream
+
+SCRIPT = Path(__file__).with_name("measured_peak.py")
+# Large pictures, few channels: hundreds of MB of activations in a second or two.
+WIDE = {"ch": 8, "ch_mult": (1, 2), "num_res_blocks": 1}
+NAME = "vidtok_kl_causal_488_4chn"
+
+
+def peaks(name, overrides, direction, shape, tile):
+    """Returns (predicted, measured) bytes of a process of its own."""
+    arguments = [name, json.dumps(overrides), direction, json.dumps(shape), json.dumps(tile)]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    return found["predicted"], found["measured"]
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc")
+
+
+@linux
+@pytest.mark.parametrize(("direction", "tile"), [("encode", None), ("decode", [128, 128])])
+def test_prediction_is_within_15_percent(direction, tile):
+    predicted, measured = peaks(NAME, WIDE, direction, (1, 4, 400, 400), tile)
+    assert measured > 2**25
+    assert predicted == pytest.approx(measured, rel=0.15)
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "direction", "tile"),
+    [
+        (NAME, "encode", None),
+        (NAME, "decode", None),
+        (NAME, "encode", [128, 128]),
+        (NAME, "decode", [128, 128]),
+        (f"{NAME}_v1_1", "reconstruct", None),
+    ],
+)
+def test_prediction_for_realistic_widths(name, direction, tile):
+    predicted, measured = peaks(name, {"ch": 64}, direction, (1, 4, 256, 256), tile)
+    assert predicted == pytest.approx(measured, rel=0.15)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return vt.create_model(NAME, **WIDE).eval()
+
+
+def test_rehearsal_counts_what_is_alive(model):
+    def run():
+        a = torch.zeros(1000)
+        b = a + 1
+        del a
+        return b.view(10, 100) * 2  # a view costs nothing; a is gone
+
+    assert predicted_bytes(model, run) == 8000
+    assert predicted_bytes(model, lambda: [p * 1 for p in model.parameters()]) == sum(
+        p.nbytes for p in model.parameters()
+    )
+
+
+def test_plans_keep_to_the_memory(model):
+    size = {"height": 160, "width": 192}
+    f = model.temporal_factor
+    whole = predict_stream(model, "decode", (1, f, 160, 192), None)
+    ample = plan_stream(model, "decode", memory=10 * whole, **size)
+    assert ample.tile is None and ample.chunk_frames == 16 and ample.predicted_bytes <= 10 * whole
+    assert ample.view(model) is model
+    just = plan_stream(model, "decode", memory=whole, **size)
+    assert just == MemoryPlan(f, None, whole)
+    scarce = plan_stream(model, "decode", memory=int(0.9 * whole), **size)
+    assert scarce.tile is not None and scarce.predicted_bytes <= 0.9 * whole
+    assert scarce.predicted_bytes == predict_stream(
+        model, "decode", (1, scarce.chunk_frames, 160, 192), scarce.tile
+    )
+    with pytest.raises(ValueError, match=r"plan: memory must be at least [\d,]+ bytes to decode"):
+        plan_stream(model, "decode", memory=2**20, **size)
+
+
+@torch.no_grad()
+def test_automatic_tiles_keep_to_the_memory(model):
+    latent = model.encode(torch.zeros(1, 3, 1, 160, 192)).latent
+    shape = (1, *latent.shape[2:])
+    need = predicted_bytes(model, lambda: model.decoder(torch.zeros(latent.shape)))
+    view = model.tiled("auto", memory=int(0.9 * need))
+    assert torch.allclose(view.decode(latent), model.decode(latent), atol=1e-5)
+    assert view.decoder.choose_tile(shape)[0] < 160
+    ample = model.tiled("auto", memory=2 * need)
+    assert ample.decoder.choose_tile(shape) == (160, 192)
+
+
+def test_clips_of_models_without_causality(build):
+    model = build("vidtok_kl_noncausal_488_4chn", ch_mult=(1, 2, 2))
+    size = {"height": 64, "width": 64}
+    with pytest.raises(ValueError, match="num_frames must be given for vidtok_kl_noncausal"):
+        plan_stream(model, "encode", **size)
+    plan = plan_stream(model, "reconstruct", num_frames=8, memory=2**30, **size)
+    assert (plan.chunk_frames, plan.tile) == (8, None)
+    with pytest.raises(ValueError, match="direction must be one of"):
+        plan_stream(model, "train", num_frames=8, **size)
+
+
+def test_free_memory_is_something():
+    assert 2**20 < free_bytes(torch.device("cpu")) < 2**50
+
+
+@pytest.mark.cuda
+def test_prediction_on_a_gpu(model):
+    """Without the workspaces of kernels; torch counts what its allocator hands out."""
+    model = vt.create_model(NAME, ch=64).eval().cuda()
+    stream = model.stream_decoder(output="uint8")
+    latent = torch.zeros(1, 4, 2, 32, 32, device="cuda")
+    stream.push(latent)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    stream.push(latent)
+    measured = torch.cuda.max_memory_allocated() - before
+    predicted = predict_stream(model, "decode", (1, 8, 256, 256), None)
+    assert predicted == pytest.approx(measured, rel=0.15)

@@ -1,0 +1,295 @@
+"""The unified model: sequences, losses, heads, generation, files, and two architectures."""
+
+import pytest
+import torch
+from helpers import assert_close
+from tiny_vtok import SIZES, tiny, tiny_fsq
+from tiny_vtok import tiny_lm as unified
+
+from vtok_ext.data.captioned import CaptionedClips
+from vtok_ext.data.captioned.questions import vocabulary
+from vtok_ext.models.vtok_generation import generate_tokens
+from vtok_ext.models.vtok_heads import FlowHead, MseHead
+from vtok_ext.models.vtok_lm import VTokLM
+from vtok_ext.models.vtok_lm_config import VTokLMConfig
+from vtok_ext.models.vtok_sequence import (
+    GENERATION,
+    IGNORED,
+    UNDERSTANDING,
+    Turn,
+    build_sequences,
+)
+from vtok_ext.models.vtok_text import SPECIAL, WordTokenizer, load_text
+
+pytest.importorskip("transformers")
+ASK = Turn(UNDERSTANDING, "what colour is the circle", "red")
+MAKE = Turn(GENERATION, "a red circle moves left")
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_words_bytes_and_files(tmp_path):
+    text = WordTokenizer(["red", "circle"])
+    assert text.decode(text.encode("Red circle")) == "red circle"
+    assert text.decode(text.encode("a zürich red, café")) == "a zürich red , café"
+    assert len(text.encode("red circle")) == 2
+    assert max(text.encode("red ~ \U0001f600")) < len(text)
+    assert text.decode([*text.special.values()]) == ""
+    text.save(str(tmp_path))
+    assert load_text(str(tmp_path)).words == text.words
+    (tmp_path / "text.json").write_text("{}")
+    with pytest.raises(ValueError, match="must be an object with `words`"):
+        load_text(str(tmp_path))
+
+
+def test_sequences_have_no_loss_on_prompts():
+    text = WordTokenizer(vocabulary())
+    batch = build_sequences([ASK, MAKE], [3, 3], text)
+    special = {number: name for name, number in text.special.items()}
+
+    def row(i):
+        length = int(batch.attended[i].sum())
+        names = []
+        for number, is_visual in zip(
+            batch.ids[i, :length].tolist(), batch.is_visual[i].tolist(), strict=False
+        ):
+            names.append("v" if is_visual else special.get(number) or text.decode([number]))
+        return names
+
+    head = ["<bos>", "<user>"]
+    question, caption = ASK.prompt.split(), MAKE.prompt.split()
+    asked = [*head, "<vision>", *"vvv", "</vision>", *question, "<assistant>", "red", "<eos>"]
+    made = [*head, *caption, "<assistant>", "<vision>", *"vvv", "</vision>", "<eos>"]
+    assert row(0) == asked and row(1) == made
+    learnt = batch.labels[0] != IGNORED
+    expected = [*text.encode("red"), text.special["<eos>"]]
+    assert batch.labels[0][learnt].tolist() == expected
+    assert learnt.nonzero().flatten().tolist() == [len(asked) - 2, len(asked) - 1]
+    assert (batch.labels[1] == IGNORED).all()
+    assert not batch.is_target[0].any() and torch.equal(batch.is_target[1], batch.is_visual[1])
+    assert SPECIAL[0] == "<pad>" and not batch.attended[1, len(made) :].any()
+
+
+def test_no_gradient_reaches_what_is_said_after_prompts(clip):
+    """Logits of prompt words have no part in the loss: only those that precede the answer do."""
+    model = unified()
+    seen = []
+    hook = model.lm.get_output_embeddings().register_forward_hook(
+        lambda module, inputs, output: seen.append(output.shape)
+    )
+    model(clip(2, 5, 16, 16), [ASK, Turn(UNDERSTANDING, "how", "fast left")])
+    hook.remove()
+    assert [shape[0] for shape in seen] == [2 + 3]  # words of the answers and <eos>
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("discrete", [False, True], ids=["continuous", "fsq"])
+def test_mixed_batches_train_every_part(clip, architecture, discrete):
+    model = unified(tiny_fsq() if discrete else None, architecture, predicted_steps=0).train()
+    generators = [generator(i) for i in range(3)]
+    losses = model(clip(3, 5, 16, 16), [ASK, MAKE, ASK], generators=generators)
+    assert all(loss.isfinite() for loss in losses.values())
+    assert losses["under_loss"] > 0 and losses["vis_loss"] > 0 and losses["dec_loss"] > 0
+    losses["loss"].backward()
+    assert all(p.grad is None for p in model.tokenizer.encoder.parameters())
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    # GPT-2's own word embedding serves as output layer; Llama's input embedding is used too.
+    assert missing == []
+
+
+def test_a_batch_equals_its_samples(clip):
+    """Padding and neighbours change nothing."""
+    model, video = unified(lambda_dec=0.0), clip(2, 5, 16, 16)
+    both = model(video, [ASK, MAKE], generators=[generator(0), generator(1)])
+    ask = model(video[:1], [ASK], generators=[generator(0)])
+    make = model(video[1:], [MAKE], generators=[generator(1)])
+    assert_close(both["under_loss"], ask["under_loss"], "answer", factor=50)
+    assert_close(both["vis_loss"], make["vis_loss"], "tokens", factor=50)
+    assert ask["vis_loss"] == 0 and make["under_loss"] == 0
+
+
+def test_predicted_tokens_come_gradually():
+    config = unified(predicted=0.5, predicted_steps=100).config
+    assert [config.predicted_part(step) for step in (0, 50, 100, 1000)] == [0, 0.25, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_generation_with_cache_equals_one_pass_without(clip, architecture):
+    """Feeding the generated tokens back in one pass must predict the same tokens."""
+    model = unified(architecture=architecture, head="mse")
+    prompts = ["a red circle", "a blue cross moves up"]
+    tokens = generate_tokens(model, prompts, num_frames=5, generator=generator())
+    assert tokens.shape == (2, 18, 12)
+    positions = model.tokenizer.default_positions(5).expand(2, -1, -1)
+    turns = [Turn(GENERATION, prompt) for prompt in prompts]
+    batch = build_sequences(turns, [18, 18], model.text)
+    with torch.no_grad():
+        states = model._before_targets(model._states(batch, tokens, positions), batch)
+        again = model.predict(states, [18, 18], generator())
+    assert_close(again.view_as(tokens), tokens, "tokens", factor=100)
+
+
+def test_answers_do_not_depend_on_the_batch(clip):
+    model, video = unified(), clip(2, 5, 16, 16)
+    questions = ["what colour is the circle", "how many"]
+    together = model.answer(video, questions)
+    alone = [model.answer(video[i : i + 1], [questions[i]])[0] for i in range(2)]
+    assert together == alone and len(together) == 2
+    with pytest.raises(ValueError, match="questions must be one per clip"):
+        model.answer(video, ["how"])
+
+
+@pytest.mark.parametrize("discrete", [False, True], ids=["continuous", "fsq"])
+def test_videos_from_text(discrete):
+    model = unified(tiny_fsq() if discrete else None)
+    first = model.generate(["a red circle"], num_frames=5, size=(20, 24), seed=3)
+    assert first.shape == (1, 3, 5, 20, 24)
+    assert torch.equal(model.generate(["a red circle"], num_frames=5, size=(20, 24), seed=3), first)
+    other = model.generate(["a red circle"], num_frames=5, size=(20, 24), seed=4)
+    assert not torch.equal(other, first)
+    with pytest.raises(ValueError, match="temperature must be >= 0"):
+        model.generate(["a"], num_frames=2, temperature=-1)
+
+
+def test_gap_between_teacher_forced_and_free_running(clip):
+    model = unified()
+    gap = model.decoder_gap(clip(2, 5, 16, 16), ["a red circle", "a cross"])
+    assert set(gap) == {"true", "teacher_forced", "free_running"}
+    assert all(value > 0 for value in gap.values())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "lora", "fsq"])
+def test_save_and_load_as_one_folder(clip, tmp_path, kind):
+    if kind == "lora":
+        pytest.importorskip("peft")
+    options = {"lora_rank": 2} if kind == "lora" else {}
+    tokenizer = tiny_fsq() if kind == "fsq" else None
+    model = unified(tokenizer, "gpt2" if kind == "gpt2" else "llama", **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator()))
+    model.fit_statistics([clip(2, 5, 16, 16)])
+    model.save_pretrained(str(tmp_path / "model"))
+    loaded = VTokLM.from_pretrained(str(tmp_path / "model"))
+    video = clip(2, 5, 16, 16)
+    with torch.no_grad():
+        losses = [
+            m(video, [ASK, MAKE], generators=[generator(0), generator(1)]) for m in (model, loaded)
+        ]
+    assert all(torch.equal(losses[0][name], losses[1][name]) for name in losses[0])
+    (tmp_path / "model" / "config.json").write_text('{"format_version": 1, "config": {}}')
+    with pytest.raises(ValueError, match="model must be VTokLM"):
+        VTokLM.from_pretrained(str(tmp_path / "model"))
+
+
+def test_lora_trains_adapters_only():
+    pytest.importorskip("peft")
+    model = unified(lora_rank=2)
+    trained = [n for n, p in model.lm.named_parameters() if p.requires_grad]
+    assert trained and all("lora" in name for name in trained)
+
+
+def test_token_variance_does_not_collapse(clip):
+    """g is trained with the loss that predicts its own tokens. Were its targets not cut off and
+    normalised by fixed statistics, constant tokens would be the easiest to predict."""
+    tokenizer = tiny(stride=1)
+    model = unified(tokenizer, head="mse", lambda_dec=0.0).train()
+    video = clip(8, 6, 16, 16)
+    model.fit_statistics([video])
+
+    def spread():
+        with torch.no_grad():
+            return model._encode(video, None)[0][:, 16:].flatten(0, 1).std(0).mean().item()
+
+    before = spread()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, 3e-3)
+    losses = []
+    for _ in range(60):
+        loss = model(video, [MAKE] * 8)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert spread() > 0.7 * before
+
+
+def test_flow_head_keeps_futures_apart_that_mse_averages():
+    """Two tokens are equally likely: the flow samples one of them, the mean is neither."""
+    torch.manual_seed(0)
+    states = torch.zeros(256, 4)
+    targets = torch.where(torch.arange(256)[:, None] % 2 == 0, 1.0, -1.0).expand(-1, 2)
+    sizes = {}
+    for head in (FlowHead(4, 2, 32, 2), MseHead(4, 2, 32, 2)):
+        optimizer = torch.optim.Adam(head.parameters(), 3e-3)
+        for _ in range(250):
+            loss = head.loss(states, targets, [256], None)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            sizes[type(head)] = head.predict(states, torch.randn(256, 2), 8).abs().mean()
+    assert sizes[FlowHead] > 0.7 and sizes[MseHead] < 0.2
+
+
+def test_one_question_set_is_fitted_to_100_percent():
+    """Words in, words out: every part of the chain from pixels to answers works together."""
+    clips = CaptionedClips(3, 24, 32, 32)
+    items = [clips.clip(i) for i in range(3)]
+    kinds = ("colour", "direction", "blink")
+    asked = [(i, q) for i, item in enumerate(items) for q in item.questions if q.kind in kinds]
+    video = torch.stack([items[i].video for i, _ in asked])
+    turns = [Turn(UNDERSTANDING, q.text, q.answer) for _, q in asked]
+    model = unified(tiny(stride=4, image_size=32, encoder_patch=8)).train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 3e-3)
+    for _ in range(150):
+        loss = model(video, turns)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if loss.item() < 0.01:
+            break
+    answers = model.eval().answer(video, [turn.prompt for turn in turns])
+    assert answers == [turn.answer for turn in turns]
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="head must be 'codes' for a discrete tokenizer"):
+        unified(tiny_fsq(), head="flow")
+    with pytest.raises(ValueError, match="task must be"):
+        Turn("describe", "x")
+    with pytest.raises(ValueError, match="lm_config must be JSON with model_type"):
+        VTokLMConfig("{}")
+    with pytest.raises(ValueError, match="predicted must be at most 1"):
+        VTokLMConfig('{"model_type": "llama"}', predicted=2.0)
+
+
+def test_a_pretrained_language_model_brings_its_own_text(clip, tmp_path):
+    """A folder as `save_pretrained` of transformers writes it: here a tiny Llama and its words."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from vtok_ext.training.vtok_lm_task import build_unified
+    from vtok_ext.training.vtok_recipe import LanguageModelRecipe, UnifiedRecipe
+
+    words = {word: number for number, word in enumerate(["<unk>", "</s>", *vocabulary()])}
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    text = PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>", eos_token="</s>")
+    text.save_pretrained(tmp_path / "llama")
+    torch.manual_seed(0)
+    sizes = {**SIZES["llama"], "vocab_size": len(words)}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "llama")
+    source = LanguageModelRecipe(source=str(tmp_path / "llama"))
+    model = build_unified(tiny(stride=2), source, UnifiedRecipe(head_width=16, head_depth=1))
+    assert model.text.special["<eos>"] == 1 and len(model.text) > len(words)
+    assert model.text.decode(model.text.encode("red circle")) == "red circle"
+    losses = model(clip(2, 5, 16, 16), [ASK, MAKE])
+    assert all(loss.isfinite() for loss in losses.values())
+    model.eval().save_pretrained(str(tmp_path / "unified"))
+    loaded = VTokLM.from_pretrained(str(tmp_path / "unified"))
+    video = clip(1, 5, 16, 16)
+    assert loaded.answer(video, ["what"]) == model.answer(video, ["what"])

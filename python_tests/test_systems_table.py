@@ -1,0 +1,35 @@
+"""bench/systems.py: the table of systems, on models small enough for a test."""
+
+import json
+
+import systems
+import torch
+from tiny_vtok import tiny, tiny_fsq
+
+import vtok_ext as vt
+
+
+def test_same_clips_for_every_system(tmp_path, capsys):
+    vidtok = {"ch": 8, "ch_mult": (1, 1, 1, 1), "num_res_blocks": 1}
+    models = {
+        "vidtok": vt.create_model("vidtok_fsq_causal_488_262144", **vidtok),
+        "vtok": tiny(stride=1),
+        "vtok_fsq": tiny_fsq(stride=1),
+    }
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    named = [f"{name}={tmp_path / name}" for name in models]
+    named.append(f"windows={tmp_path / 'vidtok'}@16")
+    out = tmp_path / "systems.json"
+    sizes = ["--frames", "32", "--size", "16", "--clips", "1", "--out", str(out)]
+    threads = torch.get_num_threads()
+    rows = {row["system"]: row for row in systems.main([*named, *sizes])}
+    assert torch.get_num_threads() == threads
+    assert rows["vtok"]["tokens"] == rows["vtok_fsq"]["tokens"] == 16 + 31
+    assert rows["vtok_fsq"]["bits"] == 47 * 6 and rows["vtok"]["bits"] == 47 * 12 * 32
+    assert rows["vidtok"]["tokens"] == 9 * 4 and rows["windows"]["tokens"] == 2 * 5 * 4
+    assert all(row["psnr"] > 0 and row["peak_mb"] > 10 for row in rows.values())
+    saved = json.loads(out.read_text())
+    assert [row["system"] for row in saved["rows"]] == [*models, "windows"]
+    text = capsys.readouterr().out
+    assert text.count("\n") == 2 + len(rows) and "boundary_jump" in text

@@ -1,0 +1,144 @@
+"""What is looked at before and beside a training: batches, dry runs, overfitting, samples."""
+
+import sys
+import types
+
+import pytest
+import torch
+from tiny_recipe import tiny
+
+from vtok_ext.data.procedural import procedural_clip
+from vtok_ext.training.clip_checks import check_clips, clips_of, frame_order
+from vtok_ext.training.dry_run import dry_run
+from vtok_ext.training.log_sinks import WandbSink
+from vtok_ext.training.loop import train
+from vtok_ext.training.overfit_check import OverfitCheck, four_clips
+
+CPU = torch.device("cpu")
+
+
+def batch(seeds=(0, 1), num_frames=9):
+    return torch.stack([procedural_clip(num_frames, 32, 32, seed=seed) for seed in seeds])
+
+
+def test_batches_of_video_pass():
+    clips = batch()
+    assert check_clips(clips) == [] and frame_order(clips) < 0.7
+    nested = {"a": (clips, torch.zeros(2)), "b": [clips.float()]}
+    assert [found is clips for found in clips_of(nested)] == [True]
+
+
+def test_batches_that_are_wrong():
+    clips = batch()
+    with pytest.raises(
+        ValueError, match=r"clips must be \[B, 3, T, H, W\], got \[2, 9, 3, 32, 32\]"
+    ):
+        check_clips(clips.transpose(1, 2))
+    with pytest.raises(TypeError, match="clips must be uint8, got torch.float32"):
+        check_clips(clips.float())
+    with pytest.raises(ValueError, match=r"values in 0..255, got 0..1"):
+        check_clips((clips.float() / 255).round().to(torch.uint8))
+    order = torch.tensor([4, 0, 7, 2, 8, 3, 6, 1, 5])
+    assert "out of order" in check_clips(clips[:, :, order])[0]
+    clips[1] = 7
+    assert "clips [1] of the first batch have a single colour" in check_clips(clips)[0]
+
+
+def test_dry_run_counts():
+    recipe = tiny("run.batch_size=2", "loss.discriminator_start=0")
+    found = dry_run(recipe, CPU)
+    parts = {name: (count, trained) for name, count, trained in found.parameters}
+    assert (
+        parts["loss"] == (1, 1) and parts["loss.discriminator"][0] == parts["loss.discriminator"][1]
+    )
+    assert found.memory["gradients"] == 4 * sum(trained for _, trained in parts.values())
+    assert found.memory["optimizer"] == 2 * found.memory["gradients"]
+    assert found.picture.shape == (3, 2 * 16, 5 * 16) and found.samples_per_step == 2
+    larger = dry_run(tiny("run.batch_size=4", "loss.discriminator_start=0"), CPU)
+    growth = larger.memory["activations"] / found.memory["activations"]
+    assert 1.8 < growth <= 2.01
+
+
+def test_dry_run_counts_what_autograd_keeps():
+    """Without LPIPS and discriminator, as a real step saves it."""
+    from vtok_ext.training.training_memory import saved_bytes
+
+    recipe = tiny("loss.discriminator=none", "loss.perceptual_weight=0")
+    from vtok_ext.training.setup import build_training
+    from vtok_ext.training.task import MicroBatch
+
+    training = build_training(recipe, CPU)
+    data = batch(num_frames=5)[:, :, :, :16, :16].contiguous()
+    seen = []
+    with saved_bytes(training.task.modules["model"]) as count:
+        training.task.accumulate(
+            MicroBatch(data, 0, range(2), 0), lambda loss: seen.append(count.total)
+        )
+    assert dry_run(recipe, CPU).memory["activations"] == pytest.approx(seen[0], rel=0.02)
+
+
+def test_frozen_parts_have_no_gradients_and_say_so():
+    found = dry_run(tiny("model.freeze=[encoder]"), CPU)
+    parts = {name: trained for name, _, trained in found.parameters}
+    assert parts["model.encoder"] == 0 < parts["model.decoder"]
+    assert found.notes == [
+        "the encoder is frozen: of the loss stay pixel loss, LPIPS, log variance, adversarial "
+        "terms from batch 2 on; kl_loss is a constant and not computed"
+    ]
+
+
+def test_the_rule_of_overfitting():
+    def check(psnr):
+        return OverfitCheck(psnr, 1, 1.0, torch.zeros(0), torch.zeros(0))
+
+    good = check([[30.0 if a == b else 15.0 for b in range(4)] for a in range(4)])
+    assert good.passed and (good.least_psnr, good.least_margin) == (30, 15)
+    one_picture = check([[18.0, 17.0, 16.0, 15.0]] * 4)
+    assert not one_picture.passed
+    with pytest.raises(ValueError, match=r"got 80.0 dB between clips 1 and 0"):
+        four_clips(_Same())
+
+
+class _Same:
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, place):
+        return procedural_clip(1, 8, 8)
+
+
+def test_samples_and_logs_on_schedule(tmp_path, monkeypatch):
+    """TensorBoard really, Weights & Biases as far as its interface is called."""
+    pytest.importorskip("tensorboard")
+    calls = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: calls.append((step, sorted(values))),
+        finish=lambda: calls.append("finish"),
+    )
+    fake = types.SimpleNamespace(
+        init=lambda **options: calls.append(options) or run, Image=lambda array: array.shape
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    plain = ["loss.discriminator=none", "loss.perceptual_weight=0", "run.steps=2"]
+    loggers = ["run.loggers=[tensorboard,wandb]", "run.sample_every=2", "run.sample_clips=1"]
+    train(tiny(*plain, *loggers), tmp_path)
+    names = sorted(p.name for p in (tmp_path / "samples" / "step-00000002").iterdir())
+    assert names == ["clip-0.mp4", "clip-0.png"]
+    assert calls[0]["resume"] == "allow" and calls[0]["config"]["run"]["steps"] == 2
+    assert (1, calls[1][1]) == calls[1] and "train/loss" in calls[1][1]
+    assert (2, ["samples/clip-0"]) in calls and calls[-1] == "finish"
+    WandbSink(tmp_path, 0, {})
+    assert calls[-1]["id"] == calls[0]["id"]
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == [1, 2]
+    assert [e.step for e in events.Images("samples/clip-0")] == [2]
+
+
+def test_an_absent_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match=r"'wandb', which is absent; pip install"):
+        WandbSink(tmp_path, 0, {})

@@ -1,0 +1,150 @@
+"""Trainings in stages, and VidTok's released files as recipes."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_recipe import OVERRIDES
+
+from vtok_ext.training.loop import train
+from vtok_ext.training.recipe_file import load_recipe, load_stages
+from vtok_ext.training.stages import stage_recipes
+
+# What the released files say, in their layout.
+RELEASED = """\
+model:
+  base_learning_rate: 2e-5
+  target: vidtok.models.autoencoder.AutoencodingEngine
+  params:
+    monitor: val/rec_loss
+    ema_decay: 0.99
+    is_causal: true
+    encoder_config:
+      target: vidtok.modules.model_3dcausal.EncoderCausal3DPadding
+      params: {double_z: true, z_channels: 4, in_channels: 3, out_ch: 3, ch: 4,
+               ch_mult: [1, 1, 1, 1], time_downsample_factor: 4, num_res_blocks: 1, dropout: 0.0,
+               use_checkpoint: true, init_pad_mode: replicate, norm_type: layernorm,
+               fix_encoder: false, fix_decoder: false}
+    decoder_config:
+      target: vidtok.modules.model_3dcausal.DecoderCausal3DPadding
+      params: ${model.params.encoder_config.params}
+    regularizer_config:
+      target: vidtok.modules.regularizers.DiagonalGaussianRegularizer
+    loss_config:
+      target: vidtok.modules.losses.GeneralLPIPSWithDiscriminator
+      params:
+        dims: 3
+        perceptual_weight: 0.0
+        disc_start: 21
+        disc_weight: 0.3
+        disc_type: 3d
+        learn_logvar: true
+        gen_loss_cross_entropy: true
+        lecam_loss_weight: 0.01
+        regularization_weights: {'aux_loss': 2.0, 'kl_loss': 0.00001}
+data:
+  target: vidtok.data.datamodule.DataModuleFromConfig
+  params:
+    batch_size: 3
+    num_workers: 0
+    train:
+      target: vidtok.data.vidtok.VidTokDataset
+      params:
+        data_dir: DATA_DIR_1
+        video_params: {input_height: INPUT_HEIGHT_1, input_width: INPUT_WIDTH_1,
+                       sample_num_frames: 5, sample_fps: 3}
+    validation:
+      params: {data_dir: DATA_DIR_2, start_index: 0}
+lightning:
+  modelcheckpoint: {params: {every_n_train_steps: 5000}}
+  callbacks: {image_logger: {params: {disabled: false, batch_frequency: 5000, max_samples: 2}}}
+  trainer: {precision: bf16-mixed, val_check_interval: 2000, max_epochs: 1000}
+"""
+PATHS = ["data.folder=null", "data.validation_folder=null", "data.height=16", "data.width=16"]
+
+
+@pytest.fixture
+def released(tmp_path):
+    path = tmp_path / "released.yaml"
+    path.write_text(RELEASED)
+    return path
+
+
+def test_released_files_are_recipes(released):
+    recipe = load_recipe(released, PATHS)
+    assert recipe.model.name == str(released) and recipe.model.freeze == []
+    loss, run, optimizer = recipe.loss, recipe.run, recipe.optimizer
+    assert (loss.discriminator, loss.discriminator_start) == ("3d", 11)  # steps of two optimisers
+    assert (loss.discriminator_weight, loss.lecam_weight) == (0.3, 0.01)
+    assert (loss.aux_weight, loss.kl_weight, loss.perceptual_weight) == (2.0, 1e-5, 0.0)
+    assert (optimizer.lr, optimizer.ema_decay, optimizer.clip) == (2e-5, 0.99, 20.0)
+    assert (run.precision, run.batch_size, run.checkpoint_activations) == ("bfloat16", 3, True)
+    assert (run.checkpoint_every, run.validate_every, run.sample_every) == (2500, 2000, 5000)
+    assert recipe.data.num_frames == 5
+
+
+def test_released_files_train(released, tmp_path):
+    small = ["run.steps=1", "run.precision=float32", "data.num_clips=3", "data.validation_clips=0"]
+    result = train(load_recipe(released, [*PATHS, *small]), tmp_path / "run")
+    assert result.step == 1 and result.model.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("x: 0", "x: 0", r"data.height must be an integer, got 'INPUT_HEIGHT_1'"),
+        ("fix_decoder: false", "fix_decoder: true", "fix_decoder must be false"),
+        ("disc_type", "disc_typ", r"got 'disc_typ'; did you mean 'disc_type'"),
+        ("dims: 3", "dims: 2", r"loss_config.params.dims must be 3, got 2"),
+        ("bf16-mixed", "bf16-true", r"precision must be one of .*, got 'bf16-true'"),
+    ],
+)
+def test_released_files_with_other_options(released, old, new, message):
+    released.write_text(RELEASED.replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        load_recipe(released, PATHS[:2])
+
+
+@pytest.mark.parametrize("name", ["vidtok_two_stage", "smoke_two_stage"])
+def test_two_stages(name):
+    first, second = load_stages(name, ["optimizer.clip=7", "stages.1.run.steps=11"])
+    assert first.model.freeze == [] and second.model.freeze == ["encoder"]
+    assert second.data.height == 2 * first.data.height
+    assert (first.optimizer.clip, second.optimizer.clip, second.run.steps) == (7.0, 7.0, 11)
+    assert first.run.steps != 11
+    with pytest.raises(ValueError, match="must have one stage for this, got 2"):
+        load_recipe(name)
+    with pytest.raises(ValueError, match=r"stages must be numbered 0..1, got 'stages.2.x=1'"):
+        load_stages(name, ["stages.2.x=1"])
+
+
+def test_a_stage_begins_where_the_one_before_ended(tmp_path):
+    """With its model and its discriminator; the frozen encoder stays as it is."""
+    tiny = [o for o in OVERRIDES if "height" not in o and "width=16" not in o]
+    short = ["run.steps=2", "loss.discriminator_start=0", "stages.0.data.height=16",
+             "stages.0.data.width=16", "stages.1.data.height=32", "stages.1.data.width=32",
+             "optimizer.discriminator_lr=0", "run.sample_every=0"]  # fmt: skip
+    pairs = stage_recipes(load_stages("smoke_two_stage", [*tiny, *short]), tmp_path)
+    notes = []
+    for recipe, folder in pairs:
+        train(recipe, folder, warn=notes.append)
+    assert sum("the encoder is frozen" in note for note in notes) == 1
+    before, after = (load_file(folder / "model/model.safetensors") for _, folder in pairs)
+    same = {name.split(".")[0] for name, v in after.items() if torch.equal(v, before[name])}
+    changed = {name.split(".")[0] for name, v in after.items() if not torch.equal(v, before[name])}
+    assert "encoder" in same and changed == {"decoder"}
+
+    from vtok_ext.training.checkpoint import read_tensors, verify_checkpoint
+
+    weights = []
+    for _, folder in pairs:
+        into = {"loss.discriminator.main.0.weight": torch.zeros(4, 3, 3, 3, 3)}
+        read_tensors(verify_checkpoint(folder / "checkpoints" / "step-00000002"), into)
+        weights.append(into.popitem()[1])
+    # With a learning rate of 0 it is the one that went on.
+    assert weights[0].abs().sum() > 0 and torch.equal(*weights)
+
+
+def test_nothing_to_go_on_from(tmp_path):
+    _, (second, _) = stage_recipes(load_stages("smoke_two_stage"), tmp_path)
+    with pytest.raises((ValueError, OSError), match="stage-1"):
+        train(second, tmp_path / "stage-2")

@@ -1,0 +1,48 @@
+"""The VTok study at its smallest: every row runs, and rows differ in nothing but what they show."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vtok_ext.training.studies.report import write_report
+from vtok_ext.training.studies.runner import planned_runs, run_study
+from vtok_ext.training.studies.specification import load_study
+
+pytest.importorskip("transformers")
+STUDIES = Path(__file__).parents[2] / "bench" / "studies"
+
+
+def test_smoke_study_of_every_row(tmp_path):
+    torch.set_num_threads(1)
+    study = load_study(STUDIES / "vtok.yaml")
+    runs = planned_runs(study, seeds=study.seeds[:1])
+    outcome = run_study(study, tmp_path, runs, smoke=True)
+    assert outcome.failed == {} and len(outcome.done) == len(study.rows)
+    found = write_report(study, tmp_path, tmp_path / "report.md", smoke=True)
+    assert len(found) == len(study.comparisons)
+    text = (tmp_path / "report.md").read_text()
+    # 24 frames of 32 pixels: S + (T - 1) against S * K and S * T.
+    for row, tokens in (("blind", 0), ("vtok-attention", 39), ("frames-4", 64), ("s4", 27)):
+        assert f"| {row} | 1 of 3 | {tokens} |" in text
+    assert "| all-frames | 1 of 3 | 384 |" in text and "| stride-4 | 1 of 3 | 21 |" in text
+    assert "| vtok-fsq | 1 of 3 | 39 |" in text
+    shared = list((tmp_path / "work" / "shared").glob("*.safetensors"))
+    assert len(shared) == 3  # one encoder, the maps of training and of held-out clips
+
+
+def test_smoke_study_of_generation(tmp_path):
+    study = load_study(STUDIES / "vtok_generation.yaml")
+    runs = planned_runs(study, seeds=study.seeds[:1])
+    outcome = run_study(study, tmp_path, runs, smoke=True)
+    assert outcome.failed == {} and len(outcome.done) == len(study.rows)
+    write_report(study, tmp_path, tmp_path / "report.md", smoke=True)
+    assert "| vtok-flow | 1 of 3 | 27 |" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "pictures" / "vtok-flow-seed-0-generated.png").stat().st_size > 0
+
+
+def test_wrong_settings_name_the_closest():
+    from vtok_ext.training.studies.vtok_row import VTokRow
+
+    with pytest.raises(ValueError, match="got 'stepz'; did you mean 'steps'"):
+        VTokRow.of({"stepz": 3})

@@ -1,0 +1,103 @@
+"""VTok's trainings on the common loop: recipes, what they export, resuming, bad recipes."""
+
+import json
+
+import pytest
+import torch
+
+import vtok_ext as vt
+from vtok_ext.models.vtok_lm import VTokLM
+from vtok_ext.training.loop import train
+from vtok_ext.training.recipe_file import load_recipe
+
+SMALL = [
+    "model.overrides.image_size=16",
+    "model.overrides.encoder_depth=1",
+    "model.overrides.decoder_depth=1",
+    "data.num_clips=8",
+    "data.height=16",
+    "data.width=16",
+    "data.validation_clips=1",
+    "run.batch_size=2",
+    "run.steps=4",
+    "run.checkpoint_every=2",
+    "run.validate_every=4",
+    "optimizer.warmup=0",
+]
+
+
+def run(name, folder, *overrides, **options):
+    return train(load_recipe(name, [*SMALL, *overrides]), folder, warn=lambda line: None, **options)
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
+
+
+def test_encoder_then_tokenizer_then_unified_model(tmp_path):
+    """The three trainings hand their results on."""
+    first = run("smoke_vtok_encoder", tmp_path / "encoder")
+    assert first.validation["mae_loss"] > 0
+    trained = vt.load_model(first.model)
+    second = run("smoke_vtok", tmp_path / "vtok", f"encoder={first.model}")
+    tokenizer = vt.load_model(second.model)
+    for ours, theirs in zip(
+        tokenizer.encoder.parameters(), trained.encoder.parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    assert {"psnr", "rec_loss"} <= set(second.validation)
+    pytest.importorskip("transformers")
+    third = run(
+        "smoke_vtok_lm",
+        tmp_path / "lm",
+        "model.name=null",
+        "model.overrides={}",
+        f"model.weights={second.model}",
+    )
+    assert 0 <= third.validation["accuracy"] <= 1
+    model = VTokLM.from_pretrained(str(third.model))
+    assert torch.equal(model.tokenizer.encoder.embed.weight, trained.encoder.embed.weight)
+    assert (model.token_deviation != 1).any()
+
+
+@pytest.mark.parametrize("name", ["smoke_vtok", "smoke_vtok_lm"])
+def test_resumed_run_has_the_numbers_of_a_whole_one(tmp_path, name):
+    if name == "smoke_vtok_lm":
+        pytest.importorskip("transformers")
+    run(name, tmp_path / "whole")
+    # A constant learning rate: that of a shorter run must not end earlier.
+    run(name, tmp_path / "whole2", "optimizer.schedule=constant")
+    run(name, tmp_path / "cut", "optimizer.schedule=constant", "run.steps=2")
+    run(name, tmp_path / "cut", "optimizer.schedule=constant", resume="auto")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole2")
+
+
+def test_loss_does_not_depend_on_micro_batches(tmp_path):
+    run("smoke_vtok", tmp_path / "one", "run.steps=1")
+    run("smoke_vtok", tmp_path / "two", "run.steps=1", "run.batch_size=1", "run.accumulate=2")
+    one, two = losses(tmp_path / "one")[1], losses(tmp_path / "two")[1]
+    assert one == pytest.approx(two, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vtok_encoder", "vtok", "vtok_lm"])
+def test_recipes_for_use_are_valid(name):
+    recipe = load_recipe(name)
+    assert recipe.task == name and recipe.model.name == "vtok_small"
+
+
+@pytest.mark.parametrize(
+    "name, override, message",
+    [
+        ("smoke_vtok", "clips=films", "clips must be one of"),
+        ("smoke_vtok", "model.name=vidtok_kl_causal_488_4chn", "model must be a VTok|field must"),
+        ("smoke_vtok_lm", "unified.questions=[taste]", "unified.questions must be among"),
+        ("smoke_vtok_lm", "unified.head=gmm", "unified.head must be one of"),
+        ("smoke_vtok_lm", "clips=clips", "clips must be 'captioned' for vtok_lm"),
+        ("smoke_vtok_encoder", "fps=0", "fps must be null or positive"),
+        ("smoke_vtok", "data.num_frames=9", "num_frames must be >= 24"),
+    ],
+)
+def test_bad_recipes(tmp_path, name, override, message):
+    with pytest.raises(ValueError, match=message):
+        run(name, tmp_path / "run", override)

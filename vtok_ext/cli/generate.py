@@ -1,0 +1,194 @@
+"""`vtok generate`: new videos from a generator and the tokenizer that it was trained on.
+
+OUT/0000.mp4 ...     the videos; number i depends on --seed + i only, not on its batch
+OUT/samples.png      a few frames of each
+OUT/generate.json    how they were made
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vtok_ext.data.atomic_output import output_folder
+from vtok_ext.data.picture import write_png
+from vtok_ext.data.video import VideoWriter
+from vtok_ext.models.generator import LatentGenerator, LatentOrigin
+
+from .console import Console
+from .model_source import load_model_for, resolve_device
+
+_REPORT = "generate.json"
+_COLUMNS, _GAP, _MAX_ROWS = 6, 2, 16
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """What `vtok generate` is asked for; see its options."""
+
+    model: str
+    out: Path
+    name: str | None = None
+    last: bool = False
+    statistics: Path | None = None
+    tokenizer: str | None = None
+    tokenizer_name: str | None = None
+    trust_checkpoint: bool = False
+    any_weights: bool = False
+    num_samples: int = 4
+    batch_size: int = 4
+    seed: int = 0
+    labels: tuple[int, ...] = ()
+    guidance: float = 1.0
+    sampling: tuple[tuple[str, Any], ...] = ()
+    fps: float | None = None
+    device: str = "auto"
+
+
+def run_generate(options: GenerateOptions, *, as_json: bool) -> None:
+    """Returns None after writing the folder; it appears complete or not at all."""
+    if options.num_samples < 1 or options.batch_size < 1:
+        raise ValueError(
+            f"generate: -n and --batch-size must be >= 1, got {options.num_samples} and "
+            f"{options.batch_size}"
+        )
+    console, target = Console(as_json), resolve_device(options.device)
+    with output_folder(options.out, replaceable=_is_ours, op="generate") as folder:
+        generator, tokenizer = _models(options, target, console)
+        origin = generator.origin
+        assert origin is not None  # _models has seen to it
+        fps = options.fps or origin.fps or 25.0
+        start, count = time.monotonic(), 0
+        rows: list[torch.Tensor] = []
+        with console.progress("generating", options.num_samples) as progress:
+            for first in range(0, options.num_samples, options.batch_size):
+                numbers = range(first, min(first + options.batch_size, options.num_samples))
+                for video in _batch(options, generator, tokenizer, numbers):
+                    path = folder / f"{count:04d}.mp4"
+                    height, width = origin.height, origin.width
+                    with VideoWriter(path, fps=fps, height=height, width=width) as writer:
+                        writer.write(video)
+                    if len(rows) < _MAX_ROWS:
+                        rows.append(video)
+                    count += 1
+                progress.update(count)
+        write_png(folder / "samples.png", contact_sheet(rows))
+        report = _report(options, generator, tokenizer, target, count, fps)
+        report["seconds"] = round(time.monotonic() - start, 3)
+        (folder / _REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    frames = f"{origin.num_frames} frames of {origin.width}x{origin.height}"
+    lines = [f"{count} videos of {frames} in {report['seconds']:.1f} s on {target}"]
+    console.result(report, [*lines, f"wrote {options.out}"])
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / _REPORT).is_file()
+
+
+def _models(
+    options: GenerateOptions, target: torch.device, console: Console
+) -> tuple[LatentGenerator, Any]:
+    """Returns generator and tokenizer, in eval mode."""
+    import vtok_ext as vt
+    from vtok_ext.models.latent_statistics import read_reference_log
+
+    statistics = None
+    if options.statistics is not None:
+        statistics = read_reference_log(options.statistics)
+    generator = vt.load_generator(
+        options.model,
+        options.name,
+        ema=not options.last,
+        statistics=statistics,
+        trust_checkpoint=options.trust_checkpoint,
+    ).to(target)
+    known = generator.origin.tokenizer if generator.origin else None
+    source = options.tokenizer or known
+    if source is None or (options.tokenizer is None and not Path(source).exists()):
+        raise ValueError(
+            f"generate: --tokenizer must name the tokenizer of {options.model}, got none"
+            + (f"; it was trained with {source}, which is not there" if source else "")
+        )
+    tokenizer, _ = load_model_for(
+        source,
+        options.tokenizer_name,
+        target,
+        console,
+        trust_checkpoint=options.trust_checkpoint,
+    )
+    if generator.origin is None:
+        shape = getattr(tokenizer.config, "video_shape", None)
+        if shape is None:
+            raise ValueError(
+                f"generate: {options.model} must say which clips it makes, got a checkpoint that "
+                f"does not, and {tokenizer.name}, whose clips have any length"
+            )
+        generator.origin = LatentOrigin(*shape)
+    # Before the time is spent, not after.
+    tokenizer.check_origin("generate", generator.origin.tokenizer_id, options.any_weights)
+    return generator, tokenizer
+
+
+@torch.no_grad()
+def _batch(
+    options: GenerateOptions, generator: LatentGenerator, tokenizer: Any, numbers: range
+) -> torch.Tensor:
+    """Returns the videos [B, 3, T, H, W] uint8 of some numbers, on the CPU."""
+    sources = [torch.Generator().manual_seed(options.seed + number) for number in numbers]
+    labels = None
+    if options.labels:
+        labels = torch.tensor([options.labels[n % len(options.labels)] for n in numbers])
+    latent = generator.sample(
+        len(numbers),
+        labels=labels,
+        guidance=options.guidance,
+        generator=sources,
+        **dict(options.sampling),
+    )
+    return generator.decode(tokenizer, latent, any_weights=options.any_weights).cpu()
+
+
+def contact_sheet(
+    videos: list[torch.Tensor],  # [3, T, H, W] uint8 each
+) -> torch.Tensor:
+    """Returns [3, H', W'] uint8: a video per row, moments from first to last in columns."""
+    rows = []
+    for video in videos:
+        count = min(_COLUMNS, video.shape[1])
+        moments = torch.linspace(0, video.shape[1] - 1, count).round().long()
+        factor = max(1, 96 // video.shape[2])
+        frames = video[:, moments].repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+        frames = torch.nn.functional.pad(frames, (0, _GAP, 0, _GAP), value=24)
+        rows.append(frames.permute(0, 2, 1, 3).flatten(2))
+    return torch.cat(rows, 1)
+
+
+def _report(
+    options: GenerateOptions,
+    generator: LatentGenerator,
+    tokenizer: Any,
+    target: torch.device,
+    count: int,
+    fps: float,
+) -> dict[str, Any]:
+    origin = generator.origin
+    assert origin is not None
+    return {
+        "generator": generator.name,
+        "tokenizer": tokenizer.model_id,
+        "videos": count,
+        "frames": origin.num_frames,
+        "height": origin.height,
+        "width": origin.width,
+        "fps": fps,
+        "seed": options.seed,
+        "labels": list(options.labels),
+        "guidance": options.guidance,
+        "sampling": dict(options.sampling),
+        "device": str(target),
+    }

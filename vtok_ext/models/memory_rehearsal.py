@@ -1,0 +1,158 @@
+"""Peak memory of a computation, known before it runs: a rehearsal on tensors without memory.
+
+The real modules run on fake tensors; after every operation the bytes of all tensors still alive are
+added up. What is alive is decided by the code itself, skip connections, states and in-place writes
+included. Convolutions on the CPU are followed into their implementation, whose padded copies count.
+
+Not counted: parameters, what exists already, and scratch memory inside an operation, except that
+oneDNN holds a convolution's weights once more in its own order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vtok_ext.layers import _frame_pass
+from vtok_ext.ops import _causal_conv3d_cpu
+from vtok_ext.ops._causal_conv3d_geometry import Geometry
+
+_ACCUMULATION = torch.ops.mkldnn._convolution_pointwise_.binary
+_CONVOLUTION = torch.ops.vtok_ext.causal_conv3d_forward.default
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Adds up the bytes of tensors that operations made and that are still alive."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.known = {t.untyped_storage()._cdata for t in known}
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.total = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if (
+            func is torch.ops.vtok_ext.causal_conv3d_forward.default
+            and args[0].device.type == "cpu"
+        ):
+            *tensors, geometry, silu, keep, _ = args
+            with self:
+                run: Any = _causal_conv3d_cpu.forward
+                return run(*tensors, Geometry(*geometry), silu, keep)
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0.5  # the factor of a blend: no size depends on it
+        if func is _ACCUMULATION:
+            self._count(None, args[2].nbytes)
+            return args[0]
+        scratch = 0
+        if func is torch.ops.aten.mkldnn_convolution.default:
+            x, weight, bias, padding, stride, dilation, groups = args
+            rest = (stride, padding, dilation, False, [0] * len(padding), groups)
+            result = torch.ops.aten.convolution.default(x, weight, bias, *rest)
+            result = result.contiguous(memory_format=torch.channels_last_3d)
+            scratch = weight.nbytes
+        else:
+            result = func(*args, **kwargs)
+            if func is torch.ops.aten.convolution.default:
+                result = result.contiguous(memory_format=torch.channels_last_3d)
+                scratch = args[1].nbytes
+        self._count(result, scratch)
+        return result
+
+    def _count(self, result: Any, scratch: int) -> None:
+        for key, (storage, num_bytes) in list(self.alive.items()):
+            if storage.expired():
+                self.total -= num_bytes
+                del self.alive[key]
+        for tensor in tree_leaves(result):
+            if not isinstance(tensor, Tensor):
+                continue
+            made = tensor.untyped_storage()
+            if made._cdata not in self.alive and made._cdata not in self.known:
+                self.alive[made._cdata] = (StorageWeakRef(made), made.nbytes())
+                self.total += made.nbytes()
+        self.peak = max(self.peak, self.total + scratch)
+
+
+@contextmanager
+def rehearsal(model: nn.Module) -> Iterator[_LiveBytes]:
+    """Yields an object whose `peak` is that of what runs within; tensors are made inside.
+
+    Args:
+        model: its parameters and buffers are not counted.
+    """
+    with torch.no_grad(), _passes_in_place(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        known = [fake.from_tensor(t) for t in (*model.parameters(), *model.buffers())]
+        with _LiveBytes(known) as live:
+            yield live
+
+
+@contextmanager
+def _passes_in_place() -> Iterator[None]:
+    """Within it, `layers._frame_pass` takes tensors without memory.
+
+    Their addresses are made up, and the norm that writes into a buffer does nothing.
+    """
+
+    def address(tensor: Tensor) -> int:
+        return (tensor.untyped_storage()._cdata << 40) + tensor.storage_offset()
+
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(FakeTensor, "data_ptr", address))
+        stack.enter_context(_replaced(_frame_pass, "norm_act_into", lambda *_: None))
+        stack.enter_context(_replaced(_frame_pass, "TENSORS", {Tensor, FakeTensor}))
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    had, before = name in vars(owner), vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if had:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+def predicted_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
+    """Returns the most bytes that tensors made by `run()` take at once, besides the weights."""
+    with rehearsal(model) as live:
+        run()
+    return live.peak
+
+
+def free_bytes(device: torch.device) -> int:
+    """Returns the memory that a process can still take on `device`, within its cgroup's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for line in _lines("/proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            free = 1024 * int(line.split()[1])
+    limit, used = (
+        "".join(_lines(f"/sys/fs/cgroup/memory.{name}")).strip() for name in ("max", "current")
+    )
+    if limit.isdigit() and used.isdigit():
+        free = min(free, int(limit) - int(used))
+    return free
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        with open(path) as file:
+            return file.readlines()
+    except OSError:
+        return []

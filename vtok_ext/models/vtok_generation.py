@@ -1,0 +1,196 @@
+"""Answers and videos from a VTokLM, token by token with the language model's key-value cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtok_ext.models.vtok_heads import SAMPLING_STEPS, CodeHead
+from vtok_ext.models.vtok_lm import VTokLM
+from vtok_ext.models.vtok_sequence import (
+    GENERATION,
+    UNDERSTANDING,
+    Sequences,
+    Turn,
+    build_sequences,
+)
+
+
+class _Cache:
+    """The language model's memory of a batch whose sequences end at the same place."""
+
+    def __init__(self, model: VTokLM, batch: Sequences, inputs: Tensor) -> None:
+        self.lm, self.past = model.lm, None
+        # Renamed in transformers 5.
+        known = inspect.signature(model.lm.base_model.forward).parameters
+        self.name = "cache" if "cache" in known else "past_key_values"
+        self.attended = batch.attended.to(inputs.device).long()
+        # Padding stands on the left: places count from the first real token.
+        self.places = (self.attended.cumsum(1) - 1).clamp(min=0)
+        self.state = self._run(inputs, self.places)
+
+    def _run(self, inputs: Tensor, places: Tensor) -> Tensor:
+        output: Any = self.lm.base_model(
+            inputs_embeds=inputs,
+            attention_mask=self.attended,
+            position_ids=places,
+            use_cache=True,
+            **{self.name: self.past},
+        )
+        self.past = output[self.name]
+        return output.last_hidden_state[:, -1]
+
+    def push(self, inputs: Tensor) -> Tensor:
+        """Returns the state [B, H] after one more embedding [B, H]."""
+        self.attended = torch.cat([self.attended, self.attended.new_ones(len(inputs), 1)], 1)
+        self.places = self.places[:, -1:] + 1
+        self.state = self._run(inputs[:, None], self.places)
+        return self.state
+
+
+@torch.no_grad()
+def answer(
+    model: VTokLM,
+    video: Tensor,
+    questions: Sequence[str],
+    *,
+    fps: float | None = None,
+    max_tokens: int = 16,
+) -> list[str]:
+    """Returns the likeliest answers, word by word, one per clip.
+
+    Args:
+        model: in eval mode.
+        video: [B, 3, T, H, W], float in [-1, 1] or uint8.
+        questions: one per clip.
+        fps: frames per second.
+        max_tokens: at which an answer ends at the latest.
+
+    Raises:
+        ValueError: other numbers of clips and questions.
+    """
+    if len(questions) != video.shape[0]:
+        raise ValueError(
+            f"answer: questions must be one per clip ({video.shape[0]}), got {len(questions)}"
+        )
+    latent, positions, _, _ = model._encode(video, fps)
+    turns = [Turn(UNDERSTANDING, question) for question in questions]
+    counts = [latent.shape[1]] * len(turns)
+    batch = build_sequences(turns, counts, model.text, begin_only=True, left=True)
+    cache = _Cache(model, batch, model._inputs(batch, latent, positions))
+    embed, head = model.lm.get_input_embeddings(), model.lm.get_output_embeddings()
+    end = model.text.special["<eos>"]
+    found: list[list[int]] = [[] for _ in turns]
+    is_open = [True] * len(turns)
+    for _ in range(max_tokens):
+        chosen = head(cache.state)[:, : len(model.text)].argmax(-1)
+        for row, number in enumerate(chosen.tolist()):
+            is_open[row] = is_open[row] and number != end
+            if is_open[row]:
+                found[row].append(number)
+        if not any(is_open):
+            break
+        cache.push(embed(chosen))
+    return [model.text.decode(ids) for ids in found]
+
+
+@torch.no_grad()
+def generate_tokens(
+    model: VTokLM,
+    prompts: Sequence[str],
+    *,
+    num_frames: int,
+    fps: float | None = None,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Returns visual tokens [B, L, D] of texts, one after the other.
+
+    Args:
+        model: in eval mode.
+        prompts: texts.
+        num_frames: T, which decides how many tokens there are.
+        fps: frames per second.
+        temperature: factor of the flow's noise, or of a code's uncertainty; 0 for the likeliest.
+        generator: source of noise; default one of seed 0.
+
+    Raises:
+        ValueError: a negative temperature.
+    """
+    if temperature < 0:
+        raise ValueError(f"generate_tokens: temperature must be >= 0, got {temperature}")
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    slots = model.positions_for(num_frames, fps)[:, 1].to(model.token_mean.device)
+    turns = [Turn(GENERATION, prompt) for prompt in prompts]
+    batch = build_sequences(turns, [0] * len(turns), model.text, begin_only=True, left=True)
+    cache = _Cache(model, batch, model._inputs(batch, None, None))
+    tokens: list[Tensor] = []
+    for slot in slots:
+        tokens.append(_next_token(model, cache.state, temperature, generator))
+        if len(tokens) < len(slots):
+            seen = model.embed_visual(tokens[-1], slot.expand(len(prompts)))
+            cache.push(seen.to(cache.state.dtype))
+    return torch.stack(tokens, dim=1)
+
+
+def _next_token(
+    model: VTokLM, state: Tensor, temperature: float, generator: torch.Generator
+) -> Tensor:
+    """Returns tokens [B, D] of states [B, H]."""
+    if isinstance(model.head, CodeHead):
+        return model.head.codes[model.head.choose(state, temperature, generator)]
+    noise = torch.randn(len(state), model.head.token_dim, generator=generator).to(state)
+    predicted = model.head.predict(state, temperature * noise, SAMPLING_STEPS)
+    return model.denormalised(predicted)
+
+
+@torch.no_grad()
+def generate(
+    model: VTokLM,
+    prompts: Sequence[str],
+    *,
+    num_frames: int,
+    size: tuple[int, int] | None = None,
+    fps: float | None = None,
+    temperature: float = 1.0,
+    num_steps: int | None = None,
+    seed: int = 0,
+    output: str = "float",
+) -> Tensor:
+    """Returns videos [B, 3, T, H, W] of texts.
+
+    Args:
+        model: in eval mode.
+        prompts: texts.
+        num_frames: T.
+        size: (H, W), default that of the image encoder.
+        fps: frames per second.
+        temperature: see `generate_tokens`.
+        num_steps: of the decoder's flow, default that of the tokenizer.
+        seed: of all noise.
+        output: "float" or "uint8".
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens = generate_tokens(
+        model,
+        prompts,
+        num_frames=num_frames,
+        fps=fps,
+        temperature=temperature,
+        generator=generator,
+    )
+    from vtok_ext.models.encoding import Encoding
+
+    side = model.tokenizer.config.image_size
+    encoding = Encoding(
+        tokens,
+        num_frames,
+        (side, side) if size is None else size,
+        fps=fps,
+        positions=model.positions_for(num_frames, fps),
+    )
+    return model.tokenizer.decode(encoding, num_steps=num_steps, seed=seed, output=output)

@@ -1,0 +1,313 @@
+"""VTokLM: one language model that answers questions about videos and makes videos from text.
+
+    L = L_under + lambda_vis L_visLM + lambda_dec L_dec
+    L_under   cross-entropy of answers
+    L_visLM   loss of a head (`vtok_heads`) that says the next visual token from the model's state;
+              its targets are normalised by stored statistics and take no gradient
+    L_dec     flow matching of the decoder on true or, more and more often, predicted tokens
+
+Any causal language model of transformers. Trained: language model or its LoRA, projections, the
+tokenizer's residual pool and decoder; its image encoder is frozen.
+Source: VTok (arXiv 2602.04202), second-hand notes; head, normalisation and schedule are our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vtok_ext.models.vtok import VTok
+from vtok_ext.models.vtok_heads import (
+    TRAINING_STEPS,
+    CodeHead,
+    FlowHead,
+    Generators,
+    MseHead,
+    normal_rows,
+)
+from vtok_ext.models.vtok_lm_config import VTokLMConfig, add_lora, build_lm
+from vtok_ext.models.vtok_sequence import GENERATION, IGNORED, Sequences, Turn, build_sequences
+from vtok_ext.models.vtok_text import TextTokenizer
+
+_LEAST_DEVIATION = 1e-3
+
+
+class VTokLM(nn.Module):
+    """The unified model.
+
+    Args:
+        config: sizes, weights of the losses, and the language model's configuration.
+        tokenizer: a VTok whose key frame is the first.
+        text: gives the ids of words.
+        lm: a causal language model of transformers with that configuration; random if not given.
+
+    Raises:
+        ImportError: transformers or peft is not installed.
+        ValueError: a head that does not go with the tokenizer.
+    """
+
+    lm: Any
+    token_mean: Tensor
+    token_deviation: Tensor
+
+    def __init__(
+        self,
+        config: VTokLMConfig,
+        tokenizer: VTok,
+        text: TextTokenizer,
+        lm: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if (config.head == "codes") != tokenizer.is_discrete:
+            raise ValueError(
+                f"VTokLM: head must be 'codes' for a discrete tokenizer and only then, "
+                f"got {config.head!r} with {tokenizer.name}"
+            )
+        self.config, self.text, self.tokenizer = config, text, tokenizer
+        self.lm = build_lm(config.lm_config) if lm is None else lm
+        if len(text) > self.lm.get_input_embeddings().num_embeddings:
+            self.lm.resize_token_embeddings(len(text))
+        if config.lora_rank:
+            add_lora(self.lm, config.lora_rank, config.lora_alpha, config.lora_targets)
+        width = self.lm.get_input_embeddings().embedding_dim
+        dim, slots = tokenizer.config.latent_dim, tokenizer.config.key_tokens
+        self.projector = nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, width))
+        self.slot_embed = nn.Embedding(slots + 1, width)
+        nn.init.normal_(self.slot_embed.weight, std=0.02)
+        self.head = self._build_head(width, dim)
+        self.register_buffer("token_mean", torch.zeros(dim))
+        self.register_buffer("token_deviation", torch.ones(dim))
+
+    def _build_head(self, width: int, dim: int) -> FlowHead | MseHead | CodeHead:
+        config = self.config
+        if config.head == "codes":
+            ids = torch.arange(self.tokenizer.codebook_size or 0)
+            return CodeHead(width, self.tokenizer.indices_to_latent(ids[None])[0].float())
+        kind = FlowHead if config.head == "flow" else MseHead
+        return kind(width, dim, config.head_width, config.head_depth)
+
+    @torch.no_grad()
+    def fit_statistics(self, videos: Sequence[Tensor], fps: float | None = None) -> None:
+        """Stores mean and deviation of the tokens of some videos [B, 3, T, H, W].
+
+        Args:
+            videos: batches.
+            fps: frames per second.
+        """
+        tokens = torch.cat([self._encode(video, fps)[0].flatten(0, 1).float() for video in videos])
+        self.token_mean.copy_(tokens.mean(0))
+        self.token_deviation.copy_(tokens.std(0).clamp(min=_LEAST_DEVIATION))
+
+    def normalised(self, tokens: Tensor) -> Tensor:
+        """Returns tokens [..., D] of mean 0 and deviation 1 by the stored statistics."""
+        return (tokens - self.token_mean) / self.token_deviation
+
+    def denormalised(self, tokens: Tensor) -> Tensor:
+        """Returns the inverse of `normalised`."""
+        return tokens * self.token_deviation + self.token_mean
+
+    # Training.
+
+    def forward(
+        self,
+        video: Tensor,
+        turns: Sequence[Turn],
+        *,
+        fps: float | None = None,
+        step: int = 0,
+        generators: Generators = None,
+    ) -> dict[str, Tensor]:
+        """Returns scalars: `loss` and its terms `under_loss`, `vis_loss`, `dec_loss`.
+
+        A term that no sample of the batch has is 0. Samples of both tasks may be mixed.
+
+        Args:
+            video: [B, 3, T, H, W], float in [-1, 1] or uint8.
+            turns: one per clip.
+            fps: frames per second.
+            step: optimiser steps done, for the part of predicted tokens.
+            generators: sources of noise, one per clip; default torch's global one.
+        """
+        latent, positions, indices, extra = self._encode(video, fps, step)
+        length = latent.shape[1]
+        batch = build_sequences(turns, [length] * len(turns), self.text)
+        states = self._states(batch, latent, positions)
+        under = self._answer_loss(states, batch)
+        is_generated = torch.tensor([turn.task == GENERATION for turn in turns])
+        zero = states.sum() * 0.0
+        vis = dec = zero
+        if bool(is_generated.any()):
+            before = self._before_targets(states, batch)
+            chosen = is_generated.to(latent.device)
+            gens = _chosen(generators, is_generated)
+            counts = [length] * int(is_generated.sum())
+            if isinstance(self.head, CodeHead):
+                assert indices is not None
+                vis = self.head.loss(before, indices[chosen].flatten())
+            else:
+                # Stop-gradient targets, see the module.
+                targets = self.normalised(latent[chosen]).detach().flatten(0, 1)
+                vis = self.head.loss(before, targets, counts, gens)
+            if self.config.lambda_dec > 0:
+                seen = self._decoder_tokens(latent[chosen], before, step, gens)
+                clip = self._float_video(video)[chosen]
+                dec = self.tokenizer.decoder.loss(clip, seen, positions[chosen], gens)[0]
+        else:
+            # DDP waits for a gradient of every parameter in every step.
+            vis = zero + _nothing_of(self.head)
+        if self.config.lambda_dec > 0 and not bool(is_generated.any()):
+            dec = zero + _nothing_of(self.tokenizer.decoder)
+        loss = under + self.config.lambda_vis * vis + self.config.lambda_dec * dec
+        if extra is not None:
+            loss = loss + extra
+        return {"loss": loss, "under_loss": under, "vis_loss": vis, "dec_loss": dec}
+
+    def _encode(
+        self, video: Tensor, fps: float | None, step: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Returns tokens [B, L, D], positions [B, L, 2], ids and FSQ's own loss."""
+        options: dict[str, Any] = {"key_frame": "first", "cut_threshold": 0.0}
+        encoding = self.tokenizer.encode(video, fps=fps, step=step, **options)
+        assert isinstance(encoding.latent, Tensor) and encoding.positions is not None
+        indices, extra = encoding.indices, encoding.losses.get("aux_loss")
+        return encoding.latent, encoding.positions, indices, extra
+
+    def positions_for(self, num_frames: int, fps: float | None) -> Tensor:
+        """Returns int32 [L, 2]: frame and slot of the tokens of a video of T frames."""
+        return self.tokenizer.default_positions(num_frames, fps)
+
+    def _float_video(self, video: Tensor) -> Tensor:
+        return video.float() / 127.5 - 1 if video.dtype == torch.uint8 else video
+
+    def embed_visual(self, latent: Tensor, slots: Tensor) -> Tensor:
+        """Returns what the language model sees [..., H] of tokens [..., D] in slots [...]."""
+        return self.projector(latent) + self.slot_embed(slots.long())
+
+    def _inputs(self, batch: Sequences, latent: Tensor | None, positions: Tensor | None) -> Tensor:
+        """Returns embeddings [B, N, H] of a batch of sequences."""
+        device = self.slot_embed.weight.device
+        embedded = self.lm.get_input_embeddings()(batch.ids.to(device))
+        if latent is None or positions is None or not bool(batch.is_visual.any()):
+            return embedded
+        visual = self.embed_visual(latent, positions[..., 1]).to(embedded.dtype)
+        holes = batch.is_visual.to(device)[..., None].expand_as(embedded)
+        rows = batch.is_visual.any(1).to(device)  # a beginning of a generation has no token yet
+        return embedded.masked_scatter(holes, visual[rows])
+
+    def _states(self, batch: Sequences, latent: Tensor, positions: Tensor) -> Tensor:
+        """Returns the language model's last states [B, N, H]."""
+        inputs = self._inputs(batch, latent, positions)
+        return self.lm.base_model(
+            inputs_embeds=inputs, attention_mask=batch.attended.to(inputs.device).long()
+        ).last_hidden_state
+
+    def _answer_loss(self, states: Tensor, batch: Sequences) -> Tensor:
+        labels = batch.labels.to(states.device)[:, 1:]
+        learnt = labels != IGNORED
+        if not bool(learnt.any()):
+            return states.sum() * 0.0
+        logits = self.lm.get_output_embeddings()(states[:, :-1][learnt])
+        return F.cross_entropy(logits.float(), labels[learnt])
+
+    @staticmethod
+    def _before_targets(states: Tensor, batch: Sequences) -> Tensor:
+        """Returns the states [n, H] from which visual tokens are predicted."""
+        return states[:, :-1][batch.is_target.to(states.device)[:, 1:]]
+
+    def predict(self, states: Tensor, counts: Sequence[int], generators: Generators) -> Tensor:
+        """Returns predicted tokens [n, D] of states [n, H], with gradients."""
+        if isinstance(self.head, CodeHead):
+            return self.head.expected(states)
+        noise = normal_rows(counts, self.head.token_dim, states, generators)
+        return self.denormalised(self.head.predict(states, noise, TRAINING_STEPS))
+
+    def _decoder_tokens(
+        self, latent: Tensor, before: Tensor, step: int, generators: Generators
+    ) -> Tensor:
+        """Returns tokens [B, L, D], for some clips predicted ones."""
+        part = self.config.predicted_part(step)
+        batch, length, dim = latent.shape
+        if part == 0:
+            return latent
+        draw = normal_rows([1] * batch, 1, latent, generators)
+        is_predicted = torch.special.ndtr(draw) < part  # [B, 1]
+        predicted = self.predict(before, [length] * batch, generators).view(batch, length, dim)
+        return torch.where(is_predicted[..., None], predicted.to(latent.dtype), latent)
+
+    @torch.no_grad()
+    def decoder_gap(
+        self, video: Tensor, prompts: Sequence[str], *, fps: float | None = None, seed: int = 0
+    ) -> dict[str, float]:
+        """Returns the decoder's loss on true tokens (`true`), on tokens predicted from true ones
+        (`teacher_forced`) and on tokens that were generated (`free_running`), with equal noise.
+
+        Args:
+            video: [B, 3, T, H, W].
+            prompts: what each clip is a video of.
+            fps: frames per second.
+            seed: of all noise.
+        """
+        from vtok_ext.models.vtok_generation import generate_tokens
+
+        latent, positions, _, _ = self._encode(video, fps)
+        turns = [Turn(GENERATION, prompt) for prompt in prompts]
+        batch = build_sequences(turns, [latent.shape[1]] * len(turns), self.text)
+        states = self._before_targets(self._states(batch, latent, positions), batch)
+
+        def generator() -> torch.Generator:
+            return torch.Generator().manual_seed(seed)
+
+        forced = self.predict(states, [latent.shape[1]] * len(turns), generator())
+        free = generate_tokens(
+            self, prompts, num_frames=video.shape[2], fps=fps, generator=generator()
+        )
+        tokens = {"true": latent, "teacher_forced": forced.view_as(latent), "free_running": free}
+        clip = self._float_video(video)
+        decoder = self.tokenizer.decoder
+        return {
+            name: float(decoder.loss(clip, value, positions, generator())[0])
+            for name, value in tokens.items()
+        }
+
+    # What a trained model does, see `vtok_generation`.
+
+    def answer(self, video: Tensor, questions: Sequence[str], **options: Any) -> list[str]:
+        """Returns one answer per clip [B, 3, T, H, W]; see `vtok_generation.answer`."""
+        from vtok_ext.models.vtok_generation import answer
+
+        return answer(self, video, questions, **options)
+
+    def generate(self, prompts: Sequence[str], **options: Any) -> Tensor:
+        """Returns videos of texts; see `vtok_generation.generate`."""
+        from vtok_ext.models.vtok_generation import generate
+
+        return generate(self, prompts, **options)
+
+    def save_pretrained(self, folder: str) -> None:
+        """Writes everything into one folder; see `vtok_lm_files`."""
+        from vtok_ext.models.vtok_lm_files import save
+
+        save(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str) -> VTokLM:
+        """Returns the model of such a folder, in eval mode; see `vtok_lm_files`."""
+        from vtok_ext.models.vtok_lm_files import load
+
+        return load(folder)
+
+
+def _nothing_of(module: nn.Module) -> Tensor:
+    """Returns 0 with zero gradients for all parameters."""
+    return sum((p.flatten()[0] * 0.0 for p in module.parameters()), torch.zeros(()))
+
+
+def _chosen(generators: Generators, wanted: Tensor) -> Generators:
+    """Returns the generators of the chosen samples; one that all share as it is."""
+    if generators is None or isinstance(generators, torch.Generator):
+        return generators
+    return [generator for generator, use in zip(generators, wanted.tolist(), strict=True) if use]

@@ -1,0 +1,148 @@
+"""VTokLMConfig: the unified model's own numbers, and how its language model is built."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from vtok_ext.models._config import ModelConfig
+from vtok_ext.models.vtok_heads import HEADS
+
+# Of a language model that a few seconds on a CPU can train; `architecture` is its model_type in
+# transformers. Names differ between architectures, which ignore those of others.
+TINY = {
+    "hidden_size": 64,
+    "n_embd": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "n_layer": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_head": 4,
+    "max_position_embeddings": 1024,
+    "n_positions": 1024,
+}
+
+
+@dataclass(frozen=True)
+class VTokLMConfig(ModelConfig):
+    """Configuration of VTokLM.
+
+    Attributes:
+        lm_config: JSON of the language model's configuration in transformers.
+        head: "flow" or "mse" for continuous tokens, "codes" for a discrete tokenizer.
+        head_width, head_depth: of the head's network.
+        lambda_vis, lambda_dec: weights of L_visLM and L_dec.
+        predicted: part of the sequences whose decoder sees predicted tokens, reached linearly
+            after `predicted_steps` steps.
+        predicted_steps: see there.
+        lora_rank, lora_alpha, lora_targets: adapters of the language model; rank 0 for none.
+    """
+
+    lm_config: str
+    head: str = "flow"
+    head_width: int = 128
+    head_depth: int = 2
+    lambda_vis: float = 1.0
+    lambda_dec: float = 1.0
+    predicted: float = 0.5
+    predicted_steps: int = 1000
+    lora_rank: int = 0
+    lora_alpha: int = 16
+    lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        for name in ("head_width", "head_depth"):
+            self._require_int(name, 1)
+        for name in ("predicted_steps", "lora_rank", "lora_alpha"):
+            self._require_int(name, 0)
+        for name in ("lambda_vis", "lambda_dec", "predicted"):
+            self._require_number(name, 0)
+        if self.predicted > 1:
+            raise self._error("predicted", "at most 1")
+        self._require_choice("head", HEADS)
+        try:
+            kind = json.loads(self.lm_config)["model_type"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._error("lm_config", "JSON with model_type") from error
+        if not isinstance(kind, str):
+            raise self._error("lm_config", "JSON with model_type")
+
+    def predicted_part(self, step: int) -> float:
+        """Returns the part of the sequences whose decoder sees predictions after `step` steps."""
+        if self.predicted_steps == 0:
+            return self.predicted
+        return self.predicted * min(1.0, step / self.predicted_steps)
+
+
+def require_transformers(op: str) -> Any:
+    """Returns the module transformers. Raises ImportError with the remedy when it is absent."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            f"{op}: transformers must be installed (pip install 'vtok_ext[lm]'), got no module"
+        ) from error
+    return transformers
+
+
+def tiny_lm_config(
+    vocabulary: int, architecture: str = "llama", sizes: Mapping[str, Any] | None = None
+) -> str:
+    """Returns the JSON of a small language model's configuration.
+
+    Args:
+        vocabulary: number of ids.
+        architecture: model_type in transformers, such as "llama" or "gpt2".
+        sizes: fields of its configuration to change.
+    """
+    transformers = require_transformers("tiny_lm_config")
+    known = transformers.AutoConfig.for_model(architecture).to_dict()
+    attributes = getattr(transformers.AutoConfig.for_model(architecture), "attribute_map", {})
+    tiny = {k: v for k, v in TINY.items() if k in known and k not in attributes}
+    chosen = {**tiny, **(sizes or {}), "vocab_size": vocabulary}
+    # Ids of a large vocabulary that are out of range here.
+    unused = {name: None for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return config_json(transformers.AutoConfig.for_model(architecture, **unused, **chosen))
+
+
+def config_json(config: Any) -> str:
+    """Returns the JSON of a configuration of transformers."""
+    return json.dumps(config.to_dict(), sort_keys=True, default=str)
+
+
+def build_lm(text: str) -> nn.Module:
+    """Returns a causal language model with random weights, of a `config_json`.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    transformers = require_transformers("build_lm")
+    fields = json.loads(text)
+    kind = fields.pop("model_type")
+    fields.pop("auto_map", None)  # names code in a repository: only transformers' own is run
+    config = transformers.AutoConfig.for_model(kind, **fields)
+    return transformers.AutoModelForCausalLM.from_config(config).float()
+
+
+def add_lora(lm: nn.Module, rank: int, alpha: int, targets: Sequence[str]) -> None:
+    """Adds adapters to the linear layers that `targets` name, and freezes everything else.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: no layer has such a name.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError(
+            "add_lora: peft must be installed (pip install 'vtok_ext[lm]'), got no module"
+        ) from error
+    lm.requires_grad_(False)
+    lora = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
+    peft.inject_adapter_in_model(lora, lm)

@@ -1,0 +1,51 @@
+"""A training in stages: each begins with the model that the one before ended with.
+
+    OUT/stage-1/, OUT/stage-2/     a run each, see `loop`
+
+The optimisers begin anew; log variance, LeCam averages and discriminator go on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vtok_ext.training.recipe import TokenizerRecipe
+
+
+def stage_folder(out: Path, stage: int, num_stages: int) -> Path:
+    """Returns the folder of stage `stage`, from 0: `out` itself if there is only one."""
+    return out if num_stages == 1 else out / f"stage-{stage + 1}"
+
+
+def following(recipe: Any, before: Path) -> Any:
+    """Returns the recipe of a stage with the weights of the one before.
+
+    Args:
+        recipe: of the stage; the name and the overrides of its model have been used up.
+        before: folder of the stage before.
+    """
+    model = dataclasses.replace(
+        recipe.model, name=None, overrides={}, weights=str(before / "model")
+    )
+    recipe = dataclasses.replace(recipe, model=model)
+    if isinstance(recipe, TokenizerRecipe):
+        loss = dataclasses.replace(recipe.loss, continue_from=str(before / "checkpoints"))
+        recipe = dataclasses.replace(recipe, loss=loss)
+    return recipe
+
+
+def stage_recipes(recipes: Sequence[Any], out: Path) -> list[tuple[Any, Path]]:
+    """Returns (recipe, folder) of every stage.
+
+    Args:
+        recipes: one or more, the first with a model to begin with.
+        out: folder of the whole training.
+    """
+    folders = [stage_folder(out, i, len(recipes)) for i in range(len(recipes))]
+    pairs = [(recipes[0], folders[0])]
+    for recipe, before, folder in zip(recipes[1:], folders, folders[1:], strict=False):
+        pairs.append((following(recipe, before), folder))
+    return pairs

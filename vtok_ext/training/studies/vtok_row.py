@@ -1,0 +1,235 @@
+"""Kind "vtok": a small language model learns to answer questions about clips that a row shows it.
+
+    loss   cross-entropy of the answers; AdamW, linear warm-up, then half a cosine down to zero
+
+Every row has the same clips, questions, order, language model and steps; only what it is shown of a
+clip differs (`vtok_tokens`). Metrics per held-out clip, whose combinations of attributes no
+training clip has: accuracy; accuracy_appearance, _motion and _events; and of every kind of
+question. Of the run: tokens, train_seconds, cpu_seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtok_ext.data.captioned import QUESTION_KINDS, CaptionedClips
+from vtok_ext.data.captioned.questions import vocabulary
+from vtok_ext.models._config import closest
+from vtok_ext.models.vision_encoder import SmallViT
+from vtok_ext.models.vtok import VTok
+from vtok_ext.models.vtok_config import VTokConfig
+from vtok_ext.models.vtok_lm_config import VTokLMConfig, tiny_lm_config
+from vtok_ext.models.vtok_sequence import UNDERSTANDING, Turn
+from vtok_ext.models.vtok_text import WordTokenizer
+from vtok_ext.training.clip_order import ClipOrder
+from vtok_ext.training.studies.kinds import Progress, shared_folder
+from vtok_ext.training.studies.row_result import RowResult
+from vtok_ext.training.studies.vtok_clips import HELD_OUT_SEED, EncoderSettings, StudyClips
+from vtok_ext.training.studies.vtok_tokens import StudyLM
+
+GROUPS = {
+    "appearance": ("colour", "shape", "count"),
+    "motion": ("direction", "speed"),
+    "events": ("reversal", "blink", "appearance", "appearing shape", "order"),
+}
+_GRADIENT_CLIP = 1.0
+
+
+@dataclass(frozen=True)
+class VTokRow:
+    """Settings of a row.
+
+    Attributes:
+        shown, num_shown, key_frame: see `StudyLM`.
+        residual_pool, num_queries, key_tokens, stride, levels: see `VTokConfig`.
+        image_size, patch, encoder_dim, encoder_depth, encoder_heads, encoder_steps: the image
+            encoder and its training, equal in all rows.
+        lm_dim, lm_depth, lm_heads: the language model, a Llama.
+        steps, batch_size, lr, warmup: of the training; a batch has one question per clip.
+        num_frames, size: T and H = W of the clips.
+        train_clips, eval_clips: how many.
+    """
+
+    shown: str = "vtok"
+    num_shown: int = 4
+    key_frame: str = "first"
+    residual_pool: str = "attention"
+    num_queries: int = 4
+    key_tokens: int = 16
+    stride: int = 1
+    levels: tuple[int, ...] = ()
+    image_size: int = 64
+    patch: int = 8
+    encoder_dim: int = 64
+    encoder_depth: int = 3
+    encoder_heads: int = 4
+    encoder_steps: int = 1500
+    lm_dim: int = 96
+    lm_depth: int = 3
+    lm_heads: int = 4
+    steps: int = 2000
+    batch_size: int = 32
+    lr: float = 1e-3
+    warmup: int = 50
+    num_frames: int = 32
+    size: int = 64
+    train_clips: int = 1024
+    eval_clips: int = 128
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> VTokRow:
+        """Returns checked settings. Raises ValueError for a wrong key, naming the closest."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in settings:
+            if key not in known:
+                raise ValueError(
+                    f"study: settings of kind vtok must be among {', '.join(known)}, "
+                    f"got {key!r}{closest(key, known)}"
+                )
+        plain: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()
+        }
+        return cls(**plain)
+
+    def encoder(self) -> EncoderSettings:
+        """Returns the settings that all rows share."""
+        shape = (self.encoder_dim, self.encoder_depth, self.encoder_heads)
+        return EncoderSettings(self.image_size, self.patch, *shape, self.encoder_steps)
+
+    def tokenizer(self, encoder: SmallViT, **decoder: Any) -> VTok:
+        """Returns a VTok with this encoder and otherwise random weights.
+
+        Args:
+            encoder: shared by all rows.
+            **decoder: fields of `VTokConfig` that concern the decoder.
+        """
+        config = VTokConfig(
+            image_size=self.image_size,
+            encoder_patch=self.patch,
+            encoder_dim=self.encoder_dim,
+            encoder_depth=self.encoder_depth,
+            encoder_heads=self.encoder_heads,
+            token_dim=self.encoder_dim,
+            key_tokens=self.key_tokens,
+            residual_pool=self.residual_pool,
+            num_queries=self.num_queries,
+            stride=self.stride,
+            levels=self.levels,
+            **decoder,
+        )
+        tokenizer = VTok(config, "study")
+        tokenizer.encoder.load_state_dict(encoder.state_dict())
+        return tokenizer
+
+    def language_model(self, vocabulary_size: int) -> str:
+        """Returns the configuration of the language model as JSON."""
+        sizes = {
+            "hidden_size": self.lm_dim,
+            "intermediate_size": 2 * self.lm_dim,
+            "num_hidden_layers": self.lm_depth,
+            "num_attention_heads": self.lm_heads,
+            "num_key_value_heads": self.lm_heads,
+        }
+        return tiny_lm_config(vocabulary_size, "llama", sizes)
+
+    def shows(self) -> dict[str, Any]:
+        """Returns the arguments of `StudyLM`."""
+        return {"shown": self.shown, "num_shown": self.num_shown, "key_frame": self.key_frame}
+
+    def build(self, encoder: SmallViT) -> StudyLM:
+        """Returns the model of a row."""
+        # Questions need no decoder and no head: as small as can be.
+        tokenizer = self.tokenizer(encoder, decoder_dim=4, decoder_depth=1, decoder_heads=1)
+        text = WordTokenizer(vocabulary())
+        head = "codes" if self.levels else "mse"
+        unified = VTokLMConfig(self.language_model(len(text)), head=head, head_width=8)
+        return StudyLM(unified, tokenizer, text, **self.shows())
+
+
+def run_row(settings: dict[str, Any], seed: int, folder: Path, progress: Progress) -> RowResult:
+    """Returns what a row measured with a seed; see the file's opening.
+
+    Raises:
+        ValueError: wrong settings.
+        RuntimeError: the loss became NaN or infinite.
+    """
+    row, shared = VTokRow.of(settings), shared_folder(folder)
+    shape = (row.num_frames, row.size, row.size)
+    train = CaptionedClips(row.train_clips, *shape)
+    test = CaptionedClips(row.eval_clips, *shape, split="test", first_seed=HELD_OUT_SEED)
+    stock = StudyClips(shared, train, row.encoder(), train, progress)
+    held_out = StudyClips(shared, test, row.encoder(), train, progress)
+    torch.manual_seed(seed)
+    model = row.build(stock.encoder)
+    wall, cpu = time.monotonic(), time.process_time()
+    _train(model, row, stock, seed, progress)
+    seconds = {"train_seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu}
+    result = _measure(model.eval(), row, held_out, progress)
+    result.summary |= {name: round(value, 1) for name, value in seconds.items()}
+    return result
+
+
+def _train(model: StudyLM, row: VTokRow, stock: StudyClips, seed: int, progress: Progress) -> None:
+    trained = [
+        p
+        for name, p in model.named_parameters()
+        if p.requires_grad and not name.startswith(("tokenizer.decoder.", "head."))
+    ]
+    optimizer = torch.optim.AdamW(trained, lr=row.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    order = ClipOrder(len(stock.maps), row.batch_size, seed=seed)
+    # Answers by clip, drawn once: rendering is not part of what is compared.
+    asked = [stock.questions(i) for i in range(len(stock.maps))]
+    chooser = torch.Generator().manual_seed(seed)
+    model.train()
+    for step in range(row.steps):
+        scale = min(1.0, (step + 1) / max(1, row.warmup))
+        for group in optimizer.param_groups:
+            group["lr"] = row.lr * scale * 0.5 * (1 + math.cos(math.pi * step / row.steps))
+        places = [index for _, index in order.places(step, 0)]
+        turns = []
+        for index in places:
+            number = int(torch.randint(len(asked[index]), (), generator=chooser))
+            question = asked[index][number]
+            turns.append(Turn(UNDERSTANDING, question.text, question.answer))
+        loss = model(stock.maps[places].float(), turns, step=step)["loss"]
+        if not math.isfinite(loss.item()):
+            raise RuntimeError(f"study: the loss became {loss.item()} at step {step}")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, _GRADIENT_CLIP)
+        optimizer.step()
+        progress(0.2 + 0.7 * step / row.steps, f"step {step}, loss {loss.item():.3f}")
+
+
+@torch.no_grad()
+def _measure(model: StudyLM, row: VTokRow, held_out: StudyClips, progress: Progress) -> RowResult:
+    """Returns accuracies on the held-out clips."""
+    result = RowResult(held_out=held_out.fingerprint())
+    right: dict[str, list[float]] = {kind: [] for kind in QUESTION_KINDS}
+    count = len(held_out.maps)
+    for index in range(count):
+        questions = held_out.questions(index)
+        maps = held_out.maps[index : index + 1].float().expand(len(questions), -1, -1, -1, -1)
+        answers = model.answer(maps, [question.text for question in questions], max_tokens=2)
+        for question, answer in zip(questions, answers, strict=True):
+            right[question.kind].append(float(answer == question.answer))
+        progress(0.9 + 0.1 * index / count, "measuring")
+    result.per_clip = {f"accuracy_{kind.replace(' ', '_')}": v for kind, v in right.items()}
+    for group, kinds in GROUPS.items():
+        result.per_clip[f"accuracy_{group}_questions"] = _mean([right[kind] for kind in kinds])
+    result.per_clip["accuracy"] = _mean(list(right.values()))
+    tokens: Tensor = model._encode(held_out.maps[:1].float(), None)[0]
+    result.summary = {"tokens": float(tokens.shape[1])}
+    return result
+
+
+def _mean(rows: list[list[float]]) -> list[float]:
+    return [sum(values) / len(values) for values in zip(*rows, strict=True)]
