@@ -119,14 +119,13 @@ class GeneratorTask(Task):
             )
 
     def _labelled_held_out(self, held_out: list[Any], names: list[str]) -> list[Any]:
-        from vtok_ext.data.clips import FolderClips
+        from vtok_ext.training.setup import held_out_clips
 
         data = self.recipe.data
         if not held_out:
             return []
         assert data.validation_folder is not None  # there are held-out clips
-        shape = (data.num_frames, data.height, data.width)
-        files = FolderClips(data.validation_folder, *shape, seed=self.recipe.run.seed)
+        files = held_out_clips(data, lambda line: None)  # what is left out was said before
         labelled = LabelledClips(files, data.validation_folder, names)
         return list(zip(held_out, labelled.labels, strict=False))
 
