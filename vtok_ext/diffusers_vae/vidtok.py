@@ -170,17 +170,19 @@ class _Unit:
         """Returns whether norm and convolution do nothing else than `__call__` does."""
         if not is_plain(self.norm, VidTokLayerNorm) or not _is_plain_norm(self.norm):
             return False
-        if not takes(x, self.conv.weight):
+        if self.is_causal:
+            is_known = _is_plain_causal(self.layer, type(self.layer))
+        else:
+            known = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+            is_known = type(self.conv) in known and is_plain(self.conv, type(self.conv))
+        # First of all: an adapter in a convolution's place need not have its attributes.
+        if not is_known or not takes(x, self.conv.weight):
             return False
         sizes = {*self.conv.kernel_size, *self.conv.stride, *self.conv.dilation}
         if not sizes <= {1, 3} or {*self.conv.stride, *self.conv.dilation} != {1}:
             return False
-        if self.is_causal:
-            return _is_plain_causal(self.layer, type(self.layer))
-        return (
-            type(self.conv) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-            and is_plain(self.conv, type(self.conv))
-            and self.conv.padding_mode == "zeros"
+        return self.is_causal or (
+            self.conv.padding_mode == "zeros"
             and tuple(self.conv.padding) == tuple(k // 2 for k in self.conv.kernel_size)
         )
 
