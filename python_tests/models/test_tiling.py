@@ -209,7 +209,7 @@ def test_blended_streams_equal_blended_clips(build, clip, name):
         torch.manual_seed(0)
         model = vt.create_model(name, ch=8, ch_mult=(1, 1, 1, 1), num_res_blocks=1).eval()
         with pytest.raises(ValueError, match="tiled: model must declare the steps"):
-            model.tiled(16)
+            model.network_steps(model.encoder)
     else:
         model = build(name, ch_mult=(1, 2, 2))
     view, video = model.tiled((16, 24), mode="blended"), clip(1, 9, 32, 40)

@@ -143,7 +143,7 @@ def predict_stream(
 
 
 class _Stream:
-    """Two pushes: the first one, and one with a state, as all that follow."""
+    """Three pushes: linear interpolation waits, so that the second one is not yet as all others."""
 
     def __init__(self, model: Any, direction: str, shape: tuple[int, int, int, int]) -> None:
         self.model, self.shape = model, shape
@@ -155,7 +155,7 @@ class _Stream:
         model, (batch, frames, height, width) = self.model, self.shape
         f, device = model.temporal_factor, next(model.parameters()).device
         _, rows, columns = model.token_grid(1, height, width)
-        for _ in range(2):
+        for _ in range(3):
             latents = []
             if self.encoder is not None:
                 size = (batch, model.video_channels, frames, height, width)
