@@ -1,4 +1,4 @@
-"""The Python snippets of docs/ run: those of a page in order and in one namespace."""
+"""The examples of docs/examples run; the snippets of docs/ are those of test_readme."""
 
 import re
 import subprocess
@@ -11,19 +11,6 @@ import torch
 from vtok_ext.data.video import VideoReader, VideoWriter
 
 DOCS = Path(__file__).parent.parent / "docs"
-NEEDS = {"diffusers.md": "diffusers"}
-
-
-@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
-def test_snippets_run_and_their_assertions_hold(page):
-    if page.name in NEEDS:
-        pytest.importorskip(NEEDS[page.name])
-    torch.manual_seed(0)
-    scope = {}
-    for snippet in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
-        exec(compile(snippet, str(page), "exec"), scope)
-    if page.name == "drop_in.md":
-        assert scope["indices"].shape == (2, 3, 8, 8)
 
 
 @pytest.mark.slow  # importing diffusers in a process of its own takes most of it
