@@ -23,7 +23,7 @@ import torch
 from vtok_ext.data.atomic_output import output_file
 from vtok_ext.training import checkpoint as checkpoints
 from vtok_ext.training.clip_checks import check_clips, clips_of
-from vtok_ext.training.clip_order import ClipOrder, step_batches
+from vtok_ext.training.clip_order import ClipOrder, buckets_of, step_batches
 from vtok_ext.training.distributed import any_rank, rank, wait_for_all, world_size
 from vtok_ext.training.log_sinks import open_sinks
 from vtok_ext.training.parallel import local
@@ -216,6 +216,7 @@ class _Run:
             settings.seed,
             self.first_step,
             self.training.samples,
+            buckets_of(self.clips),
         )
         batches = step_batches(
             self.clips, order, self.first_step, settings.steps, self.recipe.data.num_workers
