@@ -214,22 +214,19 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def merge(measured: dict[str, Any], earlier: dict[str, Any]) -> None:
-    """Adds to `measured` what an earlier run of the same commit measured and this one did not."""
+    """Adds to `measured` what an earlier run of the same commit, on the same day and device,
+    measured and this one did not."""
     if earlier["environment"] != measured["environment"]:
-        raise ValueError(
-            f"merge: environment must be {earlier['environment']}, got {measured['environment']}"
-        )
+        return
     names = ("op", "shape", "dtype", "direction")
-    known = {tuple(case[name] for name in names): case for case in measured["cases"]}
     for case in earlier["cases"]:
-        again = known.get(tuple(case[name] for name in names))
-        if again is None:
+        again = [c for c in measured["cases"] if all(c[name] == case[name] for name in names)]
+        found = {(m["provider"], m["allocation"]) for c in again for m in c["measurements"]}
+        missing = [m for m in case["measurements"] if (m["provider"], m["allocation"]) not in found]
+        if again:
+            again[0]["measurements"] += missing
+        else:
             measured["cases"].append(case)
-            continue
-        found = {(m["provider"], m["allocation"]) for m in again["measurements"]}
-        again["measurements"] += [
-            m for m in case["measurements"] if (m["provider"], m["allocation"]) not in found
-        ]
 
 
 def save(name: str, device: str, cases: list[Case]) -> Path | None:

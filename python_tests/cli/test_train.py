@@ -63,7 +63,8 @@ def test_dry_run_shows_and_leaves_a_picture_only(vtok, tmp_path):
     assert done.code == 0, done.err
     assert "model.encoder" in done.err and "activations" in done.err and "epochs of" in done.err
     assert [path.name for path in out.iterdir()] == ["dry-run.png"]
-    done = vtok("train", "smoke_two_stage", "--dry-run", "-o", out, "--device", "cpu", "--json")
+    small = [*SMALL, "--dry-run", "-o", out, "--device", "cpu", "--json"]
+    done = vtok("train", "smoke_two_stage", *small)
     assert [facts["samples_per_step"] for facts in done.json] == [2, 2]
     assert (out / "dry-run-2.png").is_file()
 

@@ -1,13 +1,17 @@
 """Clips for training from video files."""
 
+import random
 from fractions import Fraction
 
 import pytest
 import torch
 
-from vtok_ext.data.clips import FolderClips, ProceduralClips, fit
+from vtok_ext.data.buckets import check_buckets, choose_bucket
+from vtok_ext.data.clips import Augmentation, ProceduralClips, VideoClips, fit
+from vtok_ext.data.frame_sampling import FrameSampling
 from vtok_ext.data.procedural import procedural_clip
 from vtok_ext.data.video import VideoWriter, read_clip
+from vtok_ext.data.video_list import list_videos
 
 
 def write(path, num_frames, height=32, width=48):
@@ -26,9 +30,14 @@ def folder(tmp_path):
     return tmp_path
 
 
+def clips_of(folder, *shape, fps=None, **options):
+    sampling = FrameSampling(shape[0], fps)
+    return VideoClips(list_videos(folder), sampling, [shape], **options)
+
+
 def test_windows_of_files(folder):
-    clips = FolderClips(folder, 5, 32, 48)
-    assert [path.name for path in clips.paths] == ["a.mp4", "b.mp4"]
+    clips = clips_of(folder, 5, 32, 48)
+    assert [video.name for video in clips.videos] == ["a.mp4", "inner/b.mp4"]
     whole = read_clip(folder / "a.mp4")[0]
     windows = [whole[:, t : t + 5] for t in range(17)]
     starts = set()
@@ -40,9 +49,49 @@ def test_windows_of_files(folder):
     assert torch.equal(clips[0, 1], read_clip(folder / "inner" / "b.mp4")[0])
 
 
+def test_fixed_rate(folder):
+    clips = clips_of(folder, 3, 32, 48, fps=3.0)  # every tenth of 21 frames at 30 fps
+    assert len(clips) == 1
+    assert torch.equal(clips[0, 0], read_clip(folder / "a.mp4")[0][:, [0, 10, 20]])
+
+
 def test_files_left_out_are_named(folder):
-    lines = "\n".join(FolderClips(folder, 5, 16, 16).unreadable)
+    lines = "\n".join(clips_of(folder, 5, 16, 16).unreadable)
     assert "broken.mp4" in lines and "short.mp4 has 3 of 5 frames" in lines
+
+
+def test_a_file_damaged_later_is_replaced_and_named(folder, tmp_path):
+    log = tmp_path / "damaged.txt"
+    clips = clips_of(folder, 5, 32, 48, damage_log=log)
+    (folder / "a.mp4").write_bytes(b"gone")
+    for _ in range(2):
+        assert torch.equal(clips[3, 0], read_clip(folder / "inner" / "b.mp4")[0])
+    line = log.read_text()
+    assert line.startswith("a.mp4: ") and line.count("\n") == 1
+    (folder / "inner" / "b.mp4").write_bytes(b"gone")
+    with pytest.raises(ValueError, match="some video must be readable"):
+        clips[0, 0]
+
+
+def test_scan_on_the_way(folder):
+    clips = clips_of(folder, 5, 32, 48, scan=False)
+    assert len(clips) == 4 and not clips.unreadable
+    broken = [video.name for video in clips.videos].index("broken.mp4")
+    assert torch.equal(clips[0, broken], read_clip(folder / "inner" / "b.mp4")[0])
+    assert "broken.mp4" in clips.unreadable[0]
+
+
+def test_buckets(tmp_path):
+    write(tmp_path / "long.mp4", 9)
+    write(tmp_path / "short.mp4", 4)
+    write(tmp_path / "tall.mp4", 9, 48, 32)
+    buckets = [(8, 32, 48), (8, 48, 32), (4, 16, 16)]
+    clips = VideoClips(list_videos(tmp_path), FrameSampling(1), buckets)
+    assert clips.bucket_of == [0, 2, 1]
+    assert [tuple(clips[0, i].shape[1:]) for i in range(3)] == [buckets[0], buckets[2], buckets[1]]
+    assert choose_bucket(buckets, 100, 100, lambda frames: frames < 4) is None
+    with pytest.raises(ValueError, match=r"different \(T, H, W\)"):
+        check_buckets([(1, 2, 3), (1, 2, 3)])
 
 
 def test_fit_covers_and_crops():
@@ -50,6 +99,25 @@ def test_fit_covers_and_crops():
     assert fit(video, 10, 10).shape == (3, 2, 10, 10)
     assert fit(video, 33, 7).shape == (3, 2, 33, 7)
     assert torch.equal(fit(video, 20, 30), video[:, :, :, 5:35])
+    assert torch.equal(fit(video, 20, 30, place=(0, 1)), video[:, :, :, 10:])
+    assert fit(video, 20, 40, zoom=1.5).shape == video.shape
+
+
+def test_augmentation_is_the_same_for_all_frames():
+    still = procedural_clip(1, 20, 40).expand(-1, 4, -1, -1)
+    augmentation = Augmentation("random", zoom=2.0, flip=True)
+    seen = {}
+    for seed in range(8):
+        clip = augmentation.apply(still, 16, 16, random.Random(seed))
+        assert clip.shape == (3, 4, 16, 16)
+        assert all(torch.equal(clip[:, t], clip[:, 0]) for t in range(4))
+        assert torch.equal(clip, augmentation.apply(still, 16, 16, random.Random(seed)))
+        seen[clip.numpy().tobytes()] = seed
+    assert len(seen) == 8
+    flipped = [Augmentation(flip=True).apply(still, 20, 40, random.Random(s)) for s in range(8)]
+    assert {torch.equal(clip, still) for clip in flipped} == {True, False}
+    with pytest.raises(ValueError, match="zoom must be in"):
+        Augmentation(zoom=0.5)
 
 
 def test_procedural_clips_differ_and_repeat():
@@ -60,9 +128,12 @@ def test_procedural_clips_differ_and_repeat():
 
 
 def test_errors(tmp_path):
-    with pytest.raises(ValueError, match="folder must exist, got"):
-        FolderClips(tmp_path / "nowhere", 5, 8, 8)
-    with pytest.raises(ValueError, match="5 frames or more, got 0 files, none of them usable"):
-        FolderClips(tmp_path, 5, 8, 8)
+    with pytest.raises(FileNotFoundError, match="source must exist, got"):
+        list_videos(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="source must name videos, got none"):
+        list_videos(tmp_path)
+    write(tmp_path / "short.mp4", 2)
+    with pytest.raises(ValueError, match="5 frames or more, got 1 files, none of them usable"):
+        clips_of(tmp_path, 5, 8, 8)
     with pytest.raises(ValueError, match="num_clips must be at least 1, got 0"):
         ProceduralClips(0, 1, 8, 8)

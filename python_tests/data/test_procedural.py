@@ -1,8 +1,12 @@
 """The procedural clip: reproducible, textured, moving."""
 
+import itertools
+import math
+
 import pytest
 import torch
 
+from vtok_ext.data.erratic_motion import erratic_camera, erratic_shape
 from vtok_ext.data.procedural import procedural_clip
 
 
@@ -49,3 +53,29 @@ def test_other_arguments():
         procedural_clip(1, 8, 8, num_shapes=-1)
     with pytest.raises(TypeError, match="dtype must be uint8 or floating, got torch.int32"):
         procedural_clip(1, 8, 8, dtype=torch.int32)
+
+
+def test_erratic_motion_reverses_and_accelerates_and_the_camera_moves():
+    shape = erratic_shape("7/0", 64, (0.4, 0.4))
+    steps = [(b.x - a.x, b.y - a.y) for a, b in itertools.pairwise(shape)]
+    turned = [a[0] * b[0] + a[1] * b[1] < 0 for a, b in itertools.pairwise(steps)]
+    assert all(any(turned[t : t + 15]) for t in range(len(turned) - 15))
+    lengths = [math.hypot(*step) for step in steps]
+    assert max(lengths) > 1.5 * min(lengths) and max(lengths) <= 0.061
+    assert all(abs(pose.x) <= 0.4 and abs(pose.y) <= 0.4 for pose in shape)
+    camera = erratic_camera("7", 64)
+    for values in ([p.x for p in camera], [p.angle for p in camera], [p.scale for p in camera]):
+        assert max(values) - min(values) > 0.02
+
+
+def test_erratic_clips():
+    clip = procedural_clip(9, 16, 24, seed=2, motion="erratic")
+    assert torch.equal(clip[:, :4], procedural_clip(4, 16, 24, seed=2, motion="erratic"))
+    every_third = procedural_clip(3, 16, 24, seed=2, motion="erratic", frame_step=3)
+    assert torch.equal(clip[:, ::3][:, :3], every_third)
+    still = procedural_clip(9, 16, 24, seed=2, motion="erratic", num_shapes=0)
+    assert not torch.equal(still[:, 0], still[:, 1])  # the camera
+    with pytest.raises(ValueError, match="motion must be one of"):
+        procedural_clip(motion="wild")
+    with pytest.raises(ValueError, match="frame_step must be at least 1"):
+        procedural_clip(frame_step=0)

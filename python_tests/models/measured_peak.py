@@ -12,6 +12,7 @@ import sys
 import torch
 
 import vtok_ext as vt
+from vtok_ext.cli.freed_memory import return_freed_memory
 from vtok_ext.models.planning import predict_stream
 
 
@@ -48,6 +49,7 @@ def main(name, overrides, direction, shape, tile) -> None:
     push_three(model, direction, (1, 8, 32, 32))  # loads what is loaded once
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what was freed does not count as present
+    return_freed_memory()  # as commands with --memory do
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the peak begins anew
     before = status("VmRSS")

@@ -147,6 +147,16 @@ def test_in_place_bfloat16_is_as_exact_as_layers(build, clip, passes, name):
             assert error <= 1.5 * allowed
 
 
+def test_inference_mode_runs_in_place(build, clip, passes):
+    model = build("vidtok_kl_causal_488_4chn_v1_1", ch_mult=(1, 2))
+    video = clip(1, 5, 16, 8)
+    with torch.no_grad():
+        expected = model(video).reconstruction
+    with torch.inference_mode():
+        found = model(video).reconstruction
+    assert passes == [True] * 4 and torch.equal(found, expected)
+
+
 class Adapter(torch.nn.Module):
     """A convolution and a low-rank correction of zero, as fine-tuning puts in place of a layer."""
 

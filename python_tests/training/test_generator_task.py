@@ -62,7 +62,9 @@ def losses(out):
 
 @pytest.mark.parametrize("task", ["sit", "gpt"])
 def test_training_exports_a_generator_that_makes_videos(task, recipe, tokenizers, tmp_path):
-    result = train(recipe(task), tmp_path / "run")
+    pictures = ["run.sample_every=4", "run.sample_clips=1"]
+    result = train(recipe(task, *pictures), tmp_path / "run")
+    assert [path for path in (tmp_path / "run").rglob("*") if "sample-0" in path.name]
     assert result.step == 4 and set(result.validation) == {"val_loss"}
     model = vt.load_generator(result.model)
     tokenizer = vt.load_model(tokenizers[task])
@@ -184,6 +186,7 @@ def test_a_sit_learns_more_than_the_mean(recipe, tmp_path):
         ("sit", ["model.name=gpt_small"], "codebook_size|must be one of|must be a SiT"),
         ("gpt", ["latent.cache=true", "data.num_workers=1"], "num_workers must be 0"),
         ("sit", ["model.overrides.num_heads=3"], "hidden_size must be a multiple"),
+        ("gpt", ["optimizer.muon_lr=0.1"], "muon_lr must be null for a generator"),
     ],
 )
 def test_bad_recipes(task, overrides, message, recipe, tmp_path):
@@ -205,3 +208,32 @@ def test_noise_of_each_sample_is_its_own():
     assert torch.equal(both[1:], one)
     with pytest.raises(ValueError, match="generator: must be one per sample of 3, got 2"):
         noise_like(torch.zeros(3, 1), sources)
+
+
+@pytest.mark.slow
+def test_a_small_generator_beats_latents_without_a_learned_prior(tmp_path):
+    """The chain of bench/generation_study.py in small: a tokenizer, a generator on its latents,
+    and KVD of 160 clips of each set."""
+    from generation_study import main
+
+    common = ["data.num_clips=640", "data.num_frames=5", "data.height=32", "data.width=32"]
+    common += ["data.validation_clips=0", "run.log_every=100", "run.checkpoint_every=1000"]
+    tokenizer = ["loss.perceptual_weight=0", "loss.discriminator=none", "loss.pixel=l2"]
+    tokenizer += ["loss.learn_logvar=false", "optimizer.lr=1e-3", "run.steps=400"]
+    tokenizer += ["run.batch_size=4", "model.overrides.ch_mult=[1,1,2,2]"]
+    first = train(load_recipe("smoke_kl", [*common, *tokenizer]), tmp_path / "tokenizer")
+    settings = [f"latent.tokenizer={first.model}", "latent.cache=true"]
+    settings += ["model.overrides.hidden_size=128", "model.overrides.depth=3"]
+    settings += ["model.overrides.num_heads=4", "optimizer.lr=1e-3", "optimizer.schedule=cosine"]
+    settings += ["optimizer.warmup=30", "optimizer.clip=1.0", "optimizer.ema_decay=0.99"]
+    settings += ["run.steps=700", "run.batch_size=32"]
+    second = train(load_recipe("sit", [*common, *settings]), tmp_path / "generator")
+    counts = ["--count", "160", "--training-clips", "640", "--steps", "40"]
+    result = main([str(second.model), "--out", str(tmp_path / "study"), *counts])
+    for against in ("kvd to held-out clips", "kvd to their reconstructions"):
+        kvd = {name: row[against][0] for name, row in result["sets"].items()}
+        for prior in ("gaussian", "standard_normal", "untrained"):
+            assert kvd["generator"] < kvd[prior], (against, kvd)
+    near = result["nearest_training_clip"]
+    # Copies of training clips would be nearer than what the tokenizer makes of unseen ones.
+    assert near["generator"]["mean"] > 0.5 * near["reconstruction"]["mean"]

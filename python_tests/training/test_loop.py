@@ -127,7 +127,9 @@ def test_bfloat16_trains():
 
 def test_float16_leaves_steps_out_and_lowers_its_scale():
     """A scale at which gradients overflow: weights stay, the next step has half of it."""
-    training = build_training(tiny(*PLAIN, "run.precision=float16"), torch.device("cpu"))
+    training = build_training(
+        tiny(*PLAIN, "run.precision=float16", "run.steps=100"), torch.device("cpu")
+    )
     step, weight = Stepper(training), training.task.last_weight
     training.loss_scale.value = 2.0**24
     before, terms = weight.detach().clone(), {"left_out": 1.0}

@@ -17,7 +17,7 @@ class Quadrants:
     """17 frames of each quarter of the picture, at four times; windows of one place look alike."""
 
     def __init__(self, path):
-        self.frames = read_clip(path).frames
+        self.frames = read_clip(path)[0]
 
     def __len__(self):
         return 4

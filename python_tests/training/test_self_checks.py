@@ -13,6 +13,9 @@ from vtok_ext.training.dry_run import dry_run
 from vtok_ext.training.log_sinks import WandbSink
 from vtok_ext.training.loop import train
 from vtok_ext.training.overfit_check import OverfitCheck, four_clips
+from vtok_ext.training.setup import build_training
+from vtok_ext.training.task import MicroBatch
+from vtok_ext.training.training_memory import saved_bytes
 
 CPU = torch.device("cpu")
 
@@ -45,7 +48,8 @@ def test_batches_that_are_wrong():
 
 
 def test_dry_run_counts():
-    recipe = tiny("run.batch_size=2", "loss.discriminator_start=0")
+    small = ["loss.discriminator_start=0", "loss.perceptual_weight=0"]
+    recipe = tiny("run.batch_size=2", *small)
     found = dry_run(recipe, CPU)
     parts = {name: (count, trained) for name, count, trained in found.parameters}
     assert (
@@ -54,19 +58,14 @@ def test_dry_run_counts():
     assert found.memory["gradients"] == 4 * sum(trained for _, trained in parts.values())
     assert found.memory["optimizer"] == 2 * found.memory["gradients"]
     assert found.picture.shape == (3, 2 * 16, 5 * 16) and found.samples_per_step == 2
-    larger = dry_run(tiny("run.batch_size=4", "loss.discriminator_start=0"), CPU)
+    larger = dry_run(tiny("run.batch_size=4", *small), CPU)
     growth = larger.memory["activations"] / found.memory["activations"]
     assert 1.8 < growth <= 2.01
 
 
 def test_dry_run_counts_what_autograd_keeps():
     """Without LPIPS and discriminator, as a real step saves it."""
-    from vtok_ext.training.training_memory import saved_bytes
-
     recipe = tiny("loss.discriminator=none", "loss.perceptual_weight=0")
-    from vtok_ext.training.setup import build_training
-    from vtok_ext.training.task import MicroBatch
-
     training = build_training(recipe, CPU)
     data = batch(num_frames=5)[:, :, :, :16, :16].contiguous()
     seen = []

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from vtok_ext.cli.app import run as vtok
 from vtok_ext.training.studies import kinds, runner
 from vtok_ext.training.studies.report import write_report
 from vtok_ext.training.studies.row_result import FinishedRun, RowResult, read_result, result_path
@@ -243,11 +244,10 @@ def test_killed_and_resumed(tmp_path, monkeypatch, capsys):
     process.wait()
     kept = {p: p.read_bytes() for p in (out / "runs").glob("*/*.json")}
     assert {p.parent.name for p in kept} == {"fsq", "lfq"}
-    refused = start_study(tmp_path, "tiny")
-    assert "--resume goes on" in refused.communicate()[1] and refused.returncode == 2
-    resumed = start_study(
-        tmp_path, "tiny", "--resume", "--rows", "fsq,lfq", "--jobs", "2", "--json"
-    )
+    monkeypatch.chdir(tmp_path)
+    assert vtok(["study", "tiny"]) == 2 and "--resume goes on" in capsys.readouterr().err
+    chosen = ("--rows", "fsq,lfq", "--jobs", "2", "--json")
+    resumed = start_study(tmp_path, "tiny", "--resume", *chosen)
     stdout, stderr = resumed.communicate()
     assert resumed.returncode == 0, stderr
     outcome = json.loads(stdout)

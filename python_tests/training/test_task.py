@@ -74,7 +74,7 @@ class PairTask(Task):
         return {"error": error.item()}
 
     def export(self, folder, weights):
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         save_file(weights, folder / "left.safetensors")
 
 

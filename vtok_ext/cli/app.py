@@ -376,7 +376,7 @@ def train(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Train a tokenizer by a recipe; the same under torchrun. SIGTERM saves and ends it."""
+    """Train a tokenizer or generator by a recipe, also under torchrun. SIGTERM saves and stops."""
     from .train import run_train
 
     left = run_train(
@@ -421,6 +421,81 @@ def max_batch(
         check=check,
         as_json=as_json,
     )
+
+
+@app.command()
+def tokenize(
+    source: Annotated[
+        str,
+        typer.Argument(help="Folder, .csv, .jsonl, .tar or video; or procedural:N for N clips."),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
+    model: ModelOption,
+    name: NameOption = None,
+    ema: EmaOption = False,
+    trust_checkpoint: TrustOption = False,
+    output: OutputOption = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Cut videos into clips of so many frames [default: whole videos]."
+        ),
+    ] = None,
+    max_clips: Annotated[int | None, typer.Option(min=1, help="Clips of a video at most.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frame rate [default: all frames].")] = None,
+    size: Annotated[
+        int | None, typer.Option(min=8, help="Scale and crop to a square of this size.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Clips encoded at once.")] = 8,
+    videos_per_shard: Annotated[int, typer.Option(min=1, help="Videos in one file.")] = 64,
+    dtype: Annotated[str, typer.Option(help="Of latents: float32, bfloat16, float16.")] = "float32",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read videos.")] = 0,
+    root: Annotated[
+        Path | None, typer.Option(help="Where the paths of a .csv or .jsonl begin.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Make the shards that are missing.")
+    ] = False,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Turn a data set into shards of latents or tokens; the same under torchrun."""
+    from .tokenize import TokenizeOptions, run_tokenize
+
+    options = TokenizeOptions(
+        source=source,
+        out=out,
+        model=model,
+        name=name,
+        ema=ema,
+        trust_checkpoint=trust_checkpoint,
+        output=output,
+        frames=frames,
+        max_clips=max_clips,
+        fps=fps,
+        size=size,
+        batch_size=batch_size,
+        videos_per_shard=videos_per_shard,
+        dtype=dtype,
+        workers=workers,
+        root=root,
+        resume=resume,
+        device=device,
+    )
+    run_tokenize(options, as_json=as_json)
+
+
+@app.command()
+def stats(
+    model: Annotated[str, typer.Argument(help="Folder of a saved model.")],
+    data: Annotated[Path, typer.Argument(help="Folder that vtok tokenize wrote with it.")],
+    max_items: Annotated[int | None, typer.Option(min=1, help="Latents to look at.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure mean and deviation of latents; `normalize=True` of encode and decode uses them."""
+    from .stats import run_stats
+
+    run_stats(model=model, data=data, max_items=max_items, as_json=as_json)
 
 
 @app.command()

@@ -10,8 +10,14 @@ from typing import Any
 from vtok_ext.data.video import VideoWriter
 
 from .console import Console, Progress
-from .freed_memory import keep_freed_memory
-from .memory_plan import NO_LIMIT, MemoryOptions, Prepared, peak_bytes, prepare
+from .memory_plan import (
+    NO_LIMIT,
+    MemoryOptions,
+    Prepared,
+    arrange_freed_memory,
+    peak_bytes,
+    prepare,
+)
 from .model_source import load_model_for, resolve_device
 from .reconstruct import frames_per_chunk
 
@@ -34,7 +40,7 @@ def run_decode(
 
     console = Console(as_json)
     target = resolve_device(device)
-    keep_freed_memory()
+    arrange_freed_memory(memory)
     with EncodingReader(source) as reader:
         height, width = reader.size
         options = {"height": height, "width": width, "fps": reader.fps or 30}

@@ -19,8 +19,14 @@ from vtok_ext.data.atomic_output import check_output_file, temporary_sibling
 from vtok_ext.data.video import VideoInfo, VideoReader
 
 from .console import Console, Progress
-from .freed_memory import keep_freed_memory
-from .memory_plan import NO_LIMIT, MemoryOptions, Prepared, peak_bytes, prepare
+from .memory_plan import (
+    NO_LIMIT,
+    MemoryOptions,
+    Prepared,
+    arrange_freed_memory,
+    peak_bytes,
+    prepare,
+)
 from .model_source import load_model_for, resolve_device
 from .reconstruct import frames_per_chunk
 
@@ -69,7 +75,7 @@ def run_encode(options: EncodeOptions, *, as_json: bool) -> None:
                 f"encode: output must be another file than the input, got {options.out}"
             )
         target = resolve_device(options.device)
-        keep_freed_memory()
+        arrange_freed_memory(options.memory)
         model, is_random = load_model_for(
             options.model,
             options.name,

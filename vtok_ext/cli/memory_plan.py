@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .console import Console
+from .freed_memory import keep_freed_memory, return_freed_memory
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -43,6 +44,11 @@ class Prepared:
     model: Any
     chunk_frames: int
     facts: dict[str, Any]
+
+
+def arrange_freed_memory(options: MemoryOptions) -> None:
+    """Returns None; freed memory stays for speed, or goes back where a limit counts."""
+    (keep_freed_memory if options.memory is None else return_freed_memory)()
 
 
 def prepare(

@@ -20,8 +20,7 @@ import torch
 from vtok_ext.data.video import VideoInfo, VideoReader, VideoWriter
 
 from .console import Console, Progress
-from .freed_memory import keep_freed_memory
-from .memory_plan import NO_LIMIT, MemoryOptions, peak_bytes, prepare
+from .memory_plan import NO_LIMIT, MemoryOptions, arrange_freed_memory, peak_bytes, prepare
 from .model_source import load_model_for, resolve_device
 
 # A chunk is sized so that one feature map at full resolution takes about this much memory; a pass
@@ -55,7 +54,7 @@ def run_reconstruct(
                 f"reconstruct: output must be another file than the input, got {output}"
             )
         target = resolve_device(device)
-        keep_freed_memory()
+        arrange_freed_memory(memory)
         info = reader.info
         pair_width = info.width * 2 if side_by_side else info.width
         with VideoWriter(

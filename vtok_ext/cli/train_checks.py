@@ -11,7 +11,13 @@ from vtok_ext.data.atomic_output import check_output_file
 from vtok_ext.data.picture import write_png
 from vtok_ext.training.dry_run import DryRun, dry_run
 from vtok_ext.training.overfit import OverfitProgress
-from vtok_ext.training.overfit_check import MARGIN_DB, OverfitCheck, four_clips, overfit_check
+from vtok_ext.training.overfit_check import (
+    MARGIN_DB,
+    OverfitCheck,
+    four_clips,
+    overfit_check,
+    overfitted_model,
+)
 from vtok_ext.training.sample_pictures import reconstruction_video, write_samples
 from vtok_ext.training.setup import build_task
 
@@ -84,6 +90,7 @@ def run_overfit(
     """
     torch.manual_seed(recipe.run.seed)
     task = build_task(recipe, device)
+    overfitted_model(task)  # before clips are read
     clips, _ = task.data(console.warn)
     chosen = four_clips(clips)
     with console.progress("overfitting", 1.0) as progress:

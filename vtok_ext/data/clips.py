@@ -7,17 +7,19 @@ workers and after a restart. An item is [3, T, H, W] uint8.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
+from vtok_ext.data.buckets import Bucket, check_buckets, choose_bucket
+from vtok_ext.data.frame_sampling import FrameSampling
 from vtok_ext.data.procedural import procedural_clip
-from vtok_ext.data.video import VideoReader, VideoReadError
-
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
-_READ_FRAMES = 16
+from vtok_ext.data.video import VideoReadError, read_frames_at, read_times
+from vtok_ext.data.video_list import VideoItem
 
 
 class Clips(Protocol):
@@ -37,18 +39,25 @@ class ProceduralClips:
         num_clips: how many.
         num_frames, height, width: T, H, W of each.
         first_seed: seed of clip 0; clip i has the i-th after it.
+        motion: see `procedural_clip`.
 
     Raises:
         ValueError: num_clips < 1.
     """
 
     def __init__(
-        self, num_clips: int, num_frames: int, height: int, width: int, first_seed: int = 0
+        self,
+        num_clips: int,
+        num_frames: int,
+        height: int,
+        width: int,
+        first_seed: int = 0,
+        motion: str = "orbit",
     ) -> None:
         if num_clips < 1:
             raise ValueError(f"ProceduralClips: num_clips must be at least 1, got {num_clips}")
         self.num_clips, self.first_seed = num_clips, first_seed
-        self.shape = (num_frames, height, width)
+        self.shape, self.motion = (num_frames, height, width), motion
 
     def __len__(self) -> int:
         """Number of clips."""
@@ -56,80 +65,197 @@ class ProceduralClips:
 
     def __getitem__(self, place: tuple[int, int]) -> torch.Tensor:
         """Returns the clip [3, T, H, W] uint8 at (epoch, index)."""
-        return procedural_clip(*self.shape, seed=self.first_seed + place[1])
+        return procedural_clip(*self.shape, seed=self.first_seed + place[1], motion=self.motion)
 
 
-class FolderClips:
-    """One window of consecutive frames per video file and epoch, from a random place in it.
-
-    Frames are scaled until the shorter side fits and cropped at the centre. A window is reached by
-    decoding the file from its beginning: made for clips, not for films.
-
-    Args:
-        folder: searched with its subfolders for video files.
-        num_frames, height, width: T, H, W of each clip.
-        seed: decides where windows begin, together with epoch and index.
+@dataclass(frozen=True)
+class Augmentation:
+    """What happens to the frames of a clip; the same to all of them.
 
     Attributes:
-        paths: the files in use, sorted.
-        unreadable: one line for each file left out, because it cannot be read or is too short.
+        crop: "center" or "random", where a picture of another shape is cut.
+        zoom: pictures are scaled by up to this factor more than needed, >= 1; a random crop then
+            has room. 1 for none.
+        flip: mirror every other clip left to right.
 
     Raises:
-        ValueError: there is no folder, or no usable file in it.
+        ValueError: another crop, or a zoom below 1.
+    """
+
+    crop: str = "center"
+    zoom: float = 1.0
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        if self.crop not in ("center", "random"):
+            raise ValueError(f"Augmentation: crop must be center or random, got {self.crop!r}")
+        if not 1 <= self.zoom < 16:
+            raise ValueError(f"Augmentation: zoom must be in [1, 16), got {self.zoom}")
+
+    def apply(
+        self,
+        video: torch.Tensor,  # [3, T, H, W] uint8
+        height: int,
+        width: int,
+        generator: random.Random,
+    ) -> torch.Tensor:
+        """Returns [3, T, height, width] uint8.
+
+        Args:
+            video: [3, T, H, W] uint8.
+            height, width: in pixels.
+            generator: of zoom, place and mirroring.
+        """
+        place = (0.5, 0.5)
+        zoom = self.zoom ** generator.random()
+        if self.crop == "random":
+            place = (generator.random(), generator.random())
+        video = fit(video, height, width, zoom, place)
+        return video.flip(3) if self.flip and generator.random() < 0.5 else video
+
+
+class VideoClips:
+    """One clip per video and epoch, from a random place in it.
+
+    What lies at (epoch, index) depends on the seed, the epoch and the index alone. Videos that
+    cannot be read, or are too short, are left out and named; one that turns out to be damaged when
+    its turn comes is named too, and the next readable one stands in. No clip is ever made up.
+
+    Args:
+        videos: see `list_videos`.
+        sampling: which frames.
+        buckets: (T, H, W) of the clips; with more than one, each video has the one that suits it
+            (see `buckets`) and `sampling.num_frames` does not matter.
+        augmentation: crop, zoom, mirroring.
+        seed: of all random choices.
+        scan: read the index of every video now, so that unusable ones are left out at once; False
+            starts faster, needs a single bucket, and finds them on the way.
+        damage_log: a file that gets one line for every video found damaged later, from whichever
+            worker or rank meets it.
+
+    Attributes:
+        videos: those in use.
+        bucket_of: index into `buckets` of each of them.
+        unreadable: one line for each video left out.
+
+    Raises:
+        ValueError: no usable video, or several buckets without a scan.
     """
 
     def __init__(
-        self, folder: str | Path, num_frames: int, height: int, width: int, seed: int = 0
+        self,
+        videos: Sequence[VideoItem],
+        sampling: FrameSampling,
+        buckets: Sequence[Bucket],
+        *,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+        scan: bool = True,
+        damage_log: Path | None = None,
     ) -> None:
-        root = Path(folder)
-        if not root.is_dir():
-            raise ValueError(f"FolderClips: folder must exist, got {root}")
-        self.num_frames, self.size, self.seed = num_frames, (height, width), seed
-        self.paths: list[Path] = []
-        self.lengths: list[int] = []
+        check_buckets(buckets)
+        if not scan and len(buckets) > 1:
+            raise ValueError(f"VideoClips: scan must be True for {len(buckets)} buckets, got False")
+        self.buckets = list(buckets)
+        self.samplings = [replace(sampling, num_frames=bucket[0]) for bucket in buckets]
+        self.augmentation = augmentation or Augmentation()
+        self.seed, self.damage_log = seed, damage_log
+        self.videos: list[VideoItem] = []
+        self.bucket_of: list[int] = []
         self.unreadable: list[str] = []
-        files = sorted(p for p in root.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
-        for path in files:
-            try:
-                length = _count_frames(path)
-            except VideoReadError as error:
-                self.unreadable.append(str(error))
-                continue
-            if length < num_frames:
-                self.unreadable.append(f"{path} has {length} of {num_frames} frames")
-                continue
-            self.paths.append(path)
-            self.lengths.append(length)
-        if not self.paths:
+        for video in videos:
+            bucket = self._bucket(video) if scan else 0
+            if bucket is not None:
+                self.videos.append(video)
+                self.bucket_of.append(bucket)
+        if not self.videos:
+            shortest = min(bucket[0] for bucket in buckets)
+            reason = f", the first: {self.unreadable[0]}" if self.unreadable else ""
             raise ValueError(
-                f"FolderClips: folder must hold videos of {num_frames} frames or more, got "
-                f"{len(files)} files, none of them usable, in {root}"
+                f"VideoClips: source must hold videos of {shortest} frames or more, got "
+                f"{len(videos)} files, none of them usable{reason}"
             )
 
+    def _bucket(self, video: VideoItem) -> int | None:
+        """Returns the bucket of a video, None (and a line in `unreadable`) if it is unusable."""
+        try:
+            times = read_times(video.path, video.content(), decode_first=True)
+        except (VideoReadError, OSError) as error:
+            self.unreadable.append(f"{video.name}: {error}")
+            return None
+        seconds = times.seconds()
+        lengths = {s.num_frames: s for s in self.samplings}
+        found = choose_bucket(
+            self.buckets, times.height, times.width, lambda t: lengths[t].fits(seconds)
+        )
+        if found is None:
+            rate = self.samplings[0].fps
+            at = "" if rate is None else f" for clips at {rate} fps"
+            self.unreadable.append(
+                f"{video.name} has {len(seconds)} of {min(lengths)} frames{at}, too few"
+            )
+        return found
+
     def __len__(self) -> int:
-        """Number of files."""
-        return len(self.paths)
+        """Number of videos in use."""
+        return len(self.videos)
 
     def __getitem__(self, place: tuple[int, int]) -> torch.Tensor:
-        """Returns the clip [3, T, H, W] uint8 at (epoch, index)."""
+        """Returns the clip [3, T, H, W] uint8 at (epoch, index).
+
+        Raises:
+            VideoReadError: neither this video nor any other of its bucket can be read.
+        """
         epoch, index = place
-        last = self.lengths[index] - self.num_frames
-        start = random.Random(f"{self.seed}/{epoch}/{index}").randint(0, last)
-        return fit(_window(self.paths[index], start, self.num_frames), *self.size)
+        bucket = self.bucket_of[index]
+        lines = []
+        for step in range(len(self.videos)):
+            stand_in = (index + step) % len(self.videos)
+            if self.bucket_of[stand_in] != bucket:
+                continue
+            try:
+                return self._clip(epoch, stand_in)
+            except (VideoReadError, OSError, ValueError) as error:
+                lines.append(f"{self.videos[stand_in].name}: {error}")
+                self._note_damage(lines[-1])
+        raise VideoReadError(f"VideoClips: some video must be readable, got {lines[0]}")
+
+    def _note_damage(self, line: str) -> None:
+        if line in self.unreadable:
+            return
+        self.unreadable.append(line)
+        if self.damage_log is not None:
+            with self.damage_log.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")  # one short write: lines of several processes stay whole
+
+    def _clip(self, epoch: int, index: int) -> torch.Tensor:
+        video, bucket = self.videos[index], self.bucket_of[index]
+        content = video.content()
+        times = read_times(video.path, content)
+        generator = random.Random(f"{self.seed}/{epoch}/{index}")
+        chosen = self.samplings[bucket].indices(times.seconds(), float(times.fps), generator)
+        stamps = [times.timestamps[i] for i in chosen]
+        frames = read_frames_at(video.path, stamps, content)
+        return self.augmentation.apply(frames, *self.buckets[bucket][1:], generator)
 
 
 def fit(
     video: torch.Tensor,  # [3, T, H, W] uint8
     height: int,
     width: int,
+    zoom: float = 1.0,
+    place: tuple[float, float] = (0.5, 0.5),
 ) -> torch.Tensor:
-    """Returns [3, T, height, width] uint8: scaled to cover that size, then cropped at the centre.
+    """Returns [3, T, height, width] uint8: scaled to cover that size, then cropped.
 
     Args:
         video: [3, T, H, W] uint8.
         height, width: in pixels.
+        zoom: factor by which it is scaled more than that, >= 1.
+        place: where the rest is cut, 0 for the top (left), 1 for the bottom (right).
     """
-    scale = max(height / video.shape[2], width / video.shape[3])
+    scale = max(height / video.shape[2], width / video.shape[3]) * zoom
     if scale != 1:
         size = [
             max(height, round(video.shape[2] * scale)),
@@ -138,29 +264,6 @@ def fit(
         frames = video.transpose(0, 1).float()
         frames = F.interpolate(frames, size, mode="bilinear", antialias=True)
         video = frames.round().clamp(0, 255).to(torch.uint8).transpose(0, 1)
-    top, left = (video.shape[2] - height) // 2, (video.shape[3] - width) // 2
+    top = int(place[0] * (video.shape[2] - height))
+    left = int(place[1] * (video.shape[3] - width))
     return video[:, :, top : top + height, left : left + width].contiguous()
-
-
-def _count_frames(path: Path) -> int:
-    with VideoReader(path) as reader:
-        if reader.info.num_frames:
-            return reader.info.num_frames
-        return sum(len(chunk.timestamps) for chunk in reader.chunks(_READ_FRAMES))
-
-
-def _window(path: Path, start: int, num_frames: int) -> torch.Tensor:
-    """Returns frames `start` to `start + num_frames` of a file."""
-    kept, first = [], 0
-    with VideoReader(path) as reader:
-        for chunk in reader.chunks(_READ_FRAMES):
-            after = first + len(chunk.timestamps)
-            if after > start:
-                begin, end = max(0, start - first), start + num_frames - first
-                kept.append(chunk.frames[:, begin:end])
-            first = after
-            if first >= start + num_frames:
-                return torch.cat(kept, 1)
-    raise VideoReadError(
-        f"FolderClips: {path} must have {start + num_frames} frames as its header says, got {first}"
-    )

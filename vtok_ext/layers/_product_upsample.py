@@ -29,9 +29,12 @@ class ProductUpsample:
         run: the pass; its previous state is where a stream goes on, its following one is kept up.
         name: of the layer's state.
         layer: a causal layer without hooks.
+        keep_state: whether a state is wanted.
     """
 
-    def __init__(self, run: FramePass, name: str, layer: TemporalUpsample) -> None:
+    def __init__(
+        self, run: FramePass, name: str, layer: TemporalUpsample, keep_state: bool
+    ) -> None:
         self.run, self.name = run, name
         self.linear = layer.interpolation == "linear"
         self.replicate = layer.conv.temporal == "replicate"
@@ -41,7 +44,9 @@ class ProductUpsample:
         self.started = run.previous is not None
         self.last: Tensor | None = None  # x[i - 1] to interpolate from
         self.last_products: list[Tensor] = []
-        self.recent: list[Tensor] = []  # the last two frames of y
+        self.begun: Tensor | None = None  # two frames of the result, the first one written
+        self.keep_state = keep_state
+        self.recent: list[Tensor] = []  # the last two frames of y, where the state is wanted
         # P_0(y[t-2]), P_0(y[t-1]) and P_1(y[t-1]) of the next t; None are zeros.
         self.waiting: list[Tensor | None] = [None, None, None]
         self.is_resumed = not self.started
@@ -75,10 +80,10 @@ class ProductUpsample:
     def _products(self, x: Tensor) -> list[Tensor]:
         return [self._product(tap, x) for tap in range(3)]
 
-    def push(self, x: Tensor) -> Tensor:
+    def push(self, x: Tensor) -> Tensor | None:
         """Returns the frames that the next frame `x` [1, C, 1, H, W] makes certain.
 
-        `x` belongs to the layer from here on.
+        `x` belongs to the layer from here on. The single first frame of a clip comes with the next.
         """
         if not self.is_resumed:
             self._resume(x)
@@ -86,17 +91,21 @@ class ProductUpsample:
         if not self.linear:
             return self._repeat(x, products)
         before, before_products = self.last, self.last_products
-        if before is None:  # a segment begins; the first one has this one frame
-            out = pool.empty(x.shape[1], 1, *x.shape[3:])
-            is_first = not self.started
-            self._emit(out, x, products, x, products, 1.0)
-            self._replace(*((None, []) if is_first else (x, products)))
-            if is_first:
-                pool.give(*products)
-            return out
-        out = pool.empty(x.shape[1], 2, *x.shape[3:])
-        for t, share in ((0, 0.25), (1, 0.75)):
-            self._emit(out[:, :, t : t + 1], before, before_products, x, products, share)
+        if before is None and not self.started:  # all of the first segment
+            self.begun = pool.empty(x.shape[1], 2, *x.shape[3:])
+            self._emit(self.begun[:, :, :1], x, products, x, products, 1.0)
+            pool.give(*products)
+            return None
+        if before is None:  # the second segment begins
+            out = self.begun
+            if out is None:
+                out = pool.empty(x.shape[1], 1, *x.shape[3:])
+            self.begun = None
+            self._emit(out[:, :, out.shape[2] - 1 :], x, products, x, products, 1.0)
+        else:
+            out = pool.empty(x.shape[1], 2, *x.shape[3:])
+            for t, share in ((0, 0.25), (1, 0.75)):
+                self._emit(out[:, :, t : t + 1], before, before_products, x, products, share)
         self._replace(x, products)
         return out
 
@@ -118,9 +127,12 @@ class ProductUpsample:
         self.started = True
         return out
 
-    def finish(self) -> Tensor | None:
-        """Returns the frame that waited for one more, at the end of a clip."""
-        if self.last is None:
+    def finish(self, final: bool) -> Tensor | None:
+        """Returns a frame that waited: for company at the end of a pass, for a neighbour if the
+        pass is the `final` one of a clip."""
+        if self.begun is not None:
+            return self.begun[:, :, :1]
+        if self.last is None or not final:
             return None
         out = self.run.pool.empty(self.last.shape[1], 1, *self.last.shape[3:])
         same = self.last, self.last_products
@@ -159,10 +171,10 @@ class ProductUpsample:
 
     def _remember(self, first: Tensor, second: Tensor, value: Tensor) -> None:
         pool, (oldest, newer, other) = self.run.pool, self.waiting
-        if not self.started and not self.replicate:
-            self.recent = [torch.zeros_like(value), value]
+        if not self.keep_state:
+            pool.give(value)
         elif not self.started:
-            self.recent = [value, value]
+            self.recent = [value if self.replicate else torch.zeros_like(value), value]
         else:
             if self.recent[0] is not self.recent[1]:
                 pool.give(self.recent[0])
@@ -176,7 +188,9 @@ class ProductUpsample:
         self.started = True
 
     def state(self) -> dict[str, Tensor]:
-        """Returns the layer's state as `TemporalUpsample` has it."""
+        """Returns the layer's state as `TemporalUpsample` has it, where it is wanted."""
+        if not self.keep_state:
+            return {}
         state = {f"{self.name}.conv": torch.cat(self.recent, 2)}
         if self.last is not None:
             state[f"{self.name}.last"] = self.last.clone(memory_format=torch.channels_last_3d)

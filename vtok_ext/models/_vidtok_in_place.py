@@ -224,7 +224,7 @@ class DecoderPass:
         self._push(run, len(decoder.up) - 1, x)
         for level in sorted(self.upsamplers, reverse=True):
             upsampler = self.upsamplers[level]
-            rest = upsampler.finish() if self.final else None
+            rest = upsampler.finish(self.final)
             if rest is not None:
                 self._push(run, level - 1, rest)
                 run.pool.give(rest)
@@ -232,9 +232,9 @@ class DecoderPass:
         return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts, 2)
 
     def _upsamplers(self, run: FramePass) -> dict[int, ProductUpsample]:
-        layers = ((i, stage.upsample) for i, stage in enumerate(self.decoder.up_temporal))
+        layers: Any = [(i, stage.upsample) for i, stage in enumerate(self.decoder.up_temporal)]
         return {
-            i: ProductUpsample(run, f"up_temporal.{i}.upsample", layer)  # type: ignore[arg-type]
+            i: ProductUpsample(run, f"up_temporal.{i}.upsample", layer, not self.final)
             for i, layer in layers
             if layer is not None
         }
@@ -254,8 +254,9 @@ class DecoderPass:
             elif level in self.upsamplers:
                 for frame in y.split(1, 2):
                     doubled = self.upsamplers[level].push(run.space_up(space.upsample, frame))
-                    self._push(run, level - 1, doubled)
-                    run.pool.give(doubled)
+                    if doubled is not None:
+                        self._push(run, level - 1, doubled)
+                        run.pool.give(doubled)
             else:
                 self._push(run, level - 1, run.space_up(space.upsample, y))
             if y is not part:

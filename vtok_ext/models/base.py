@@ -21,8 +21,11 @@ from vtok_ext.models._config import ModelConfig
 from vtok_ext.models._fingerprint import weights_fingerprint
 from vtok_ext.models._video_input import to_uint8
 from vtok_ext.models.encoding import Encoding, Output, Tokens
+from vtok_ext.models.latent_statistics import Latent, LatentStatistics
 
 OUTPUTS = ("float", "uint8")
+# In config.json, see `LatentStatistics.to_dict`.
+STATISTICS_KEY = "latent_statistics"
 
 
 class VideoTokenizer(nn.Module):
@@ -33,6 +36,8 @@ class VideoTokenizer(nn.Module):
     Attributes:
         config: the validated configuration.
         name: the preset it was created from, else the class name.
+        latent_statistics: mean and std of its latents, by which `normalize=True` normalises them;
+            None until `vtok stats` or the user has set them. Saved in config.json.
     """
 
     config_class: ClassVar[type[ModelConfig]]
@@ -47,6 +52,7 @@ class VideoTokenizer(nn.Module):
             )
         self.config = config
         self.name = name or type(self).__name__
+        self.latent_statistics: LatentStatistics | None = None
         # What the weights were when they were last fingerprinted, and the fingerprint.
         self._fingerprint: tuple[list[tuple[int, int]], str] | None = None
 
@@ -221,7 +227,10 @@ class VideoTokenizer(nn.Module):
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes config.json and model.safetensors; each is complete or absent. Raises OSError."""
-        _persistence.save_model(self, folder)
+        facts = {}
+        if self.latent_statistics is not None:
+            facts[STATISTICS_KEY] = self.latent_statistics.to_dict()
+        _persistence.save_model(self, folder, facts)
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike) -> VideoTokenizer:
@@ -232,7 +241,10 @@ class VideoTokenizer(nn.Module):
             ValueError: not a saved model, one of another class, an unknown configuration field (the
                 message names the closest), or weights with other names or shapes.
         """
-        return _persistence.read_model(cls, _persistence.resolve_folder(source))[0]
+        model, facts = _persistence.read_model(cls, _persistence.resolve_folder(source))
+        if facts.get(STATISTICS_KEY) is not None:
+            model.latent_statistics = LatentStatistics.from_dict(facts[STATISTICS_KEY])
+        return model
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
         """Returns the address of the commit that uploads the model to the Hugging Face hub.
@@ -250,6 +262,34 @@ class VideoTokenizer(nn.Module):
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
 
     # For subclasses.
+
+    def _normalized(self, encoding: Encoding, wanted: bool) -> Encoding:
+        """Returns `encoding`, with a latent of mean 0 and std 1 in the same layout if `wanted`."""
+        if not wanted:
+            return encoding
+        latent = self._statistics("encode").normalize_as_given(encoding.latent)
+        return dataclasses.replace(encoding, latent=latent, normalized=True)
+
+    def _denormalized(self, encoding: Encoding | Latent, wanted: bool) -> Encoding | Latent:
+        """Returns `encoding` as the networks take it, if it is normalised or `wanted` says so."""
+        if isinstance(encoding, Encoding):
+            if not encoding.normalized:
+                return encoding
+            latent = self._statistics("decode").restore(encoding.latent)
+            return dataclasses.replace(encoding, latent=latent, normalized=False)
+        if not wanted:
+            return encoding
+        if isinstance(encoding, Tensor) and not encoding.is_floating_point():
+            raise ValueError("decode: latent must be floating with normalize=True, got integer ids")
+        return self._statistics("decode").restore(encoding)
+
+    def _statistics(self, op: str) -> LatentStatistics:
+        if self.latent_statistics is None:
+            raise ValueError(
+                f"{op}: {self.name} must know its statistics of latents for normalize, got "
+                "none; `vtok stats` measures them, or set `latent_statistics`"
+            )
+        return self.latent_statistics
 
     def _continuous(self, op: str) -> ValueError:
         from vtok_ext.models._registry import list_models

@@ -144,6 +144,7 @@ class CoordTok(VideoTokenizer):
         generator: torch.Generator | None = None,
         num_frames: Tensor | None = None,
         frames: str = "preserve",
+        normalize: bool = False,
     ) -> Encoding:
         """Returns the Encoding of a video, whose latent is a dict of planes.
 
@@ -155,9 +156,11 @@ class CoordTok(VideoTokenizer):
                 is padding, whatever it holds. Default T for all.
             frames: "preserve"; or "reference", which only a clip of the full height and width can
                 have, see the class.
+            normalize: give the planes mean 0 and std 1 by `latent_statistics`; `decode` knows.
 
         Raises:
-            TypeError, ValueError: the video or an option is not as described; NaN or infinity.
+            TypeError, ValueError: the video or an option is not as described; NaN or infinity; no
+                statistics for `normalize`.
         """
         video_input.check_video("encode", video)
         video_input.check_frame_rule("encode", frames)
@@ -185,7 +188,8 @@ class CoordTok(VideoTokenizer):
             real = torch.arange(limit[0], device=x.device) < num_frames[:, None]
             x = torch.where(real[:, None, :, None, None], x, PADDING_VALUE)
         planes = self.encoder(x, self._queries(), num_frames)
-        return Encoding(planes, shape[0], (shape[1], shape[2]), fps=fps, frame_rule=frames)
+        encoding = Encoding(planes, shape[0], (shape[1], shape[2]), fps=fps, frame_rule=frames)
+        return self._normalized(encoding, normalize)
 
     def _queries(self) -> Planes:
         return {plane: getattr(self, f"weight_tokens_{plane}") for plane in PLANE_AXES}
@@ -217,6 +221,7 @@ class CoordTok(VideoTokenizer):
         output: str = "float",
         num_slices: int = 1,
         frames: str | None = None,
+        normalize: bool = False,
     ) -> Tensor:
         """Returns the video [B, 3, T, H, W] of an encoding.
 
@@ -233,11 +238,13 @@ class CoordTok(VideoTokenizer):
                 memory it takes, see the class.
             frames: "preserve", or "reference" for slices that leave patches out, see the class;
                 default what the Encoding records, and "preserve".
+            normalize: bare planes are normalised; an Encoding says so itself.
 
         Raises:
             TypeError, ValueError: an argument is not as described, or asks for more than there is,
                 or an Encoding records another model.
         """
+        encoding = self._denormalized(encoding, normalize)  # type: ignore[assignment]
         planes = self._planes("decode", encoding)
         limit = self.config.video_shape
         if isinstance(encoding, Encoding):
@@ -354,6 +361,7 @@ class CoordTok(VideoTokenizer):
 
     def _planes(self, op: str, encoding: Encoding | Planes) -> Planes:
         """Returns the planes of `encoding`, checked, in the model's dtype."""
+        encoding = self._denormalized(encoding, False)  # type: ignore[assignment]
         if isinstance(encoding, Encoding):
             self.check_origin(op, encoding.model_id)
         planes = encoding.latent if isinstance(encoding, Encoding) else encoding

@@ -48,6 +48,7 @@ class Encoding:
             leaves it empty, files that the command line writes have it.
         positions: int32 [B, L, 2] of a sequence latent [B, L, D]: frame and slot of each token, see
             `VTok`; None for other latents.
+        normalized: whether the latent was normalised by the model's statistics (`normalize=True`).
     """
 
     latent: Tensor | dict[str, Tensor]
@@ -60,6 +61,7 @@ class Encoding:
     frame_rule: str = "preserve"
     model_id: str = ""
     positions: Tensor | None = None
+    normalized: bool = False
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes everything but `losses` to `path`. Raises OSError when that is impossible."""
@@ -74,6 +76,7 @@ class Encoding:
             "fps": self.fps,
             "frame_rule": self.frame_rule,
             "model_id": self.model_id,
+            **({"normalized": True} if self.normalized else {}),
         }
         _save(path, "encoding", tensors, facts)
 
@@ -102,6 +105,7 @@ class Encoding:
                 fps=reader.fps(),
                 frame_rule=reader.frame_rule(),
                 model_id=reader.model_id(),
+                normalized=reader.facts.get("normalized") is True,
             )
 
 

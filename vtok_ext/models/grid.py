@@ -135,6 +135,7 @@ class GridTokenizer(VideoTokenizer):
         step: int = 0,
         compute_loss: bool | None = None,
         tile: tuple[int, int] | str | None = None,
+        normalize: bool = False,
     ) -> Encoding:
         """Returns the Encoding of a video.
 
@@ -149,13 +150,16 @@ class GridTokenizer(VideoTokenizer):
             compute_loss: whether FSQ's auxiliary loss is computed; default in training mode with
                 gradients. The KL loss is always there.
             tile: compute tile by tile, exactly; (height, width) or "auto" as in `tiled`.
+            normalize: give the latent mean 0 and std 1 by `latent_statistics`; `decode` knows.
 
         Raises:
-            TypeError, ValueError: the video or an option is not as described; NaN or infinity.
+            TypeError, ValueError: the video or an option is not as described; NaN or infinity; no
+                statistics for `normalize`.
         """
         if tile is not None:
             options = {"sample": sample, "generator": generator, "frames": frames, "step": step}
-            return self.tiled(tile).encode(video, fps=fps, compute_loss=compute_loss, **options)
+            encoding = self.tiled(tile).encode(video, fps=fps, compute_loss=compute_loss, **options)
+            return self._normalized(encoding, normalize)
         video_input.check_video("encode", video, self.video_channels)
         video_input.check_frame_rule("encode", frames)
         s, unit = self.spatial_factor, self.temporal_factor * self.latents_per_unit
@@ -175,7 +179,9 @@ class GridTokenizer(VideoTokenizer):
             raw, sample=sample, generator=generator, step=step, compute_loss=compute_loss
         )
         moments = None if self.is_discrete else raw
-        return Encoding(latent, num_frames, (height, width), indices, moments, losses, fps, frames)
+        size = (height, width)
+        encoding = Encoding(latent, num_frames, size, indices, moments, losses, fps, frames)
+        return self._normalized(encoding, normalize)
 
     def decode(
         self,
@@ -186,6 +192,7 @@ class GridTokenizer(VideoTokenizer):
         output: str = "float",
         frames: str | None = None,
         tile: tuple[int, int] | str | None = None,
+        normalize: bool = False,
     ) -> Tensor:
         """Returns the video [B, 3, T, H, W] of an encoding.
 
@@ -197,11 +204,13 @@ class GridTokenizer(VideoTokenizer):
             output: "float", nominally in [-1, 1] and not clamped; or "uint8", clamped and rounded.
             frames: the frame rule of `encode`; default what the Encoding records, and "preserve".
             tile: compute tile by tile, exactly; (height, width) or "auto" as in `tiled`.
+            normalize: a bare latent is normalised; an Encoding says so itself.
 
         Raises:
             TypeError, ValueError: an argument is not as described, or asks for more than there is,
                 or an Encoding records another model.
         """
+        encoding = self._denormalized(encoding, normalize)  # type: ignore[assignment]
         if tile is not None:
             options = {"num_frames": num_frames, "size": size, "output": output, "frames": frames}
             return self.tiled(tile).decode(encoding, **options)

@@ -77,6 +77,19 @@ class LatentStatistics:
             return latent[GRID]
         return {name: latent[name].movedim(1, -1).contiguous() for name in PLANE_AXES}
 
+    def normalize_as_given(self, latent: Latent) -> Latent:
+        """Returns the latent with mean 0 and std 1, in the tokenizer's layout."""
+        parts = self.normalize(latent)
+        if isinstance(latent, Tensor):
+            return parts[GRID]
+        return {name: parts[name].movedim(1, -1).contiguous() for name in latent}
+
+    def restore(self, latent: Latent) -> Latent:
+        """Returns the latent that `normalize_as_given` was given."""
+        if isinstance(latent, Tensor):
+            return self.denormalize({GRID: latent})
+        return self.denormalize({name: plane.movedim(-1, 1) for name, plane in latent.items()})
+
     def _check(self, parts: Mapping[str, Any]) -> None:
         if set(parts) != set(self.mean):
             raise ValueError(

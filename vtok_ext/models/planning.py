@@ -206,6 +206,8 @@ def choose_tile(
     batch, frames, height, width = shape
     channels = model.video_channels if network == "encoder" else model.latent_channels
     scale = 1 if network == "encoder" else model.spatial_factor
+    if network == "encoder":
+        frames = -(-frames // model.temporal_factor) * model.temporal_factor  # as they are padded
     needed = 0
     for tile in _candidates(model, scale * height, scale * width):
         tile = (scale * height, scale * width) if tile is None else tile

@@ -32,9 +32,9 @@ Tile = tuple[int, int]
 # Note [Cuts]
 # One segment from the pixels to the attention would need no feature map as a whole, but the decoder
 # of VidTok 488 reaches 114 pixels: tiles of 256x256 would compute 3.6 times as much. Cut at every
-# level, no segment reaches further than 8 positions of its own resolution (tiles of 256x256 compute
-# 1.1 times as much), and the largest map that is held whole has, per pixel and frame, 32 values
-# instead of the 128 to 256 of the maps that are tiled.
+# level, no segment reaches further than 10 positions of its own resolution (1.16 times as much),
+# and the largest map that is held whole has, per pixel and frame, 32 values instead of the 128 to
+# 256 of the maps that are tiled. Sums of layers' radii, not measurements.
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Which clips make up which batch: a function of the batch's number, so there is no state to save.
 
 The clips of all epochs, each shuffled by itself, form one endless row; step n takes the next
-`global batch` of it, the micro-batches and ranks of a step take consecutive parts. The same global
+`global batch` of it; the micro-batches and ranks of a step take consecutive parts. The same global
 batch therefore holds the same clips for any number of processes.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader
 
-from vtok_ext.data.clips import Clips
+from vtok_ext.data.clips import Clips, VideoClips
 
 
 @dataclass
@@ -29,6 +29,9 @@ class ClipOrder:
         seed: of the shuffles.
         first_step, first_sample: the row is at sample `first_sample` at the beginning of step
             `first_step`: with other numbers of processes than before, steps have other sizes.
+        bucket_of: the bucket of each clip where there are several: the clips of a micro-batch, over
+            all processes, are then of one bucket. Which clips share one depends on its size, so
+            that another number of processes sees other batches.
     """
 
     num_clips: int
@@ -39,12 +42,17 @@ class ClipOrder:
     seed: int = 0
     first_step: int = 0
     first_sample: int = 0
+    bucket_of: list[int] = field(default_factory=list, repr=False)
     _shuffles: dict[int, list[int]] = field(default_factory=dict, repr=False)
+    _members: list[list[int]] = field(default_factory=list, repr=False)
 
     def places(self, step: int, part: int) -> list[tuple[int, int]]:
         """Returns the places of micro-batch `part` of step `step`, both from 0."""
         per_part = self.batch_size * self.world_size
         part += (step - self.first_step) * self.accumulate
+        if self._members:
+            shared = self._bucketed(self.first_sample // per_part + part)
+            return shared[self.rank * self.batch_size :][: self.batch_size]
         first = self.first_sample + part * per_part + self.rank * self.batch_size
         row = (divmod(n, self.num_clips) for n in range(first, first + self.batch_size))
         return [(epoch, self._shuffled(epoch)[position]) for epoch, position in row]
@@ -57,11 +65,52 @@ class ClipOrder:
             self._shuffles[epoch] = order.tolist()
         return self._shuffles[epoch]
 
+    def __post_init__(self) -> None:
+        """Groups the clips by bucket."""
+        members: dict[int, list[int]] = {}
+        for index, bucket in enumerate(self.bucket_of):
+            members.setdefault(bucket, []).append(index)
+        self._members = [members[bucket] for bucket in sorted(members)]
+        size = self.batch_size * self.world_size
+        if self._members and sum(len(m) // size for m in self._members) == 0:
+            raise ValueError(
+                f"ClipOrder: some bucket must hold {size} clips, a micro-batch of all processes, "
+                f"got {max(map(len, self._members))}"
+            )
+
+    def _bucketed(self, number: int) -> list[tuple[int, int]]:
+        """Returns the places of micro-batch `number` of all processes, of a single bucket.
+
+        Every epoch shuffles each bucket, cuts it into micro-batches, leaves out what does not fill
+        one, and shuffles these.
+        """
+        size = self.batch_size * self.world_size
+        per_epoch = sum(len(members) // size for members in self._members)
+        epoch, position = divmod(number, per_epoch)
+        if epoch not in self._shuffles:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            batches = []
+            for members in self._members:
+                order = torch.randperm(len(members), generator=generator).tolist()
+                for first in range(0, len(members) // size * size, size):
+                    batches.append([members[i] for i in order[first : first + size]])
+            mixed = torch.randperm(per_epoch, generator=generator).tolist()
+            self._shuffles = {epoch: [index for b in mixed for index in batches[b]]}
+        row = self._shuffles[epoch][position * size : (position + 1) * size]
+        return [(epoch, index) for index in row]
+
     def all_places(self, first_step: int, last_step: int) -> Iterator[list[tuple[int, int]]]:
         """Yields the micro-batches of steps `first_step` to before `last_step`."""
         for step in range(first_step, last_step):
             for part in range(self.accumulate):
                 yield self.places(step, part)
+
+
+def buckets_of(clips: Clips) -> list[int]:
+    """Returns the bucket of each clip for `ClipOrder`, [] if all clips have one shape."""
+    if isinstance(clips, VideoClips) and len(clips.buckets) > 1:
+        return clips.bucket_of
+    return []
 
 
 class _Batches:

@@ -46,6 +46,9 @@ class GeneratorRecipe(Recipe):
 
     def __post_init__(self) -> None:
         """Checks what concerns several sections."""
+        super().__post_init__()
+        muon = self.optimizer.muon_lr
+        _require(muon is None, "optimizer.muon_lr", "null for a generator", muon)
         _require(self.latent.tokenizer != "", "latent.tokenizer", "the folder of a tokenizer", "")
         _require(not self.model.freeze, "model.freeze", "empty for a generator", self.model.freeze)
         folders = self.latent.labels == "folders"

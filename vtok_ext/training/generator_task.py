@@ -25,7 +25,7 @@ from vtok_ext.models.latent_statistics import Latent, LatentStatistics, Statisti
 from vtok_ext.models.sit import SiT
 from vtok_ext.training.generator_recipe import GeneratorRecipe
 from vtok_ext.training.latent_clips import CachedLatents, LabelledClips
-from vtok_ext.training.parallel import plain_class
+from vtok_ext.training.parallel import is_sharded, plain_class
 from vtok_ext.training.recipe import Recipe
 from vtok_ext.training.task import MicroBatch, Task
 
@@ -48,6 +48,8 @@ class GeneratorTask(Task):
     recipe_class: ClassVar[type[Recipe]] = GeneratorRecipe
     metric: ClassVar[str] = "val_loss"
     generator_class: ClassVar[type]
+    # Fewer steps than `sample` takes by itself: pictures interrupt the training.
+    picture_options: ClassVar[dict[str, Any]] = {}
     recipe: GeneratorRecipe
 
     def __init__(self, recipe: GeneratorRecipe, device: torch.device) -> None:
@@ -117,14 +119,13 @@ class GeneratorTask(Task):
             )
 
     def _labelled_held_out(self, held_out: list[Any], names: list[str]) -> list[Any]:
-        from vtok_ext.data.clips import FolderClips
+        from vtok_ext.training.setup import held_out_clips
 
         data = self.recipe.data
         if not held_out:
             return []
         assert data.validation_folder is not None  # there are held-out clips
-        shape = (data.num_frames, data.height, data.width)
-        files = FolderClips(data.validation_folder, *shape, seed=self.recipe.run.seed)
+        files = held_out_clips(data, lambda line: None)  # what is left out was said before
         labelled = LabelledClips(files, data.validation_folder, names)
         return list(zip(held_out, labelled.labels, strict=False))
 
@@ -177,6 +178,21 @@ class GeneratorTask(Task):
                     total += self.model.loss(latent, labels, generator).item()
         return {"val_loss": total / (len(samples) * draws)}
 
+    def pictures(self, samples: list[Any]) -> dict[str, Tensor]:
+        """Returns as many new videos as there are samples, from the same noise every time.
+
+        None of a model that FSDP2 has divided: sampling reads weights outside of its forward pass.
+        """
+        if is_sharded(self.model):
+            return {}
+        self.model.origin = self.origin
+        found = {}
+        for i in range(len(samples)):
+            generator = torch.Generator().manual_seed(_VALIDATION_SEED + i)
+            latent = self.model.sample(1, generator=generator, **self.picture_options)
+            found[f"sample-{i}"] = self.model.decode(self.tokenizer, latent)[0].cpu()
+        return found
+
     def export(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Writes the generator with the facts about its latents."""
         plain = plain_class(self.model)(self.model.config, self.model.name)
@@ -216,6 +232,11 @@ class SiTTask(GeneratorTask):
     """Trains a SiT on planes of CoordTok or grids of a continuous VidTok."""
 
     generator_class = SiT
+    picture_options: ClassVar[dict[str, Any]] = {
+        "sampler": "ode",
+        "method": "heun",
+        "num_steps": 16,
+    }
 
     def __init__(self, recipe: GeneratorRecipe, device: torch.device) -> None:
         super().__init__(recipe, device)
@@ -253,6 +274,11 @@ class SiTTask(GeneratorTask):
         """Returns `val_loss`, see `GeneratorTask`."""
         self._ensure_statistics()
         return super().validate(samples)
+
+    def pictures(self, samples: list[Any]) -> dict[str, Tensor]:
+        """Returns new videos, see `GeneratorTask`."""
+        self._ensure_statistics()
+        return super().pictures(samples)
 
     def _ensure_statistics(self) -> None:
         """Takes the statistics of the checkpoint, or measures them before the first step."""

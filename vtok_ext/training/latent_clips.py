@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vtok_ext.data.clips import Clips, FolderClips
+from vtok_ext.data.clips import Clips, VideoClips
 
 
 class LabelledClips:
@@ -26,11 +26,9 @@ class LabelledClips:
         ValueError: a file that lies in none of them.
     """
 
-    def __init__(
-        self, clips: FolderClips, root: str | Path, names: list[str] | None = None
-    ) -> None:
+    def __init__(self, clips: VideoClips, root: str | Path, names: list[str] | None = None) -> None:
         self.clips = clips
-        places = [path.relative_to(root).parts for path in clips.paths]
+        places = [video.path.relative_to(root).parts for video in clips.videos]
         outside = [place for place in places if len(place) < 2]
         if outside:
             raise ValueError(

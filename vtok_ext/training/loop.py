@@ -23,7 +23,7 @@ import torch
 from vtok_ext.data.atomic_output import output_file
 from vtok_ext.training import checkpoint as checkpoints
 from vtok_ext.training.clip_checks import check_clips, clips_of
-from vtok_ext.training.clip_order import ClipOrder, step_batches
+from vtok_ext.training.clip_order import ClipOrder, buckets_of, step_batches
 from vtok_ext.training.distributed import any_rank, rank, wait_for_all, world_size
 from vtok_ext.training.log_sinks import open_sinks
 from vtok_ext.training.parallel import local
@@ -109,7 +109,7 @@ def train(
         try:
             return run.loop(request, on_step if rank() == 0 else None)
         finally:
-            run.log.close()
+            run.close()
 
 
 def _nothing(line: str) -> None:
@@ -150,7 +150,8 @@ class _Run:
             if found is not None:
                 warn(
                     f"the checkpoint is of {found.world_size} processes and these are "
-                    f"{world_size()}: the clips stay the same, random noise does not"
+                    f"{world_size()}: samples and their noise stay the same, the global random "
+                    "generators begin anew"
                 )
 
     def _found(self, resume: str) -> checkpoints.Checkpoint | None:
@@ -215,6 +216,7 @@ class _Run:
             settings.seed,
             self.first_step,
             self.training.samples,
+            buckets_of(self.clips),
         )
         batches = step_batches(
             self.clips, order, self.first_step, settings.steps, self.recipe.data.num_workers
@@ -250,6 +252,14 @@ class _Run:
             checkpoint=self.saved,
             validation=self.validation,
         )
+
+    def close(self) -> None:
+        """Ends what goes on in the background; after an error it may be what failed."""
+        self.log.close()
+        try:
+            self.writer.wait()
+        except (OSError, ValueError) as error:
+            self.warn(str(error))
 
     def _check(self, parts: list[Any]) -> None:
         """Looks at the first batch."""

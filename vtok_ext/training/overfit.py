@@ -84,7 +84,7 @@ def overfit_clip(
     _check_limits(max_steps, max_seconds, min_steps)
     model.train()
     center_latent(model, video)
-    optimizers = _optimizers(model)
+    optimizers = muon_and_adamw(model, _MUON_LR, _ADAM_LR)
     peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     start = time.monotonic()
     step, fraction = 0, 0.0
@@ -140,18 +140,21 @@ def _check_limits(max_steps: int | None, max_seconds: float | None, min_steps: i
         raise ValueError(f"overfit_clip: min_steps must be at least 1, got {min_steps}")
 
 
-def _optimizers(model: VidTok) -> list[torch.optim.Optimizer]:
-    """Returns Muon for the matrices within the network, AdamW for the rest.
+def muon_and_adamw(model: VidTok, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
+    """Returns Muon for the matrices within the network that train, AdamW for the rest.
 
     The layers that produce the latent and the picture have few rows, whose scale matters by itself:
     orthogonalising them would fix it.
     """
+    trained = [p for p in model.parameters() if p.requires_grad]
     ends = {p for part in (model.encoder, model.decoder) for p in part.conv_out.parameters()}
-    matrices = [p for p in model.parameters() if p.dim() >= 2 and p not in ends]
-    others = [p for p in model.parameters() if p.dim() < 2 or p in ends]
+    if model.quantizer is not None:
+        ends |= set(model.quantizer.parameters())  # so has a codebook
+    matrices = [p for p in trained if p.dim() >= 2 and p not in ends]
+    others = [p for p in trained if p.dim() < 2 or p in ends]
     return [
-        Muon(matrices, lr=_MUON_LR),
-        torch.optim.AdamW(others, lr=_ADAM_LR, betas=(0.9, 0.99), weight_decay=0.0),
+        Muon(matrices, lr=muon_lr),
+        torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.99), weight_decay=0.0),
     ]
 
 

@@ -85,6 +85,16 @@ def _pairs(videos: Tensor) -> list[tuple[int, int, float]]:
     ]
 
 
+def overfitted_model(task: Task) -> VidTok:
+    """Returns the model of a task that can be overfitted. Raises ValueError if it cannot."""
+    model: Any = task.networks[task.exported]
+    if not isinstance(model, VidTok):
+        raise ValueError(
+            f"train: --overfit must have a recipe of a VidTok, got one of {type(model).__name__}"
+        )
+    return model
+
+
 def overfit_check(
     task: Task,
     clips: Tensor,  # [4, 3, T, H, W] uint8
@@ -105,11 +115,7 @@ def overfit_check(
     Raises:
         ValueError: a task that trains something else.
     """
-    model: Any = task.networks[task.exported]
-    if not isinstance(model, VidTok):
-        raise ValueError(
-            f"train: --overfit must have a recipe of a VidTok, got one of {type(model).__name__}"
-        )
+    model = overfitted_model(task)
     videos = clips.to(task.device).float() / 127.5 - 1
     dtype = AUTOCAST_DTYPES[task.recipe.run.precision]
     result = overfit_clip(model, videos, max_steps=steps, autocast_dtype=dtype, on_step=on_step)

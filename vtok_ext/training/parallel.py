@@ -20,8 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 from vtok_ext.training.blocks import sharding_units
 from vtok_ext.training.distributed import is_distributed, world_size
 
-PARALLEL = ("ddp", "fsdp")
-
 
 def wrap(
     networks: dict[str, nn.Module], sharded: Iterable[str], device: torch.device

@@ -66,20 +66,44 @@ class DataRecipe:
     """Which clips.
 
     Attributes:
-        folder: of video files; null for procedural clips.
-        num_clips: procedural clips of an epoch.
+        folder: of videos, or a .csv, .jsonl or .tar of them (see `list_videos`); null for
+            procedural clips.
+        root: where the paths of a .csv or .jsonl begin; null for the folder of that file.
+        fraction: of the list that is used, from its beginning.
+        num_clips, motion: procedural clips of an epoch, and "orbit" or "erratic".
         num_frames, height, width: T, H, W of a clip.
-        validation_folder: of held-out files, where `folder` is given.
+        buckets: [T, H, W] each, instead of one shape: videos of like shape and length share a
+            batch; [] for none.
+        fps: [] for a video's own frames, [rate], or [low, high] for a random rate between them;
+            the published training has [3].
+        sampling: "timestamps", or "reference" for the published rule (needs one rate).
+        crop, zoom, flip: see `Augmentation`.
+        scan: read every video's index at the start, so that unusable ones are named at once.
+        damage_log: file that gets a line for every video found damaged while training.
+        validation_folder: of held-out videos, in the same forms, where `folder` is given.
+        validation_fps: their rate, from their beginning; null for their own frames.
         validation_clips: how many held-out clips are measured; 0 for none.
         num_workers: processes that prepare clips; 0 for the training process itself.
     """
 
     folder: str | None = None
+    root: str | None = None
+    fraction: float = 1.0
     num_clips: int = 4096
+    motion: str = "orbit"
     num_frames: int = 17
     height: int = 128
     width: int = 128
+    buckets: list[list[int]] = field(default_factory=list)
+    fps: list[float] = field(default_factory=list)
+    sampling: str = "timestamps"
+    crop: str = "center"
+    zoom: float = 1.0
+    flip: bool = False
+    scan: bool = True
+    damage_log: str | None = None
     validation_folder: str | None = None
+    validation_fps: float | None = None
     validation_clips: int = 8
     num_workers: int = 0
 
@@ -93,6 +117,14 @@ class DataRecipe:
             "null without data.folder",
             self.validation_folder,
         )
+        _require(len(self.fps) <= 2, "data.fps", "[], [rate] or [low, high]", self.fps)
+
+    def all_buckets(self) -> list[tuple[int, int, int]]:
+        """Returns the shapes (T, H, W) of clips."""
+        shapes = self.buckets or [[self.num_frames, self.height, self.width]]
+        for shape in shapes:
+            _require(len(shape) == 3, "data.buckets", "[T, H, W] each", shape)
+        return [(shape[0], shape[1], shape[2]) for shape in shapes]
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from vtok_ext.data.clips import Clips, FolderClips, ProceduralClips
+from vtok_ext.data.clips import Augmentation, Clips, ProceduralClips, VideoClips
+from vtok_ext.data.frame_sampling import FrameSampling
+from vtok_ext.data.video_list import list_videos
 from vtok_ext.training.blocks import compile_blocks, recompute_activations
 from vtok_ext.training.parallel import wrap
 from vtok_ext.training.recipe import DataRecipe, Recipe
@@ -57,9 +60,11 @@ def build_clips(
     shape = (recipe.num_frames, recipe.height, recipe.width)
     wanted = recipe.validation_clips
     if recipe.folder is None:
-        held_out: Clips = ProceduralClips(max(1, wanted), *shape, first_seed=_VALIDATION_SEED)
-        return ProceduralClips(recipe.num_clips, *shape), [held_out[0, i] for i in range(wanted)]
-    clips = FolderClips(recipe.folder, *shape, seed=seed)
+        motion = recipe.motion
+        held_out: Clips = ProceduralClips(max(1, wanted), *shape, _VALIDATION_SEED, motion)
+        procedural = ProceduralClips(recipe.num_clips, *shape, 0, motion)
+        return procedural, [held_out[0, i] for i in range(wanted)]
+    clips = _video_clips(recipe, seed, warn)
     sources = [clips]
     if wanted:
         if recipe.validation_folder is None:
@@ -67,7 +72,7 @@ def build_clips(
                 "train: data.validation_folder must be given for data.validation_clips "
                 f"{wanted}, got null"
             )
-        sources.append(FolderClips(recipe.validation_folder, *shape, seed=seed))
+        sources.append(held_out_clips(recipe, warn))
         if len(sources[1]) < wanted:
             raise ValueError(
                 f"train: data.validation_folder must hold {wanted} usable files, "
@@ -77,3 +82,29 @@ def build_clips(
         for line in source.unreadable:
             warn(f"left out: {line}")
     return clips, [sources[-1][0, i] for i in range(wanted)]
+
+
+def _video_clips(recipe: DataRecipe, seed: int, warn: Callable[[str], None]) -> VideoClips:
+    videos = list_videos(str(recipe.folder), root=recipe.root, fraction=recipe.fraction, warn=warn)
+    rate = recipe.fps
+    return VideoClips(
+        videos,
+        FrameSampling(
+            recipe.num_frames,
+            None if not rate else rate[0] if len(rate) == 1 else (rate[0], rate[1]),
+            recipe.sampling,
+        ),
+        recipe.all_buckets(),
+        augmentation=Augmentation(recipe.crop, recipe.zoom, recipe.flip),
+        seed=seed,
+        scan=recipe.scan,
+        damage_log=None if recipe.damage_log is None else Path(recipe.damage_log),
+    )
+
+
+def held_out_clips(recipe: DataRecipe, warn: Callable[[str], None]) -> VideoClips:
+    """Returns the clips at the beginning of each held-out video, see `DataRecipe`."""
+    rule = "timestamps" if recipe.validation_fps is None else recipe.sampling
+    sampling = FrameSampling(recipe.num_frames, recipe.validation_fps, rule, "first")
+    videos = list_videos(str(recipe.validation_folder), root=recipe.root, warn=warn)
+    return VideoClips(videos, sampling, [(recipe.num_frames, recipe.height, recipe.width)])

@@ -1,6 +1,7 @@
 """Video files in and out, through PyAV: chunks of frames with timestamps, in bounded memory."""
 
 from .errors import TruncatedVideoError, VideoError, VideoReadError, VideoWriteError
+from .frames_at import VideoTimes, read_frames_at, read_times
 from .reader import FrameChunk, VideoInfo, VideoReader, read_clip
 from .writer import VideoWriter
 
@@ -11,7 +12,10 @@ __all__ = [
     "VideoInfo",
     "VideoReadError",
     "VideoReader",
+    "VideoTimes",
     "VideoWriteError",
     "VideoWriter",
     "read_clip",
+    "read_frames_at",
+    "read_times",
 ]

@@ -1,7 +1,7 @@
 """Kind "vidtok": trains a small VidTok on procedural clips and measures it on held-out ones.
 
-    loss   mean |reconstruction - video| + aux_weight * auxiliary loss of the quantizer
-    AdamW, linear warm-up, then half a cosine down to zero
+    loss   mean (reconstruction - video)^2 + aux_weight * auxiliary loss of the quantizer
+    Muon for matrices and AdamW for the rest, linear warm-up, then half a cosine down to zero
 
 Every row of a study sees the same clips in the same order. Metrics per clip: psnr, ssim; with
 `strata` also psnr_motion_1, ..., where the clips are sorted by mean frame difference. Of the run:
@@ -26,6 +26,7 @@ from vtok_ext.models._config import closest
 from vtok_ext.models.vidtok import VidTok
 from vtok_ext.models.vidtok_config import VidTokConfig
 from vtok_ext.training.clip_order import ClipOrder
+from vtok_ext.training.overfit import center_latent, muon_and_adamw
 from vtok_ext.training.studies.clip_store import clip_store, fingerprint
 from vtok_ext.training.studies.kinds import Progress, shared_folder
 from vtok_ext.training.studies.row_result import RowResult
@@ -34,6 +35,7 @@ from vtok_ext.training.tokenizer_task import to_video
 # Beyond any number of training clips, so that the held-out ones are none of them.
 _HELD_OUT_SEED = 1_000_000_000
 _GRADIENT_CLIP = 1.0
+_CENTERING_CLIPS = 16
 _PICTURE_FRAMES = 6
 _PICTURE_SCALE = 3
 
@@ -47,8 +49,9 @@ class VidTokRow:
         variant, codes: what plots and tables call the row; `codes` must be the codebook's size.
         stages: one after the other, each a mapping that replaces some of steps, size, batch_size,
             lr, and `freeze_encoder` (false); by default one stage.
-        steps, batch_size, lr, warmup: of the training, per stage.
-        weight_decay: decoupled.
+        steps, batch_size, warmup: of the training, per stage.
+        lr, adam_lr: of Muon, and of AdamW for vectors, output layers and codebooks.
+        center_latent: spread the first latents over the levels, see `overfit.center_latent`.
         aux_weight: of the quantizer's auxiliary loss.
         num_frames, size: T and H = W of the clips, >= 11 px.
         motion: of the procedural clips.
@@ -64,9 +67,10 @@ class VidTokRow:
     stages: list[dict[str, Any]] = field(default_factory=list)
     steps: int = 300
     batch_size: int = 8
-    lr: float = 2e-3
-    warmup: int = 20
-    weight_decay: float = 0.0
+    lr: float = 0.01
+    adam_lr: float = 2e-3
+    warmup: int = 10
+    center_latent: bool = True
     aux_weight: float = 1.0
     num_frames: int = 17
     size: int = 32
@@ -180,28 +184,32 @@ def _train(
         if part is not None:
             part.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=stage.lr, betas=(0.9, 0.99), weight_decay=row.weight_decay
-    )
+    optimizers = muon_and_adamw(model, stage.lr, row.adam_lr * stage.lr / row.lr)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    peaks = [group["lr"] for group in groups]
     order = ClipOrder(len(clips), stage.batch_size, seed=seed)
     model.train()
+    if done == 0 and row.center_latent:
+        center_latent(model, to_video(clips[:_CENTERING_CLIPS]))
     for step in range(stage.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = stage.lr * _schedule(step, stage.steps, row.warmup)
+        for group, peak in zip(groups, peaks, strict=True):
+            group["lr"] = peak * _schedule(step, stage.steps, row.warmup)
         places = [index for _, index in order.places(step, 0)]
-        video = to_video(clips[places], torch.device("cpu"))
+        video = to_video(clips[places])
         output = model(video, step=done, compute_loss=not stage.freeze_encoder)
-        loss = (output.reconstruction - video).abs().mean()
+        loss = (output.reconstruction - video).square().mean()
         note = f"step {done}, loss {loss.item():.4f}"
         auxiliary = output.encoding.losses.get("aux_loss")
         if auxiliary is not None and not stage.freeze_encoder:
             loss = loss + row.aux_weight * auxiliary
         if not math.isfinite(loss.item()):
             raise RuntimeError(f"study: the loss became {loss.item()} at step {done}")
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(trained, _GRADIENT_CLIP)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         done += 1
         progress(0.9 * done / total, note)
     return done
@@ -232,7 +240,7 @@ def _measure(
     motion: list[float] = []
     result = RowResult(held_out=fingerprint(clips[: row.eval_clips]))
     for first in range(0, row.usage_clips, row.batch_size):
-        video = to_video(clips[first : first + row.batch_size], torch.device("cpu"))
+        video = to_video(clips[first : first + row.batch_size])
         encoding = model.encode(video, compute_loss=False)
         if counter is not None:
             assert encoding.indices is not None  # a discrete model has them

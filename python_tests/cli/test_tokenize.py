@@ -1,0 +1,203 @@
+"""`vtok tokenize`, `vtok stats`, normalised latents, and the data set of them."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import vtok_ext as vt
+from vtok_ext.data.clips import fit
+from vtok_ext.data.latent_shards import LatentDataset
+from vtok_ext.data.procedural import procedural_clip
+from vtok_ext.data.tokenizing import warmup_latents
+from vtok_ext.data.video import read_clip
+from vtok_ext.training.clip_order import ClipOrder, step_batches
+
+CPU = ("--device", "cpu")
+
+
+def digests(folder):
+    """Hash of every file below a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
+
+
+@pytest.fixture
+def videos(tmp_path, make_video):
+    (tmp_path / "videos").mkdir()
+    for name, count in (("a", 9), ("b", 12), ("c", 5), ("d", 3)):
+        make_video(f"videos/{name}.mp4", num_frames=count)
+    (tmp_path / "videos" / "e.mp4").write_bytes(b"damaged")
+    return tmp_path / "videos"
+
+
+def test_clips_of_videos(vtok, videos, saved_models, tmp_path):
+    out = tmp_path / "latents"
+    options = ("--frames", 5, "--size", 16, "--videos-per-shard", 2, "--model", saved_models["kl"])
+    done = vtok("tokenize", videos, out, *options, *CPU, "--json")
+    assert done.code == 0, done.err
+    assert done.json["items"] == 4 and done.json["shards"] == 3 and done.json["left_out"] == 2
+    assert "e.mp4" in done.err and "d.mp4: has 3 of 5 frames" in done.err
+    latents = LatentDataset(out)
+    assert [entry["video"] for entry in latents.entries] == ["a.mp4", "b.mp4", "b.mp4", "c.mp4"]
+    model = vt.load_model(saved_models["kl"])
+    assert latents.manifest["model_id"] == model.model_id and latents[0].shape == (4, 2, 2, 2)
+    entry = latents.entries[2]
+    assert entry["timestamps"] == read_clip(videos / "b.mp4")[1][5:10]
+    assert entry["original_size"] == [32, 40] and entry["size"] == entry["padded_size"] == [16, 16]
+    window = fit(read_clip(videos / "b.mp4")[0][:, 5:10], 16, 16)
+    with torch.no_grad():
+        expected = model.encode(window[None]).latent[0]
+    torch.testing.assert_close(latents[2], expected, atol=1e-5, rtol=1e-5)
+    again = vtok("tokenize", videos, out, *options, *CPU)
+    assert again.code == 2 and "--resume goes on" in again.err
+    other = vtok("tokenize", videos, out, *options[:-1], saved_models["fsq"], *CPU, "--resume")
+    assert other.code == 2 and "the same model, videos and settings" in other.err
+
+
+def test_whole_videos_as_tokens_with_several_workers(vtok, videos, model_folder, tmp_path):
+    (videos / "e.mp4").unlink()
+    options = ("--model", model_folder, *CPU, "--videos-per-shard", 3)
+    assert vtok("tokenize", videos, tmp_path / "one", *options).code == 0
+    assert vtok("tokenize", videos, tmp_path / "two", *options, "--workers", 2).code == 0
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    tokens = LatentDataset(tmp_path / "one")
+    model = vt.load_model(model_folder)
+    with torch.no_grad():
+        ids = model.tokenize(read_clip(videos / "b.mp4")[0][None]).ids[0]
+    assert torch.equal(tokens[1], ids) and tokens.entries[1]["latent_frames"] == 4
+    entry = tokens.entries[1]
+    assert entry["num_frames"] == 12 and entry["padded_frames"] == 13
+
+
+def start(folder, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "vtok_ext.cli", "tokenize", *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def test_killed_and_resumed_gives_the_same_bytes(vtok, saved_models, tmp_path):
+    options = ("--frames", 9, "--size", 16, "--videos-per-shard", 4, "--model", saved_models["kl"])
+    source = "procedural:160"
+    assert vtok("tokenize", source, tmp_path / "whole", *options, *CPU).code == 0
+    process = start(tmp_path, source, tmp_path / "killed", *options, *CPU)
+    shards = tmp_path / "killed" / "shards"
+    deadline = time.monotonic() + 120
+    while len(list(shards.glob("*.json"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = len(list(shards.glob("*.json")))
+    assert 3 <= before < 40 and not (tmp_path / "killed" / "manifest.json").exists()
+    (shards / "00001.safetensors").write_bytes(b"cut off")
+    done = vtok("tokenize", source, tmp_path / "killed", *options, *CPU, "--resume", "--json")
+    assert done.code == 0 and done.json["shards_found"] == before - 1
+    for partial in shards.glob(".*"):
+        partial.unlink()
+    assert digests(tmp_path / "whole") == digests(tmp_path / "killed")
+
+
+def test_statistics_and_normalised_latents(vtok, saved_models, tmp_path):
+    model = vt.load_model(saved_models["kl"])
+    model.save_pretrained(tmp_path / "model")
+    weights = (tmp_path / "model" / "model.safetensors").read_bytes()
+    clip = procedural_clip(9, 16, 16, seed=0)[None]
+    with pytest.raises(ValueError, match="must know its statistics of latents"):
+        model.encode(clip, normalize=True)
+    options = ("--frames", 9, "--size", 16, "--model", tmp_path / "model", *CPU)
+    assert vtok("tokenize", "procedural:6", tmp_path / "data", *options).code == 0
+    assert vtok("stats", tmp_path / "model", tmp_path / "data").code == 0
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights
+    known = vt.load_model(tmp_path / "model")
+    assert known.model_id == model.model_id
+    latents = LatentDataset(tmp_path / "data", statistics=known.latent_statistics)
+    values = torch.stack([latents[i] for i in range(6)]).movedim(1, 0).flatten(1)
+    torch.testing.assert_close(values.mean(1), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(values.std(1, False), torch.ones(4), atol=1e-3, rtol=0)
+    with torch.no_grad():
+        plain, normalised = known.encode(clip), known.encode(clip, normalize=True)
+        video = known.decode(plain)
+        torch.testing.assert_close(known.decode(normalised), video, atol=1e-4, rtol=1e-4)
+        bare = known.decode(normalised.latent, normalize=True)
+        torch.testing.assert_close(bare, video, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(normalised.latent, plain.latent)
+    normalised.save(tmp_path / "one.latent")
+    assert type(normalised).load(tmp_path / "one.latent").normalized
+    refused = vtok("stats", saved_models["fsq"], tmp_path / "data")
+    assert refused.code == 2 and "must come from" in refused.err
+
+
+def test_windows_of_latents_decode_as_the_whole(vtok, make_video, saved_models, tmp_path):
+    make_video("long.mp4", num_frames=93, height=16, width=16)
+    model = vt.load_model(saved_models["kl"])
+    out = tmp_path / "data"
+    options = ("--model", saved_models["kl"], *CPU)
+    assert vtok("tokenize", tmp_path / "long.mp4", out, *options).code == 0
+    latents = LatentDataset(out)
+    warmup = latents.manifest["warmup_latents"]
+    assert warmup == warmup_latents(model) and 0 < warmup < 20
+    assert latents.manifest["warmup_frames"] == 4 * warmup
+    start = warmup + 1
+    window, before = latents.window(0, start, 2)
+    assert before == warmup and window.shape[1] == warmup + 2
+    with torch.no_grad():
+        whole = model.decode(latents[0][None])
+        frames = model.decode(window[None])[:, :, -8:]
+    first = 1 + 4 * (start - 1)
+    torch.testing.assert_close(frames, whole[:, :, first : first + 8], atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match="a window must lie in"):
+        latents.window(0, 20, 9)
+
+
+def test_planes_and_labels(vtok, make_video, tmp_path):
+    tiny = {"enc_embed_dim": 32, "enc_num_layers": 1, "enc_patch_num_layers": 1, "enc_num_heads": 2}
+    tiny |= {"dec_embed_dim": 32, "dec_num_layers": 1, "dec_num_heads": 2}
+    torch.manual_seed(0)
+    model = vt.create_model("coordtok_large_128", **tiny).eval()
+    model.save_pretrained(tmp_path / "model")
+    rows = [{"video": make_video(f"{i}.mp4").name, "label": i} for i in range(2)]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "data"
+    options = ("--frames", 8, "--model", tmp_path / "model", *CPU)
+    assert vtok("tokenize", tmp_path / "list.jsonl", out, *options).code == 0
+    assert vtok("stats", tmp_path / "model", out).code == 0
+    model = vt.load_model(tmp_path / "model")
+    data = LatentDataset(out, label="label", statistics=model.latent_statistics)
+    planes, label = data[1]
+    assert label == 1 and set(planes) == {"xy", "yt", "xt"}
+    clip = read_clip(tmp_path / "1.mp4", max_frames=8)[0][None]
+    with torch.no_grad():
+        expected = model.encode(clip, normalize=True)
+    for name, plane in planes.items():
+        torch.testing.assert_close(plane, expected.latent[name][0], atol=1e-3, rtol=1e-3)
+    batches = list(step_batches(data, ClipOrder(2, 2), 0, 1))
+    assert batches[0][0][0]["xy"].shape[0] == 2 and batches[0][0][1].sort()[0].tolist() == [0, 1]
+    with pytest.raises(ValueError, match="every video must have the field 'caption'"):
+        LatentDataset(out, label="caption")
+
+
+def test_bad_input(vtok, model_folder, saved_models, tmp_path):
+    for arguments, message in (
+        (("procedural:x",), "source must be procedural:N"),
+        (("procedural:2",), "num_frames and size must be given"),
+        ((tmp_path / "none",), "source must exist"),
+    ):
+        failed = vtok("tokenize", *arguments, tmp_path / "out", "--model", model_folder, *CPU)
+        assert failed.code == 2 and message in failed.err
+    options = ("--model", saved_models["kl"], "--output", "tokens", *CPU)
+    failed = vtok("tokenize", "procedural:2", tmp_path / "other", *options)
+    assert failed.code == 2 and "--output must be latent" in failed.err
+    failed = vtok("stats", model_folder, tmp_path)
+    assert failed.code == 2 and "a finished one of vtok tokenize" in failed.err

@@ -1,0 +1,91 @@
+"""Lists of videos: folder, CSV, JSON lines, tars."""
+
+import io
+import json
+import tarfile
+
+import pytest
+import torch
+
+from vtok_ext.data.clips import VideoClips
+from vtok_ext.data.frame_sampling import FrameSampling
+from vtok_ext.data.video import read_clip
+from vtok_ext.data.video_list import list_videos
+
+
+@pytest.fixture
+def folder(tmp_path, write_video):
+    (tmp_path / "v").mkdir()
+    write_video(tmp_path / "v" / "b.mp4")
+    write_video(tmp_path / "v" / "a.mp4", num_frames=7)
+    return tmp_path
+
+
+def test_folder_is_sorted(folder):
+    assert [item.name for item in list_videos(folder)] == ["v/a.mp4", "v/b.mp4"]
+    assert [item.name for item in list_videos(folder, fraction=0.5)] == ["v/a.mp4"]
+
+
+def test_published_csv(folder):
+    text = "videos,caption\nv/b.mp4,caf\xe9\n,nothing\nv/a.mp4,one,too,many\nv/a.mp4,x\n"
+    (folder / "train.csv").write_bytes(text.encode("iso-8859-1"))
+    lines = []
+    items = list_videos(folder / "train.csv", warn=lines.append)
+    assert [(i.name, i.fields) for i in items] == [
+        ("v/b.mp4", {"caption": "caf\xe9"}),
+        ("v/a.mp4", {"caption": "x"}),
+    ]
+    assert len(lines) == 2 and "line 3" in lines[0]
+    assert list_videos(folder / "train.csv", root="/data")[0].path.as_posix() == "/data/v/b.mp4"
+    (folder / "bad.csv").write_text("files\nv/a.mp4\n")
+    with pytest.raises(ValueError, match="must have a column videos, got"):
+        list_videos(folder / "bad.csv")
+
+
+def test_json_lines(folder):
+    rows = ['{"video": "v/a.mp4", "label": 3}', "[1]", "", '{"path": "v/b.mp4"}', "{"]
+    (folder / "t.jsonl").write_text("\n".join(rows))
+    lines = []
+    items = list_videos(folder / "t.jsonl", warn=lines.append)
+    assert [(i.name, i.fields) for i in items] == [("v/a.mp4", {"label": 3}), ("v/b.mp4", {})]
+    assert len(lines) == 2
+
+
+def make_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def test_tars_are_read_in_place(folder):
+    a, b = ((folder / "v" / name).read_bytes() for name in ("a.mp4", "b.mp4"))
+    fields = json.dumps({"label": 5}).encode()
+    one = [("002.mp4", b), ("002.json", fields), ("001.mp4", a), ("001.txt", b"a cat\n")]
+    shards = folder / "shards"
+    shards.mkdir()
+    make_tar(shards / "00.tar", [*one, ("003.txt", b"alone")])
+    make_tar(shards / "01.tar", [("004.cls", b"7"), ("004.mp4", b"damaged"), ("../x.mp4", a)])
+    lines = []
+    items = list_videos(shards, warn=lines.append)
+    assert [item.name for item in items] == [
+        "00.tar/001.mp4",
+        "00.tar/002.mp4",
+        "01.tar/../x.mp4",
+        "01.tar/004.mp4",
+    ]
+    assert [i.fields for i in items] == [{"caption": "a cat"}, {"label": 5}, {}, {"label": "7"}]
+    assert lines == [f"{shards / '00.tar'}: sample 003 has no video"]
+    assert list_videos(shards / "*.tar") == items
+    clips = VideoClips(items, FrameSampling(7), [(7, 32, 48)])
+    assert len(clips) == 3 and "01.tar/004.mp4" in clips.unreadable[0]
+    assert torch.equal(clips[0, 0], read_clip(folder / "v" / "a.mp4")[0])
+
+
+def test_what_is_no_tar_is_named(folder):
+    (folder / "x.tar").write_bytes(b"x" * 2000)
+    lines = []
+    with pytest.raises(ValueError, match="source must name videos"):
+        list_videos(folder / "x.tar", warn=lines.append)
+    assert "must be an uncompressed tar" in lines[0]

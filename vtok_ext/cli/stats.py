@@ -1,0 +1,55 @@
+"""`vtok stats`: mean and deviation of a model's latents, written into its config.json."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from vtok_ext.data.atomic_output import output_file
+from vtok_ext.data.latent_shards import LatentDataset
+from vtok_ext.models import _persistence
+from vtok_ext.models._registry import load_model
+from vtok_ext.models.base import STATISTICS_KEY
+from vtok_ext.models.latent_statistics import StatisticsCounter
+
+from .console import Console
+
+
+def run_stats(*, model: str, data: Path, max_items: int | None, as_json: bool) -> None:
+    """Returns None when config.json has the statistics.
+
+    Raises:
+        FileNotFoundError, ValueError: no folder of a saved model, no tokenized data set, or one of
+            another model.
+    """
+    console = Console(as_json)
+    path = Path(model) / _persistence.CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"stats: MODEL must be the folder of a saved model, got {model}")
+    tokenizer = load_model(model)
+    latents = LatentDataset(data)
+    tokenizer.check_origin("stats", latents.manifest["model_id"])
+    counter = StatisticsCounter()
+    count = len(latents) if max_items is None else min(max_items, len(latents))
+    with console.progress("measuring", count) as progress:
+        for index in range(count):
+            latent = latents[index]
+            if isinstance(latent, dict):
+                counter.update({name: plane[None] for name, plane in latent.items()})
+            elif latents.manifest["kind"] == "tokens":
+                counter.update(tokenizer.indices_to_latent(latent[None]))
+            else:
+                counter.update(latent[None])
+            progress.update(index + 1)
+    statistics = counter.result().to_dict()
+    description = _persistence.read_description(os.fspath(model))
+    description[STATISTICS_KEY] = statistics
+    with output_file(path, "stats") as partial:
+        partial.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    lines = [f"{count} latents, statistics in {path}"]
+    for part, mean in statistics["mean"].items():
+        pairs = zip(mean, statistics["std"][part], strict=True)
+        shown = ", ".join(f"{m:.3f} ± {s:.3f}" for m, s in pairs)
+        lines.append(f"{part}: {shown}")
+    console.result({"config": str(path), "items": count, **statistics}, lines)

@@ -1,0 +1,197 @@
+"""`vtok tokenize`: videos to shards of latents or tokens, alone or in every process of torchrun."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vtok_ext.data.atomic_output import output_file
+from vtok_ext.data.latent_shards import MANIFEST, Shard, write_manifest
+from vtok_ext.data.tokenizing import (
+    TokenizeSettings,
+    procedural_videos,
+    tokenize_shard,
+    warmup_latents,
+)
+from vtok_ext.data.video_list import VideoItem, list_videos
+from vtok_ext.training.distributed import process_group, rank, wait_for_all, world_size
+
+from .console import Console
+from .model_source import load_model_for, resolve_device
+
+# What a folder was begun with, so that another call does not mix other latents into it.
+_BEGUN = "settings.json"
+
+
+@dataclass(frozen=True)
+class TokenizeOptions:
+    """What `vtok tokenize` is asked for; see its options."""
+
+    source: str
+    out: Path
+    model: str
+    name: str | None
+    ema: bool
+    trust_checkpoint: bool
+    output: str | None
+    frames: int | None
+    max_clips: int | None
+    fps: float | None
+    size: int | None
+    batch_size: int
+    videos_per_shard: int
+    dtype: str
+    workers: int
+    root: Path | None
+    resume: bool
+    device: str
+
+
+def run_tokenize(options: TokenizeOptions, *, as_json: bool) -> None:
+    """Returns None when all shards and the manifest are written."""
+    start = time.monotonic()
+    with process_group(resolve_device(options.device)) as place:
+        console = Console(as_json or rank() != 0)
+        videos, procedural = _videos(options, console)
+        model, _ = load_model_for(
+            options.model,
+            options.name,
+            place,
+            console,
+            ema=options.ema,
+            trust_checkpoint=options.trust_checkpoint,
+        )
+        settings = _settings(options, model)
+        digest = settings.hash(model.model_id, videos)
+        if rank() == 0:
+            _begin(options, settings, model.model_id, digest)
+        wait_for_all()
+        num_shards = -(-len(videos) // settings.videos_per_shard)
+        own = range(rank(), num_shards, world_size())
+        missing = [n for n in own if Shard(options.out, n).read(digest) is None]
+        total = sum(min(settings.videos_per_shard, len(videos) - n * settings.videos_per_shard)
+                    for n in missing)  # fmt: skip
+        with console.progress("tokenizing", total) as progress:
+            done = 0
+
+            def count() -> None:
+                nonlocal done
+                done += 1
+                progress.update(done, f"{done} videos of this process")
+
+            for number in missing:
+                tokenize_shard(
+                    model,
+                    videos,
+                    settings,
+                    Shard(options.out, number),
+                    digest,
+                    procedural=procedural,
+                    num_workers=options.workers,
+                    on_video=count,
+                )
+        wait_for_all()
+        if rank() == 0:
+            facts = {**_model_facts(model), **_begun(settings, model.model_id, digest)}
+            manifest = write_manifest(options.out, facts, num_shards)
+            _show(manifest, options, len(own) - len(missing), time.monotonic() - start, console)
+        wait_for_all()
+
+
+def _videos(options: TokenizeOptions, console: Console) -> tuple[list[VideoItem], bool]:
+    """Returns the videos of the source, and whether they are procedural."""
+    kind, colon, count = options.source.partition(":")
+    if kind == "procedural" and colon:
+        if not count.isdigit():
+            raise ValueError(f"tokenize: source must be procedural:N, got {options.source}")
+        return procedural_videos(int(count)), True
+    warn = console.warn if rank() == 0 else lambda line: None
+    return list_videos(options.source, root=options.root, warn=warn), False
+
+
+def _settings(options: TokenizeOptions, model: Any) -> TokenizeSettings:
+    kind = options.output or ("tokens" if model.is_discrete else "latent")
+    if kind == "tokens" and not model.is_discrete:
+        raise ValueError(f"tokenize: --output must be latent for {model.name}, got tokens")
+    return TokenizeSettings(
+        kind=kind,
+        num_frames=options.frames,
+        max_clips=options.max_clips,
+        fps=options.fps,
+        size=None if options.size is None else (options.size, options.size),
+        batch_size=options.batch_size,
+        videos_per_shard=options.videos_per_shard,
+        dtype=options.dtype,
+    )
+
+
+def _begun(settings: TokenizeSettings, model_id: str, digest: str) -> dict[str, Any]:
+    return {
+        "model_id": model_id,
+        "kind": settings.kind,
+        "settings": asdict(settings),
+        "settings_hash": digest,
+    }
+
+
+def _begin(options: TokenizeOptions, settings: TokenizeSettings, model_id: str, digest: str):
+    """Makes the folder, or checks that it holds what this call would make."""
+    path = options.out / _BEGUN
+    if path.exists() or (options.out.exists() and any(options.out.iterdir())):
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not options.resume:
+            raise ValueError(
+                f"tokenize: DST must be a new or empty folder, got {options.out}; "
+                "--resume goes on with what is there"
+            )
+        if found.get("settings_hash") != digest:
+            raise ValueError(
+                f"tokenize: {options.out} must hold latents of the same model, videos and settings "
+                f"to go on, got those of {found.get('model_id')} with {found.get('settings')}"
+            )
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    with output_file(path, "tokenize") as partial:
+        text = json.dumps(_begun(settings, model_id, digest), indent=1) + "\n"
+        partial.write_text(text, encoding="utf-8")
+
+
+def _model_facts(model: Any) -> dict[str, Any]:
+    warmup = warmup_latents(model)
+    frames = None if warmup is None else warmup * model.temporal_factor
+    return {
+        "temporal_factor": model.temporal_factor,
+        "spatial_factor": model.spatial_factor,
+        "is_causal": model.is_causal,
+        "codebook_size": model.codebook_size,
+        "warmup_latents": warmup,
+        "warmup_frames": frames,
+    }
+
+
+def _show(
+    manifest: dict[str, Any],
+    options: TokenizeOptions,
+    skipped: int,
+    seconds: float,
+    console: Console,
+) -> None:
+    unreadable = manifest["unreadable"]
+    for video in unreadable:
+        console.warn(f"left out: {video['video']}: {video['reason']}")
+    values = {
+        "manifest": str(options.out / MANIFEST),
+        "items": manifest["items"],
+        "shards": len(manifest["shards"]),
+        "shards_found": skipped,
+        "left_out": len(unreadable),
+        "seconds": round(seconds, 1),
+    }
+    lines = [
+        f"{values['items']} {manifest['kind']} in {values['shards']} shards, "
+        f"{len(unreadable)} videos left out, {values['manifest']}"
+    ]
+    console.result(values, lines)
