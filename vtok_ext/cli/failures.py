@@ -17,6 +17,10 @@ EXIT_INTERRUPTED = 130
 _HOUSE_FORM = re.compile(r"^[\w.]+: .* must ")
 
 
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM; not a KeyboardInterrupt, which the option parser takes for its own."""
+
+
 def wants_traceback() -> bool:
     """Returns True if VTOK_DEBUG=1 asks for the full traceback."""
     return os.environ.get("VTOK_DEBUG", "0") not in ("", "0")

@@ -1,0 +1,49 @@
+"""Options that several commands of `vtok` share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+ModelOption = Annotated[
+    str, typer.Option(help="Folder of a saved model, a released checkpoint, or a preset name.")
+]
+NameOption = Annotated[
+    str | None,
+    typer.Option(help="Preset, or released YAML file, that a released checkpoint belongs to."),
+]
+EmaOption = Annotated[
+    bool, typer.Option("--ema", help="Take a checkpoint's moving averages of the weights.")
+]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-checkpoint", help="Read a pickled checkpoint with torch < 2.6, which is unsafe."
+    ),
+]
+DeviceOption = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1; auto takes CUDA where it works.")
+]
+OutputOption = Annotated[
+    str | None, typer.Option(help="tokens or latent [default: tokens where the model has them].")
+]
+StreamingOption = Annotated[
+    str,
+    typer.Option(help="exact, or reference for the published chunks of VidTok 1.1."),
+]
+AnyWeightsOption = Annotated[
+    bool, typer.Option("--any-weights", help="Accept tokens that other weights made.")
+]
+TileOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Compute pictures in tiles of SIZE or HEIGHTxWIDTH, with the result of the whole one; "
+        "auto: as large as memory allows."
+    ),
+]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(help="Limit of the process such as 4GB; chooses chunk length and tile by it."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
