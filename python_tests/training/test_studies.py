@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from vtok_ext.cli.app import run as vtok
-from vtok_ext.training.studies import kinds, runner
+from vtok_ext.training.studies import kinds, runner, vidtok_row
 from vtok_ext.training.studies.report import write_report
 from vtok_ext.training.studies.row_result import FinishedRun, RowResult, read_result, result_path
 from vtok_ext.training.studies.runner import planned_runs, run_study
@@ -271,3 +271,25 @@ def test_find_study_names_the_closest(tmp_path, monkeypatch):
     assert find_study("quantizers").name == "quantizers.yaml"
     with pytest.raises(FileNotFoundError, match="did you mean 'quantizers'?"):
         find_study("quantisers")
+
+
+def test_a_frozen_encoder_stays_as_it_is(tmp_path, monkeypatch):
+    seen = []
+    measure = vidtok_row._measure
+
+    def spy(model, *rest, **options):
+        seen.append({name: p.clone() for name, p in model.named_parameters()})
+        return measure(model, *rest, **options)
+
+    monkeypatch.setattr(vidtok_row, "_measure", spy)
+    model = {"regularizer": "fsq", "levels": [4, 4], "ch": 4, "ch_mult": [1, 1]}
+    settings = {"model": model, "num_frames": 5, "size": 16, "train_clips": 2, "batch_size": 2}
+    settings |= {"eval_clips": 1, "usage_clips": 1}
+    folder = tmp_path / "work" / "row" / "seed-0"
+    folder.mkdir(parents=True)
+    for stages in ([{"steps": 1}], [{"steps": 1}, {"steps": 2, "freeze_encoder": True}]):
+        vidtok_row.run_row({**settings, "stages": stages}, 0, folder, lambda *seen: None)
+    changed = {name for name, p in seen[0].items() if not p.equal(seen[1][name])}
+    assert changed and all(name.startswith("decoder.") for name in changed)
+    with pytest.raises(ValueError, match="model must be discrete"):
+        vidtok_row.run_row({"model": {"regularizer": "kl"}}, 0, folder, lambda *seen: None)

@@ -45,7 +45,7 @@ class VidTokRow:
     """Settings of a row.
 
     Attributes:
-        model: fields of `VidTokConfig`.
+        model: fields of `VidTokConfig`, of a discrete one.
         variant, codes: what plots and tables call the row; `codes` must be the codebook's size.
         stages: one after the other, each a mapping that replaces some of steps, size, batch_size,
             lr, and `freeze_encoder` (false); by default one stage.
@@ -98,6 +98,8 @@ class VidTokRow:
                     f"got {key!r}{closest(key, known)}"
                 )
         row = cls(**settings)
+        if row.model.get("regularizer") == "kl":
+            raise ValueError("study: model must be discrete, its loss has no KL term, got kl")
         if not 1 <= row.eval_clips <= row.usage_clips:
             raise ValueError(
                 f"study: usage_clips must be >= eval_clips >= 1, "
