@@ -60,7 +60,8 @@ lightning:
   callbacks: {image_logger: {params: {disabled: false, batch_frequency: 5000, max_samples: 2}}}
   trainer: {precision: bf16-mixed, val_check_interval: 2000, max_epochs: 1000}
 """
-PATHS = ["data.folder=null", "data.validation_folder=null", "data.height=16", "data.width=16"]
+PATHS = ["data.folder=null", "data.validation_folder=null", "data.fps=[]",
+         "data.sampling=timestamps", "data.height=16", "data.width=16"]  # fmt: skip
 
 
 @pytest.fixture
@@ -83,6 +84,15 @@ def test_released_files_are_recipes(released):
     assert recipe.data.num_frames == 5
 
 
+def test_released_clips_follow_the_published_rule(released):
+    released.write_text(
+        RELEASED.replace("data_dir: DATA_DIR_1", "data_dir: A\n        meta_path: B")
+    )
+    data = load_recipe(released, PATHS[4:]).data
+    assert (data.folder, data.root, data.fps, data.sampling) == ("B", "A", [3.0], "reference")
+    assert (data.validation_folder, data.validation_fps) == ("DATA_DIR_2", None)
+
+
 def test_released_files_train(released, tmp_path):
     small = ["run.steps=1", "run.precision=float32", "data.num_clips=3", "data.validation_clips=0",
              "loss.discriminator_width=4", "run.batch_size=1"]  # fmt: skip
@@ -103,7 +113,7 @@ def test_released_files_train(released, tmp_path):
 def test_released_files_with_other_options(released, old, new, message):
     released.write_text(RELEASED.replace(old, new))
     with pytest.raises(ValueError, match=message):
-        load_recipe(released, PATHS[:2])
+        load_recipe(released, PATHS[:4])
 
 
 @pytest.mark.parametrize("name", ["vidtok_two_stage", "smoke_two_stage"])

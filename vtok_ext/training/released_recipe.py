@@ -11,14 +11,12 @@ Source: microsoft/VidTok, configs/ of releases 1.0 and 1.1; specification sectio
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vtok_ext.models._config import closest
 from vtok_ext.training.losses import batches_of_global_steps
-from vtok_ext.training.recipe import DataRecipe
 
 _PUBLISHED_BATCHES = 50_000
 _LOSS = "vidtok.modules.losses.GeneralLPIPSWithDiscriminator"
@@ -42,12 +40,11 @@ _PRECISIONS = {
     "32": "float32",
     "32-true": "float32",
 }
-# Names of the data set, theirs and ours; those of ours that exist are filled.
+# Names of the clips, theirs and ours.
 _CLIP_FIELDS = {
     "input_height": "height",
     "input_width": "width",
     "sample_num_frames": "num_frames",
-    "sample_fps": "fps",
 }
 
 
@@ -121,17 +118,22 @@ def _loss(params: Mapping[str, Any]) -> dict[str, Any]:
 def _data(values: Mapping[str, Any]) -> dict[str, Any]:
     params = _section(values, "data", "params")
     train, held_out = (_section(params, part, "params") for part in ("train", "validation"))
-    ours = {field.name for field in dataclasses.fields(DataRecipe)}
     clips = _section(train, "video_params")
     found = {_CLIP_FIELDS[name]: value for name, value in clips.items() if name in _CLIP_FIELDS}
-    found |= {"folder": train.get("data_dir"), "csv": train.get("meta_path")}
-    found |= {
-        "validation_folder": held_out.get("data_dir"),
-        "validation_csv": held_out.get("meta_path"),
-        "validation_fps": _section(held_out, "video_params").get("sample_fps"),
+    # A list of videos lies in `meta_path`, its paths begin in `data_dir`.
+    listed = train.get("meta_path") is not None
+    rate, held_out_rate = (_section(p, "video_params").get("sample_fps") for p in (train, held_out))
+    return {
+        **found,
+        "folder": train.get("meta_path", train.get("data_dir")),
+        "root": train.get("data_dir") if listed else None,
+        "fps": [] if rate is None else [float(rate)],
+        "sampling": "timestamps" if rate is None else "reference",
+        "fraction": float(train.get("data_frac", 1.0)),
+        "validation_folder": held_out.get("meta_path", held_out.get("data_dir")),
+        "validation_fps": None if held_out_rate is None else float(held_out_rate),
         "num_workers": params.get("num_workers", 0),
     }
-    return {name: value for name, value in found.items() if name in ours}
 
 
 def _run(values: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str, Any]:
