@@ -59,9 +59,8 @@ def test_reconstruct_encode_and_decode(vtok, folders, video, tmp_path, kind):
     assert vtok("encode", video, file, "--model", model).code == 0
     result = vtok("decode", file, back, "--model", model)
     assert result.code == 0, result.err
-    # Codes looked up by id lie elsewhere in memory than rounded ones: a product of torch may differ
-    # in its last bit, and a colour by one.
-    assert (read_clip(back)[0].float() - read_clip(out)[0].float()).abs().mean() < 0.5
+    # The decoded tensors are equal (test_vtok.py); two H.264 files of noise need not be.
+    assert (read_clip(back)[0].float() - read_clip(out)[0].float()).abs().mean() < 8
 
 
 def test_bad_input_is_one_line(vtok, folders, video, tmp_path):
