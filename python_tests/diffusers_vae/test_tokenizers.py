@@ -176,7 +176,6 @@ def test_commands(name, tmp_path, clip_file):
     out = tmp_path / "out.mp4"
     if name == "wan":
         run("stream", clip_file, tmp_path / "s.latents", "--resume")
-        run("reconstruct", clip_file, "-o", out)
-    else:
-        failed = runner.invoke(app, ["reconstruct", str(clip_file), "-o", str(out), *model])
-        assert failed.exit_code != 0 and not out.exists()
+    run("reconstruct", clip_file, "-o", out)
+    with VideoReader(out) as reader:
+        assert reader.info.num_frames == 11

@@ -99,7 +99,7 @@ def test_bad_folders(build, tmp_path):
     with pytest.raises(ValueError, match=r"load_diffusers: weights must be .* of another shape"):
         vt.load_model(tmp_path)
     path.write_text(text.replace("AutoencoderVidTok", "AutoencoderKL"))
-    with pytest.raises(ValueError, match="must be an object with `config`"):
+    with pytest.raises(ValueError, match="got one of diffusers' AutoencoderKL; vt.wrap_diff"):
         vt.load_model(tmp_path)
     path.write_text(text)
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()

@@ -81,7 +81,10 @@ def test_default_equals_the_reference_rule_where_both_apply(v1_1, centred, clip)
         video = clip(1, num_frames, 16, 16)
         ours, reference = (model.encode(video, frames=rule) for rule in ("preserve", "reference"))
         assert torch.equal(ours.latent, reference.latent)
-        assert torch.allclose(model.decode(ours), model.decode(reference), atol=1e-6)
+        # The default computes the equal frames of version 1.1 once, in another order of sums.
+        expected = model.decode(reference)
+        error = (model.decode(ours) - expected).abs().max()
+        assert error <= 1e-5 * (expected.max() - expected.min())
 
 
 @torch.no_grad()
