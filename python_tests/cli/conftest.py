@@ -60,3 +60,16 @@ def make_video(tmp_path):
         return path
 
     return make
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """The frames [1, 3, t, H, W] that reach the video writer, which loses colour."""
+    portions, write = [], VideoWriter.write
+
+    def record(writer, frames, timestamps=None):
+        portions.append(frames.clone()[None])
+        write(writer, frames, timestamps)
+
+    monkeypatch.setattr(VideoWriter, "write", record)
+    return portions

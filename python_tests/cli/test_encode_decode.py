@@ -11,7 +11,7 @@ import torch
 import vtok_ext as vt
 from vtok_ext.cli import encode as encode_module
 from vtok_ext.cli import reconstruct as reconstruct_module
-from vtok_ext.data.video import VideoWriter, read_clip
+from vtok_ext.data.video import read_clip
 from vtok_ext.models.vidtok_published import decode_published, encode_published
 
 TINY = {"ch": 8, "ch_mult": (1, 1, 1, 1), "num_res_blocks": 1}
@@ -29,19 +29,6 @@ def v1_1_folder(tmp_path):
     torch.manual_seed(0)
     vt.create_model(V1_1, **TINY).save_pretrained(tmp_path / "v1_1")
     return tmp_path / "v1_1"
-
-
-@pytest.fixture
-def written(monkeypatch):
-    """The frames [1, 3, t, H, W] that reach the video writer, which loses colour."""
-    portions, write = [], VideoWriter.write
-
-    def record(writer, frames, timestamps=None):
-        portions.append(frames.clone()[None])
-        write(writer, frames, timestamps)
-
-    monkeypatch.setattr(VideoWriter, "write", record)
-    return portions
 
 
 def close(frames, expected) -> bool:

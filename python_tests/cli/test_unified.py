@@ -48,19 +48,21 @@ def test_generate(vtok, folders, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["continuous", "fsq"])
-def test_reconstruct_encode_and_decode(vtok, folders, video, tmp_path, kind):
+def test_reconstruct_encode_and_decode(vtok, folders, video, written, tmp_path, kind):
     model, out = folders[kind], tmp_path / "out.mp4"
     result = vtok("reconstruct", video, "--model", model, "-o", out, "--json")
     assert result.code == 0, result.err
     assert result.json["frames"] == 24
     if kind == "fsq":
         assert result.json["tokens"] == 16 + 11
+    reconstructed = torch.cat(written, dim=2)
+    written.clear()
     file, back = tmp_path / "clip.vtok", tmp_path / "back.mp4"
     assert vtok("encode", video, file, "--model", model).code == 0
     result = vtok("decode", file, back, "--model", model)
     assert result.code == 0, result.err
-    # The decoded tensors are equal (test_vtok.py); two H.264 files of noise need not be.
-    assert (read_clip(back)[0].float() - read_clip(out)[0].float()).abs().mean() < 8
+    # What reaches the writer: H.264 would blow up a single grey level.
+    assert (torch.cat(written, dim=2).float() - reconstructed.float()).abs().max() <= 1
 
 
 def test_bad_input_is_one_line(vtok, folders, video, tmp_path):
