@@ -203,8 +203,13 @@ __device__ __forceinline__ void conv_store(
 
 // Grid: (tiles of positions x tiles of columns x groups, 1, splits). Columns vary fastest, so that
 // blocks that run together read the same rows.
+//
+// ptxas decides how many blocks share a multiprocessor (0), but for values of four bytes and few
+// columns: there it wants four or more blocks and spills 8 to 28 bytes; three leave enough
+// registers.
 template <ConvMath kMath, int kTileIndex, bool kVectors>
-__global__ void __launch_bounds__(ConvTileTraits<kTileIndex>::kThreads)
+__global__ void __launch_bounds__(ConvTileTraits<kTileIndex>::kThreads,
+                                  kMath >= ConvMath::kTf32 && kTileIndex == 4 ? 3 : 0)
     causal_conv3d_gemm_kernel(const ConvGemm params) {
   using T = typename ConvElement<kMath>::type;
   using Traits = ConvTileTraits<kTileIndex>;
