@@ -10,6 +10,7 @@ Latents are made while training, or once for all clips (`latent.cache`). Source:
 from __future__ import annotations
 
 import os
+from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -82,14 +83,13 @@ class GeneratorTask(Task):
         assert recipe.name is not None  # checked by the recipe
         return create_generator(recipe.name, **{**self._implied(), **recipe.overrides})
 
+    @abstractmethod
     def _implied(self) -> dict[str, Any]:
         """Returns the fields of the configuration that tokenizer and clips decide."""
-        raise NotImplementedError
 
-    @torch.no_grad()
+    @abstractmethod
     def encode(self, clips: Tensor) -> Latent:
         """Returns the latents, or ids, of clips [B, 3, T, H, W] uint8."""
-        raise NotImplementedError
 
     def data(self, warn: Callable[[str], None]) -> tuple[Any, list[Any]]:
         """Returns clips or latents to train on, and held-out ones."""

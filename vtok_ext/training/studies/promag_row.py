@@ -34,7 +34,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtok_ext.data.atomic_output import output_file
-from vtok_ext.data.picture import write_png
 from vtok_ext.metrics import boundary_jump, psnr, ssim
 from vtok_ext.models._config import closest
 from vtok_ext.models._video_input import to_float
@@ -55,6 +54,7 @@ from vtok_ext.training.recipe import OptimizerRecipe
 from vtok_ext.training.studies.clip_store import clip_store, fingerprint
 from vtok_ext.training.studies.kinds import Progress, shared_folder
 from vtok_ext.training.studies.promag_generation import measure_generation
+from vtok_ext.training.studies.row_picture import reconstruction_picture
 from vtok_ext.training.studies.row_result import RowResult
 
 METHODS = ("interpolated", "direct", "grown")
@@ -63,7 +63,6 @@ BUDGETS = ("summed", "growth")
 _HELD_OUT_SEED = 1_000_000_000
 _GRADIENT_CLIP = 1.0
 _PICTURE_FRAMES = 9
-_PICTURE_SCALE = 3
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,9 @@ def _generation(
     result = RowResult(summary=summary, held_out=fingerprint(held_out))
     if seed == 0:
         shown = [to_float(video, torch.float32) for video in samples[:2]]
-        result.pictures = [_picture(folder / "samples.png", shown[0], shown[1])]
+        result.pictures = [
+            reconstruction_picture(folder / "samples.png", shown[0], shown[1], _PICTURE_FRAMES)
+        ]
     return result
 
 
@@ -304,7 +305,11 @@ def _measure(model: Any, row: PromagRow, folder: Path, picture: bool) -> RowResu
             for name, value in found.items():
                 values.setdefault(name, []).append(value)
         if picture and first == 0:
-            result.pictures = [_picture(folder / "held-out.png", video[0], decoded[0])]
+            result.pictures = [
+                reconstruction_picture(
+                    folder / "held-out.png", video[0], decoded[0], _PICTURE_FRAMES
+                )
+            ]
     result.per_clip = values
     return result
 
@@ -338,17 +343,3 @@ def _long_metrics(a: Tensor, b: Tensor, overlap: int) -> dict[str, float]:
     starts = [start for start, _ in chunk_bounds(b.shape[2], overlap=overlap)[1:]]
     borders = [start + i for start in starts for i in range(overlap + 1) if start + i < b.shape[2]]
     return {"psnr": psnr(a, b).item(), "boundary_jump": boundary_jump(a, b, borders=borders).item()}
-
-
-def _picture(
-    path: Path,
-    video: Tensor,  # [3, T, H, W] in [-1, 1]
-    decoded: Tensor,  # [3, T, H, W]
-) -> Path:
-    """Returns the path of a picture: some frames above, their reconstruction below."""
-    times = torch.linspace(0, video.shape[1] - 1, min(_PICTURE_FRAMES, video.shape[1])).long()
-    rows = [torch.cat(list(clip[:, times].unbind(1)), -1) for clip in (video, decoded)]
-    image = ((torch.cat(rows, 1).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    image = image.repeat_interleave(_PICTURE_SCALE, 1).repeat_interleave(_PICTURE_SCALE, 2)
-    write_png(path, image)
-    return path

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vtok_ext.data.picture import write_png
 from vtok_ext.metrics import CodebookCounter, psnr, ssim
 from vtok_ext.models._config import closest
 from vtok_ext.models.vidtok import VidTok
@@ -29,6 +28,7 @@ from vtok_ext.training.clip_order import ClipOrder
 from vtok_ext.training.overfit import center_latent, muon_and_adamw
 from vtok_ext.training.studies.clip_store import clip_store, fingerprint
 from vtok_ext.training.studies.kinds import Progress, shared_folder
+from vtok_ext.training.studies.row_picture import reconstruction_picture
 from vtok_ext.training.studies.row_result import RowResult
 from vtok_ext.training.tokenizer_task import to_video
 
@@ -37,7 +37,6 @@ _HELD_OUT_SEED = 1_000_000_000
 _GRADIENT_CLIP = 1.0
 _CENTERING_CLIPS = 16
 _PICTURE_FRAMES = 6
-_PICTURE_SCALE = 3
 
 
 @dataclass(frozen=True)
@@ -255,7 +254,11 @@ def _measure(
                 values["ssim"].append(ssim(a, b).item())
                 motion.append((b[:, :, 1:] - b[:, :, :-1]).abs().mean().item())
             if picture and first == 0:
-                result.pictures = [_picture(folder / "held-out.png", measured[0], decoded[0])]
+                result.pictures = [
+                    reconstruction_picture(
+                        folder / "held-out.png", measured[0], decoded[0], _PICTURE_FRAMES
+                    )
+                ]
         progress(0.9 + 0.1 * first / row.usage_clips, "measuring")
     result.per_clip = values | _strata(values["psnr"], motion, row.strata)
     if counter is not None:
@@ -277,17 +280,3 @@ def _strata(values: list[float], motion: list[float], count: int) -> dict[str, l
         part = order[i * len(order) // count : (i + 1) * len(order) // count]
         found[f"psnr_motion_{i + 1}"] = [values[clip] for clip in sorted(part)]
     return found
-
-
-def _picture(
-    path: Path,
-    video: Tensor,  # [3, T, H, W] in [-1, 1]
-    decoded: Tensor,  # [3, T, H, W]
-) -> Path:
-    """Returns the path of a picture: some frames above, their reconstruction below."""
-    times = torch.linspace(0, video.shape[1] - 1, min(_PICTURE_FRAMES, video.shape[1])).long()
-    rows = [torch.cat(list(clip[:, times].unbind(1)), -1) for clip in (video, decoded)]
-    image = ((torch.cat(rows, 1).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    image = image.repeat_interleave(_PICTURE_SCALE, 1).repeat_interleave(_PICTURE_SCALE, 2)
-    write_png(path, image)
-    return path

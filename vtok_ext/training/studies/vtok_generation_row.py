@@ -11,12 +11,11 @@ the decoder's loss on true, teacher-forced and generated tokens, cpu_seconds.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,6 @@ from vtok_ext.data.captioned import (
 )
 from vtok_ext.data.captioned.questions import vocabulary
 from vtok_ext.data.picture import write_png
-from vtok_ext.models._config import closest
 from vtok_ext.models._video_input import to_uint8
 from vtok_ext.models.vision_encoder import SmallViT
 from vtok_ext.models.vtok_lm_config import VTokLMConfig
@@ -59,6 +57,8 @@ class GenerationRow(VTokRow):
         temperature: of the generated tokens.
     """
 
+    kind: ClassVar[str] = "vtok_generation"
+
     head: str = "flow"
     head_width: int = 128
     head_depth: int = 2
@@ -71,21 +71,6 @@ class GenerationRow(VTokRow):
     decoder_patch: tuple[int, ...] = (4, 8, 8)
     sampling_steps: int = 8
     temperature: float = 1.0
-
-    @classmethod
-    def of(cls, settings: dict[str, Any]) -> GenerationRow:
-        """Returns checked settings. Raises ValueError for a wrong key, naming the closest."""
-        known = [f.name for f in dataclasses.fields(cls)]
-        for key in settings:
-            if key not in known:
-                raise ValueError(
-                    f"study: settings of kind vtok_generation must be among {', '.join(known)}, "
-                    f"got {key!r}{closest(key, known)}"
-                )
-        plain: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()
-        }
-        return cls(**plain)
 
     def build(self, encoder: SmallViT) -> VideoStudyLM:
         """Returns the model of a row."""

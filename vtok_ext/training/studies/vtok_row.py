@@ -15,7 +15,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,9 @@ GROUPS = {
 _GRADIENT_CLIP = 1.0
 
 
+_Row = TypeVar("_Row", bound="VTokRow")
+
+
 @dataclass(frozen=True)
 class VTokRow:
     """Settings of a row.
@@ -57,6 +60,8 @@ class VTokRow:
         num_frames, size: T and H = W of the clips.
         train_clips, eval_clips: how many.
     """
+
+    kind: ClassVar[str] = "vtok"
 
     shown: str = "vtok"
     num_shown: int = 4
@@ -85,13 +90,13 @@ class VTokRow:
     eval_clips: int = 128
 
     @classmethod
-    def of(cls, settings: dict[str, Any]) -> VTokRow:
+    def of(cls: type[_Row], settings: dict[str, Any]) -> _Row:
         """Returns checked settings. Raises ValueError for a wrong key, naming the closest."""
         known = [f.name for f in dataclasses.fields(cls)]
         for key in settings:
             if key not in known:
                 raise ValueError(
-                    f"study: settings of kind vtok must be among {', '.join(known)}, "
+                    f"study: settings of kind {cls.kind} must be among {', '.join(known)}, "
                     f"got {key!r}{closest(key, known)}"
                 )
         plain: dict[str, Any] = {
