@@ -20,14 +20,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conv_shapes import PROMAG_SHAPES, ConvShape, vidtok_shapes
-from harness import QUICK, Case, achievable_gflop_per_s, measure
+from harness import COMPILED, QUICK, Case, achievable_gflop_per_s, measure
 
 import vtok_ext as vt
 
 LAYOUT = torch.channels_last_3d
 ALLOCATION = "tuned" if os.environ.get("VTOK_BENCH_ALLOCATOR") == "tuned" else "default"
 # Seconds of a case; a CPU has 35 shapes of up to a second each.
-COMPILED = os.environ.get("VTOK_BENCH_COMPILED", "1") == "1"  # minutes of compilation on a CPU
 BUDGET_S = float(os.environ.get("VTOK_BENCH_BUDGET_S", 4.0))
 SIZES = (
     (128,) if QUICK else tuple(map(int, os.environ.get("VTOK_BENCH_SIZES", "128,256").split(",")))

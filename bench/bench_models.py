@@ -23,11 +23,11 @@ import pytest
 import torch
 from harness import QUICK, Case, Measurement, achievable_gflop_per_s
 from models_worker import TASKS, needed_gflop
+from shapes import IS_CUDA
 
 MODEL = "vidtok_kl_causal_488_16chn_v1_1"
 OVERRIDES = {"ch": 8, "num_res_blocks": 1} if QUICK else {}
 FRAMES = 5 if QUICK else 17
-IS_CUDA = os.environ.get("VTOK_BENCH_DEVICE", "cuda" * torch.cuda.is_available()) == "cuda"
 # Timed calls after one that warms up; on a CPU one takes up to half a minute.
 ROUNDS = 1 if QUICK else int(os.environ.get("VTOK_BENCH_ROUNDS", 10 if IS_CUDA else 1))
 

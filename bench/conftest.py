@@ -4,9 +4,11 @@ import os
 
 import pytest
 import torch
-from harness import save
+from harness import COMPILED, save
 
 CASES: dict[str, list] = {}
+if not COMPILED:
+    torch._dynamo.config.disable = True
 
 
 def _device() -> str:

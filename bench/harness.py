@@ -2,7 +2,8 @@
 
 Providers of a case take turns, round by round, so that drift of the machine hits all of them alike;
 results are medians with the 20th and 80th percentile. On a GPU every call starts with a cold L2
-cache. Each case checks in the same run that providers agree.
+cache, and times are the GPU's: a wait in front of each call lets Python queue all of it. Each case
+checks in the same run that providers agree.
 """
 
 import json
@@ -22,6 +23,9 @@ import vtok_ext as vt
 RESULTS = Path(__file__).parent / "results"
 QUICK = os.environ.get("VTOK_BENCH_QUICK") == "1"  # smoke run: few rounds, nothing saved
 _L2_FLUSH_BYTES = 256 << 20  # larger than any L2 (H200: 50 MB)
+_QUEUE_CYCLES = 2_000_000  # that a GPU waits while Python queues a call: about 1 ms
+# Without, torch.compile does nothing and its providers are left out: compilation takes minutes.
+COMPILED = os.environ.get("VTOK_BENCH_COMPILED", "1") == "1"
 
 
 @dataclass
@@ -97,6 +101,7 @@ class Timer:
             call()
             return (time.perf_counter() - start) * 1e3
         self.flush.zero_()
+        torch.cuda._sleep(_QUEUE_CYCLES)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
@@ -146,13 +151,16 @@ def measure(
     source = torch.zeros(half, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     calls = {("copy", "preallocated"): lambda: target.copy_(source), **providers}
+    if not COMPILED:
+        calls = {key: call for key, call in calls.items() if key[0] != "compiled"}
     for call in calls.values():  # compiles, warms caches, faults pages in
         call()
     longest = sum(timer.once(call) for call in calls.values()) / 1e3
     if not QUICK and longest < budget_s / 2:
         for call in calls.values():
             call()
-    rounds = 2 if QUICK else int(min(200, max(least_rounds, budget_s / longest)))
+    most_rounds = 50 if timer.is_cuda else 200
+    rounds = 2 if QUICK else int(min(most_rounds, max(least_rounds, budget_s / longest)))
     times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
     for _ in range(rounds):
         for key, call in calls.items():

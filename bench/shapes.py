@@ -1,6 +1,22 @@
-"""The shapes that the four systems really use; every benchmark takes its sizes from here."""
+"""The shapes that the four systems really use; every benchmark takes its sizes from here.
 
+A GPU also gets batches that fill it: the smaller shapes lie in its cache and end before it has
+started up.
+"""
+
+import os
 from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+IS_CUDA = os.environ.get("VTOK_BENCH_DEVICE", "cuda" * torch.cuda.is_available()) == "cuda"
+S = TypeVar("S")
+
+
+def only_on_gpu(*shapes: S) -> list[S]:
+    """The shapes where the benchmarks run on a GPU, none elsewhere."""
+    return list(shapes) if IS_CUDA else []
 
 
 @dataclass(frozen=True)
@@ -21,7 +37,10 @@ FSQ_SHAPES = [
     LatentShape("planar, 15.7 MB", (4, 6, 40, 64, 64), 1, (8,) * 6),
     LatentShape("packed, 15.7 MB", (655_360, 6), -1, (8,) * 6),
     LatentShape("packed, 5 channels, 13.1 MB", (655_360, 5), -1, (8, 8, 8, 6, 5)),
-]
+] + only_on_gpu(
+    LatentShape("planar, 252 MB", (64, 6, 40, 64, 64), 1, (8,) * 6),
+    LatentShape("packed, 252 MB", (10_485_760, 6), -1, (8,) * 6),
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +79,9 @@ BLEND_SHAPES = [
     BlendShape("VidTok 488 up, level 1", (1, 256, 20, 64, 64)),
     BlendShape("a factor per channel", (1, 256, 10, 32, 32), (256, 1, 1, 1)),
     BlendShape("a factor per item and frame", (4, 256, 5, 32, 32), (4, 1, 5, 1, 1)),
-]
+] + only_on_gpu(
+    BlendShape("VidTok 488 up, level 1, 8 clips 17x256x256", (8, 256, 20, 128, 128)),
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +99,11 @@ RESAMPLE_SHAPES = [
     ResampleShape("VidTok 488 up, level 2, nearest", (1, 512, 5, 32, 32), "nearest"),
     ResampleShape("VidTok 488 up, level 1, nearest", (1, 256, 10, 64, 64), "nearest"),
     ResampleShape("VidTok 488 up, level 1, linear", (1, 256, 10, 64, 64), "linear"),
-]
+] + only_on_gpu(
+    ResampleShape("VidTok 488 down, level 1, 8 clips 17x256x256", (8, 256, 20, 64, 64), "down"),
+    ResampleShape("VidTok 488 up, level 1, 8 clips, nearest", (8, 256, 10, 128, 128), "nearest"),
+    ResampleShape("VidTok 488 up, level 1, 8 clips, linear", (8, 256, 10, 128, 128), "linear"),
+)
 
 
 @dataclass(frozen=True)
@@ -103,7 +128,10 @@ TRIPLANE_SHAPES = [
     TriplaneShape("1 clip, 32,768 points", 1, 32_768),
     TriplaneShape("16 clips, 32,768 points", 16, 32_768),
     TriplaneShape("whole clip 128x16x16", 1, 32_768, (128, 16, 16)),
-]
+] + only_on_gpu(
+    TriplaneShape("64 clips, 32,768 points", 64, 32_768),
+    TriplaneShape("64 whole clips 128x16x16", 64, 32_768, (128, 16, 16)),
+)
 
 
 @dataclass(frozen=True)
@@ -146,4 +174,6 @@ POOL_SHAPES = [
     PoolShape("vtok_base, 8 clips of 30 frames", 8, 30, 256, 384, 4, 384),
     PoolShape("CLIP-L/336, 1 clip of 30 frames", 1, 30, 576, 1024, 4, 1024),
     PoolShape("CLIP-L/336, 1 streamed frame", 1, 1, 576, 1024, 4, 1024),
-]
+] + only_on_gpu(
+    PoolShape("CLIP-L/336, 8 clips of 30 frames", 8, 30, 576, 1024, 4, 1024),
+)

@@ -1,24 +1,27 @@
-"""Measures every tile of the CUDA convolution on the models' shapes and fits the table of choices.
+"""Measures every tile of the CUDA convolution on the models' shapes and fits the tables of choices.
 
-python bench/tune_causal_conv3d.py            print the table that this GPU asks for
-python bench/tune_causal_conv3d.py --write    put it into csrc/causal_conv3d/causal_conv3d_tiles.h
+python bench/tune_causal_conv3d.py                     print the tables that this GPU asks for
+python bench/tune_causal_conv3d.py --save times.json   keep what was measured
+python bench/tune_causal_conv3d.py --load times.json   fit again, without a GPU
+    ... --write    put the tables into csrc/causal_conv3d/causal_conv3d_tiles.h
 
-A row of the table holds up to a number of output channels and of 64 x 64 blocks per multiprocessor.
-Between two limits the tile with the least summed time counts, each shape relative to its own best.
+There is a table for tiles of mma.sync and one for those of wgmma. A row of a table holds up to a
+number of output channels and of 64 x 64 blocks per multiprocessor. Between two limits the tile with
+the least summed time counts, each shape relative to its own best.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 HEADER = Path(__file__).parent.parent / "csrc" / "causal_conv3d" / "causal_conv3d_tiles.h"
-MARKED = re.compile(r"(// <tuned>\n)(.*?)( *// </tuned>)", re.DOTALL)
-COLUMN_LIMITS = (16, 64, None)
+COLUMN_LIMITS = {"mma": (16, 64, None), "wgmma": (64, 128, None)}
 BLOCK_LIMITS = (1, 2, 4, 8, 16, 32, 64, 128, None)
 
 
@@ -36,12 +39,13 @@ def interval(value: int, limits: Sequence[int | None]) -> int:
     return next(i for i, limit in enumerate(limits) if limit is None or value <= limit)
 
 
-def fit(timings: Sequence[Timing]) -> list[tuple[int | None, int | None, int]]:
-    """Rows (most columns, most blocks, tile); None is no limit. Empty intervals join the next
-    measured one, or else the one before."""
+def fit(timings: Sequence[Timing], kind: str = "mma") -> list[tuple[int | None, int | None, int]]:
+    """Rows (most columns, most blocks, tile) for tiles of a kind; None is no limit. Empty intervals
+    join the next measured one, or else the one before."""
     rows: list[tuple[int | None, int | None, int]] = []
-    for c, column_limit in enumerate(COLUMN_LIMITS):
-        own = [t for t in timings if interval(t.columns, COLUMN_LIMITS) == c]
+    limits = COLUMN_LIMITS[kind]
+    for c, column_limit in enumerate(limits):
+        own = [t for t in timings if interval(t.columns, limits) == c]
         best: list[int | None] = []
         for b in range(len(BLOCK_LIMITS)):
             here = [t for t in own if interval(t.blocks, BLOCK_LIMITS) == b]
@@ -73,18 +77,31 @@ def table_text(rows: Sequence[tuple[int | None, int | None, int]]) -> str:
     return "".join(lines)
 
 
-def rewrite(source: str, rows: Sequence[tuple[int | None, int | None, int]]) -> str:
-    """`source` with the rows between its markers."""
-    if not MARKED.search(source):
-        raise ValueError("tune: the header must have lines between <tuned> and </tuned>, got none")
-    return MARKED.sub(lambda m: m[1] + table_text(rows) + m[3], source)
+def rewrite(
+    source: str, rows: Sequence[tuple[int | None, int | None, int]], kind: str = "mma"
+) -> str:
+    """`source` with the rows between the markers of a kind."""
+    marked = re.compile(rf"(// <tuned {kind}>\n)(.*?)( *// </tuned {kind}>)", re.DOTALL)
+    if not marked.search(source):
+        raise ValueError(f"tune: the header must have a table <tuned {kind}>, got none")
+    return marked.sub(lambda m: m[1] + table_text(rows) + m[3], source)
 
 
-def num_tiles(source: str) -> int:
-    """How many tiles the header lists."""
-    body = re.search(r"kConvTiles\[\] = \{(.*?)\};", source, re.DOTALL)
+def num_tiles(source: str, name: str) -> int:
+    """How many tiles the header lists under `name`."""
+    body = re.search(rf"{name}\[\] = \{{(.*?)\}};", source, re.DOTALL)
     assert body is not None
     return len(re.findall(r"^ *\{[\d, ]+\},", body[1], re.MULTILINE))
+
+
+def of_kind(timings: Sequence[Timing], kind: str) -> list[Timing]:
+    """The timings of tiles of a kind alone, without shapes that have none."""
+    first = num_tiles(HEADER.read_text(), "kConvTiles")
+    kept = [
+        replace(t, times={i: ms for i, ms in t.times.items() if (i >= first) == (kind == "wgmma")})
+        for t in timings
+    ]
+    return [t for t in kept if t.times]
 
 
 def measure_all() -> list[Timing]:
@@ -97,10 +114,13 @@ def measure_all() -> list[Timing]:
     from vtok_ext.ops import _causal_conv3d_cuda as cuda
 
     timer = Timer("cuda")
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    properties = torch.cuda.get_device_properties(0)
     timings = []
     shapes = {*vidtok_shapes(128), *vidtok_shapes(256), *PROMAG_SHAPES}
-    tiles = range(num_tiles(HEADER.read_text()))
+    header = HEADER.read_text()
+    num_mma = num_tiles(header, "kConvTiles")
+    num_wgmma = num_tiles(header, "kConvWarpgroupTiles")
+    is_hopper = (properties.major, properties.minor) == (9, 0)
     for shape in sorted(shapes, key=lambda s: s.flops):
         size = (1, shape.channels, shape.frames + shape.front, shape.height, shape.width)
         x = torch.randn(size, device="cuda", dtype=torch.bfloat16)
@@ -111,7 +131,8 @@ def measure_all() -> list[Timing]:
         options["spatial_padding"] = shape.spatial_padding
         times = {}
         cuda.forced_splits = 1
-        for tile in tiles:
+        has_wgmma = is_hopper and shape.channels % 8 == 0
+        for tile in range(num_mma + (num_wgmma if has_wgmma else 0)):
             cuda.forced_tile = tile
             with torch.no_grad():
                 values = [
@@ -120,9 +141,13 @@ def measure_all() -> list[Timing]:
                 ]
             times[tile] = sorted(values[3:])[2]
         t, h, w = shape.output
-        blocks = -(-t * h * w // 64) * -(-shape.columns // 64) // multiprocessors
+        rows, columns = -(-t * h * w // 64), -(-shape.columns // 64)
+        blocks = rows * columns // properties.multi_processor_count
         timings.append(Timing(shape.columns, blocks, times))
-        print(f"{shape.name}: " + ", ".join(f"{k} {v:.3f} ms" for k, v in times.items()))
+        best = min(times, key=lambda tile: times[tile])
+        rate = shape.flops / times[best] / 1e9  # without upsampling: its larger form
+        print(f"{shape.name}: " + ", ".join(f"{k} {v:.3f} ms" for k, v in times.items()), end="")
+        print(f"; {rate:.0f} TFLOP/s" if shape.upsample is None else "")
     return timings
 
 
@@ -132,11 +157,23 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--write", action="store_true", help="rewrite the header")
+    parser.add_argument("--save", type=Path, help="where to keep the times, as JSON")
+    parser.add_argument("--load", type=Path, help="times to use in place of measuring")
     arguments = parser.parse_args()
-    rows = fit(measure_all())
-    print(table_text(rows), end="")
-    if arguments.write:
-        HEADER.write_text(rewrite(HEADER.read_text(), rows))
+    if arguments.load is None:
+        timings = measure_all()
+    else:
+        found = json.loads(arguments.load.read_text())
+        timings = [
+            Timing(**{**t, "times": {int(k): v for k, v in t["times"].items()}}) for t in found
+        ]
+    if arguments.save is not None:
+        arguments.save.write_text(json.dumps([asdict(t) for t in timings], indent=1) + "\n")
+    for kind in COLUMN_LIMITS:
+        rows = fit(of_kind(timings, kind), kind)
+        print(f"{kind}:\n{table_text(rows)}", end="")
+        if arguments.write and rows:
+            HEADER.write_text(rewrite(HEADER.read_text(), rows, kind))
     return 0
 
 

@@ -21,11 +21,21 @@ def test_fits_the_fastest_tile_of_every_interval():
     assert rows == [(16, None, 4), (None, 4, 3), (None, None, 0)]
 
 
+def test_kinds_of_products_are_fitted_apart():
+    times = [timing(128, 40, t1=1.0, t3=2.0, t5=0.5, t6=0.4), timing(128, 40, t1=1.0, t3=2.0)]
+    assert tune.fit(tune.of_kind(times, "mma")) == [(None, None, 1)]
+    assert tune.fit(tune.of_kind(times, "wgmma"), "wgmma") == [(128, None, 6)]
+
+
 def test_header_can_be_rewritten():
     source = tune.HEADER.read_text()
-    assert tune.num_tiles(source) == 5
+    assert tune.num_tiles(source, "kConvTiles") == 5
+    assert tune.num_tiles(source, "kConvWarpgroupTiles") == 4
     changed = tune.rewrite(source, [(16, None, 4), (None, None, 1)])
-    assert "    {16, INT64_MAX, 4},\n    {INT32_MAX, INT64_MAX, 1},\n    // </tuned>" in changed
+    assert "    {16, INT64_MAX, 4},\n    {INT32_MAX, INT64_MAX, 1},\n    // </tuned mma>" in changed
     assert tune.rewrite(changed, [(16, None, 4), (None, None, 1)]) == changed
-    with pytest.raises(ValueError, match="between <tuned> and </tuned>"):
+    assert "    {64, INT64_MAX, 8},\n    // </tuned wgmma>" in tune.rewrite(
+        changed, [(64, None, 8)], "wgmma"
+    )
+    with pytest.raises(ValueError, match="a table <tuned mma>"):
         tune.rewrite("no table", [])

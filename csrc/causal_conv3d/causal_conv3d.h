@@ -77,9 +77,10 @@ struct ConvGemm {
   ConvEpilogue epilogue;
   int splits = 1;            // of the sum over k; above 1 through `partial`
   float* partial = nullptr;  // [splits, positions, groups * columns]
-  int tile = 0;              // index into kConvTiles
+  int tile = 0;              // index into kConvTiles, then kConvWarpgroupTiles
   bool vectors = false;      // 16-byte loads are aligned
   bool pairs = false;        // stores of two channels are aligned
+  bool octets = false;       // of eight, in half formats and without splits
   int device_index = 0;
 };
 

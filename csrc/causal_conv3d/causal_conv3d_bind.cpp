@@ -192,8 +192,9 @@ void gemm(const TensorView& source, const TensorView& state, const TensorView& w
   params.epilogue = epilogue_of(bias, residual, other, mix_factor, out, preactivation, silu);
   check_same_device("causal_conv3d", source, state, weight, bias, residual, other, mix_factor, out,
                     preactivation, partial);
-  VTOK_CHECK_VALUE(tile >= 0 && tile < kNumConvTiles, "causal_conv3d: tile must be in 0..",
-                   kNumConvTiles - 1, ", got ", tile);
+  constexpr int kNumTiles = kNumConvTiles + kNumConvWarpgroupTiles;
+  VTOK_CHECK_VALUE(tile >= 0 && tile < kNumTiles, "causal_conv3d: tile must be in 0..",
+                   kNumTiles - 1, ", got ", tile);
   if (splits != 1) check_partial(partial, splits, params.source.positions * out.shape[1]);
   if (out.num_elements() == 0) return;
   params.weight = weight.data;
@@ -205,9 +206,11 @@ void gemm(const TensorView& source, const TensorView& state, const TensorView& w
                    is_aligned(state, 16) && reinterpret_cast<uintptr_t>(weight.data) % 16 == 0;
   const int pair = 2 * static_cast<int>(size_of(source.dtype));
   params.pairs = params.columns % 2 == 0;
+  params.octets = params.columns % 8 == 0 && splits == 1 && size_of(source.dtype) == 2;
   for (const TensorView* view : {static_cast<const TensorView*>(&out), &bias, &residual, &other,
                                  static_cast<const TensorView*>(&preactivation)}) {
     params.pairs &= is_aligned(*view, pair);
+    params.octets &= is_aligned(*view, 16);
   }
   params.device_index = source.device_index;
   const pybind11::gil_scoped_release no_gil;

@@ -61,10 +61,11 @@ int choose_splits(int64_t blocks, int64_t steps, int multiprocessors) {
 ConvPlan causal_conv3d_gemm_plan_cuda(int64_t positions, int64_t columns, int groups, int64_t depth,
                                       ConvMath math, bool may_split, int device_index) {
   const int multiprocessors = num_multiprocessors(device_index);
-  const int tile =
-      choose_conv_tile(positions, columns, groups, multiprocessors, math == ConvMath::kFloat32);
-  const int64_t blocks = ceil_div(positions, kConvTiles[tile].rows) *
-                         ceil_div(columns, kConvTiles[tile].columns) * groups;
+  const bool has_warpgroups = element_bytes(math) == 2 && has_wgmma(device_index);
+  const int tile = choose_conv_tile(positions, columns, groups, multiprocessors,
+                                    math == ConvMath::kFloat32, has_warpgroups);
+  const int64_t blocks = ceil_div(positions, conv_tile_rows(tile)) *
+                         ceil_div(columns, conv_tile_columns(tile)) * groups;
   const int64_t steps = ceil_div(depth * element_bytes(math), kConvRowBytes);
   return {tile, may_split ? choose_splits(blocks, steps, multiprocessors) : 1};
 }

@@ -27,7 +27,22 @@ struct ConvTileTraits {
   static constexpr int kLines = kThreads / kConvRowVectors;  // tile rows filled at a time
   static constexpr int kRowLoads = kTile.rows / kLines;      // vectors that a thread loads of a
   static constexpr int kColumnLoads = (kTile.columns + kLines - 1) / kLines;
-  static constexpr int kStageBytes = (kTile.rows + kTile.columns) * kConvRowBytes;
+  static constexpr int kRowVectors = kConvRowVectors;
+  static constexpr int kRowBytes = kConvRowBytes;
+  static constexpr int kStageBytes = (kTile.rows + kTile.columns) * kRowBytes;
+  static constexpr int kBlockDistance = 16;  // rows between a warp's mma tiles
+
+  static __device__ __forceinline__ int offset(int line, int vector) {
+    return conv_swizzle(line, vector);
+  }
+  // Of the calling warp.
+  static __device__ __forceinline__ int warp_row() {
+    return static_cast<int>(threadIdx.x) / 32 / kWarpsAlongColumns * kTile.warp_rows;
+  }
+  static __device__ __forceinline__ int warp_column() {
+    return static_cast<int>(threadIdx.x) / 32 % kWarpsAlongColumns * kTile.warp_columns;
+  }
+
   static_assert(kTile.rows % kLines == 0, "every thread loads equally many rows");
   static_assert(kTile.columns % kLines == 0 || kTile.columns < kLines, "likewise columns");
   static_assert(kTile.rows % kTile.warp_rows == 0 && kTile.columns % kTile.warp_columns == 0,
@@ -41,13 +56,13 @@ template <typename T, typename Traits, bool kVectors>
 class ConvLoader {
  public:
   static constexpr int kWidth = kConvVectorBytes / sizeof(T);
-  static constexpr int kDepth = kConvRowBytes / sizeof(T);  // of k per step
+  static constexpr int kDepth = Traits::kRowBytes / sizeof(T);  // of k per step
 
   __device__ __forceinline__ ConvLoader(const ConvGemm& params, int first_row, int first_column,
                                         int group, int first_k)
       : params_(params),
-        line_(threadIdx.x / kConvRowVectors),
-        vector_(threadIdx.x % kConvRowVectors),
+        line_(threadIdx.x / Traits::kRowVectors),
+        vector_(threadIdx.x % Traits::kRowVectors),
         k_(first_k + vector_ * kWidth),
         tap_(conv_tap(params.source, k_)),
         first_column_(first_column) {
@@ -88,10 +103,10 @@ class ConvLoader {
       const bool valid = sources_[i] != nullptr;
       const void* source =
           valid ? static_cast<const void*>(sources_[i] + tap_.channel) : params_.source.data;
-      cp_async<kConvVectorBytes>(stage + conv_swizzle(line_ + i * Traits::kLines, vector_), source,
-                                 valid);
+      cp_async<kConvVectorBytes>(stage + Traits::offset(line_ + i * Traits::kLines, vector_),
+                                 source, valid);
     }
-    char* columns = stage + Traits::kTile.rows * kConvRowBytes;
+    char* columns = stage + Traits::kTile.rows * Traits::kRowBytes;
 #pragma unroll
     for (int i = 0; i < Traits::kColumnLoads; ++i) {
       const int line = line_ + i * Traits::kLines;
@@ -99,7 +114,7 @@ class ConvLoader {
       const int column = first_column_ + line;
       const bool valid = column < params_.columns && k_ < params_.source.depth;
       cp_async<kConvVectorBytes>(
-          columns + conv_swizzle(line, vector_),
+          columns + Traits::offset(line, vector_),
           valid ? weight_ + int64_t{column} * params_.source.depth + k_ : weight_, valid);
     }
   }
@@ -118,9 +133,9 @@ class ConvLoader {
           source = conv_locate<T>(params_.source, rows_[i], tap);
         }
       }
-      store_vector(stage + conv_swizzle(line_ + i * Traits::kLines, vector_), word);
+      store_vector(stage + Traits::offset(line_ + i * Traits::kLines, vector_), word);
     }
-    char* columns = stage + Traits::kTile.rows * kConvRowBytes;
+    char* columns = stage + Traits::kTile.rows * Traits::kRowBytes;
 #pragma unroll
     for (int i = 0; i < Traits::kColumnLoads; ++i) {
       const int line = line_ + i * Traits::kLines;
@@ -133,7 +148,7 @@ class ConvLoader {
         const bool valid = column < params_.columns && k_ + e < params_.source.depth;
         word.values[e] = valid ? source[e] : from_float<T>(0.0f);
       }
-      store_vector(columns + conv_swizzle(line, vector_), word);
+      store_vector(columns + Traits::offset(line, vector_), word);
     }
   }
 
@@ -150,9 +165,8 @@ class ConvLoader {
 template <ConvMath kMath, typename Traits>
 __device__ __forceinline__ void conv_multiply(
     float (&sums)[Traits::kWarpRows][Traits::kWarpColumns][4], const char* stage) {
-  const int warp = threadIdx.x / 32;
-  const int row = warp / Traits::kWarpsAlongColumns * Traits::kTile.warp_rows;
-  const int column = warp % Traits::kWarpsAlongColumns * Traits::kTile.warp_columns;
+  const int row = Traits::warp_row();
+  const int column = Traits::warp_column();
   const char* columns = stage + Traits::kTile.rows * kConvRowBytes;
   if constexpr (kMath == ConvMath::kFloat32) {
     conv_multiply_float(sums, stage, columns, row, column);
@@ -161,29 +175,64 @@ __device__ __forceinline__ void conv_multiply(
   }
 }
 
+// Lane m of four neighbouring lanes passes its pair of tile j on to lane j and receives the pairs
+// of tile m: eight neighbouring channels in place of two of each of four tiles.
+__device__ __forceinline__ void conv_exchange(float (&octet)[8]) {
+  const int member = threadIdx.x % 4;
+#pragma unroll
+  for (int distance = 1; distance <= 2; ++distance) {
+    const bool upper = member & distance;
+#pragma unroll
+    for (int tile = 0; tile < 4; ++tile) {
+      if (tile & distance) continue;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& low = octet[tile * 2 + e];
+        float& high = octet[(tile + distance) * 2 + e];
+        const float received = __shfl_xor_sync(0xffffffffu, upper ? low : high, distance);
+        (upper ? low : high) = received;
+      }
+    }
+  }
+}
+
 // Hands the sums on: to the epilogue, or as partial sums.
 template <typename T, typename Traits>
 __device__ __forceinline__ void conv_store(
     const ConvGemm& params, int first_row, int first_column, int group,
     const float (&sums)[Traits::kWarpRows][Traits::kWarpColumns][4]) {
-  const int warp = threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
-  const int row =
-      first_row + warp / Traits::kWarpsAlongColumns * Traits::kTile.warp_rows + lane / 4;
-  const int column =
-      first_column + warp % Traits::kWarpsAlongColumns * Traits::kTile.warp_columns + lane % 4 * 2;
+  const int member = threadIdx.x % 4;
+  const int row = first_row + Traits::warp_row() + threadIdx.x % 32 / 4;
+  const int column = first_column + Traits::warp_column();
   const int64_t all_columns = int64_t{params.source.groups} * params.columns;
   const float mix = conv_mix(params.epilogue);
 #pragma unroll
   for (int i = 0; i < Traits::kWarpRows * 2; ++i) {
-    const int position = row + i * 8;
-    if (position >= params.source.positions) continue;
+    const int position = row + i / 2 * Traits::kBlockDistance + i % 2 * 8;
+    const bool valid = position < params.source.positions;
     const int64_t at =
         params.splits > 1 ? (int64_t{blockIdx.z} * params.source.positions + position) * all_columns
                           : conv_output_offset(params.source, params.epilogue.strides, position);
+    if constexpr (sizeof(T) == 2 && Traits::kWarpColumns % 4 == 0) {
+      if (params.octets) {  // the same for all threads
+#pragma unroll
+        for (int j = 0; j < Traits::kWarpColumns; j += 4) {
+          float octet[8];
+#pragma unroll
+          for (int e = 0; e < 8; ++e) octet[e] = sums[i / 2][j + e / 2][i % 2 * 2 + e % 2];
+          conv_exchange(octet);
+          const int here = column + (j + member) * 8;
+          if (!valid || here >= params.columns) continue;
+          const int channel = group * params.columns + here;
+          conv_finish<T>(params.epilogue, mix, channel, at + channel, octet);
+        }
+        continue;
+      }
+    }
+    if (!valid) continue;
 #pragma unroll
     for (int j = 0; j < Traits::kWarpColumns; ++j) {
-      const int here = column + j * 8;
+      const int here = column + j * 8 + member * 2;
       if (here >= params.columns) continue;
       const int channel = group * params.columns + here;
       const float pair[2] = {sums[i / 2][j][i % 2 * 2], sums[i / 2][j][i % 2 * 2 + 1]};
@@ -201,6 +250,26 @@ __device__ __forceinline__ void conv_store(
   }
 }
 
+// Which part of the product a block computes.
+struct ConvBlock {
+  int first_row, first_column, group;
+  int first_step, last_step;  // along k
+};
+
+template <typename Traits>
+__device__ __forceinline__ ConvBlock conv_block(const ConvGemm& params, int depth_of_step) {
+  const int column_tiles = (params.columns + Traits::kTile.columns - 1) / Traits::kTile.columns;
+  const int tile_column = blockIdx.x % (column_tiles * params.source.groups);
+  const int steps = (params.source.depth + depth_of_step - 1) / depth_of_step;
+  ConvBlock block;
+  block.first_row = blockIdx.x / (column_tiles * params.source.groups) * Traits::kTile.rows;
+  block.group = tile_column / column_tiles;
+  block.first_column = tile_column % column_tiles * Traits::kTile.columns;
+  block.first_step = int64_t{steps} * blockIdx.z / params.splits;
+  block.last_step = int64_t{steps} * (blockIdx.z + 1) / params.splits;
+  return block;
+}
+
 // Grid: (tiles of positions x tiles of columns x groups, 1, splits). Columns vary fastest, so that
 // blocks that run together read the same rows.
 //
@@ -215,16 +284,9 @@ __global__ void __launch_bounds__(ConvTileTraits<kTileIndex>::kThreads,
   using Traits = ConvTileTraits<kTileIndex>;
   using Loader = ConvLoader<T, Traits, kVectors>;
   VTOK_DYNAMIC_SHARED(char, shared);  // [stages, rows + columns, 64]
-  const int column_tiles = (params.columns + Traits::kTile.columns - 1) / Traits::kTile.columns;
-  const int tile_column = blockIdx.x % (column_tiles * params.source.groups);
-  const int first_row = blockIdx.x / (column_tiles * params.source.groups) * Traits::kTile.rows;
-  const int group = tile_column / column_tiles;
-  const int first_column = tile_column % column_tiles * Traits::kTile.columns;
-
-  const int steps = (params.source.depth + Loader::kDepth - 1) / Loader::kDepth;
-  const int first = int64_t{steps} * blockIdx.z / params.splits;
-  const int last = int64_t{steps} * (blockIdx.z + 1) / params.splits;
-  Loader loader(params, first_row, first_column, group, first * Loader::kDepth);
+  const ConvBlock block = conv_block<Traits>(params, Loader::kDepth);
+  const int first = block.first_step, last = block.last_step;
+  Loader loader(params, block.first_row, block.first_column, block.group, first * Loader::kDepth);
   constexpr int kStages = Traits::kTile.stages;
 #pragma unroll
   for (int stage = 0; stage < kStages - 1; ++stage) {
@@ -243,7 +305,7 @@ __global__ void __launch_bounds__(ConvTileTraits<kTileIndex>::kThreads,
     conv_multiply<kMath, Traits>(sums, shared + reading * Traits::kStageBytes);
     reading = reading + 1 == kStages ? 0 : reading + 1;
   }
-  conv_store<T, Traits>(params, first_row, first_column, group, sums);
+  conv_store<T, Traits>(params, block.first_row, block.first_column, block.group, sums);
 }
 
 template <ConvMath kMath, int kTileIndex, bool kVectors>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "causal_conv3d_gemm.cuh"
+#include "causal_conv3d_warpgroup.cuh"
 
 namespace vtok {
 
@@ -23,9 +24,15 @@ void run_conv_tile(const ConvGemm& params, Stream stream) {
 
 template <ConvMath kMath>
 void run_conv_gemm(const ConvGemm& params, Stream stream) {
+  if constexpr (sizeof(typename ConvElement<kMath>::type) == 2) {
+    if (params.vectors && params.tile >= kNumConvTiles) {
+      return run_conv_warpgroup_tile<kMath>(params, stream);
+    }
+  }
   if (params.vectors) return run_conv_tile<kMath, true>(params, stream);
   ConvGemm unaligned = params;
-  unaligned.tile = params.tile < 2 ? 2 : params.tile;
+  const bool is_large = params.tile < 2 || params.tile >= kNumConvTiles;
+  unaligned.tile = is_large ? 2 : params.tile;
   run_conv_tile<kMath, false>(unaligned, stream);
 }
 

@@ -60,6 +60,11 @@ inline int num_multiprocessors(int /*device_index*/) {
   return 3;
 }
 
+// Tests ask for the kernels that use it by name.
+inline bool has_wgmma(int /*device_index*/) {
+  return false;
+}
+
 #else
 
 // Makes `device_index` the current device of the calling thread while it lives.
@@ -86,6 +91,20 @@ inline int num_multiprocessors(int device_index) {
   check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_index),
              "cudaDeviceGetAttribute");
   return count;
+}
+
+// Whether the GPU is a Hopper and this build has code for sm_90a itself (core/wgmma.cuh).
+inline bool has_wgmma([[maybe_unused]] int device_index) {
+#ifdef VTOK_HAVE_SM90A
+  int major = 0, minor = 0;
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_index),
+             "cudaDeviceGetAttribute");
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_index),
+             "cudaDeviceGetAttribute");
+  return major == 9 && minor == 0;
+#else
+  return false;
+#endif
 }
 
 template <typename... Parameters, typename... Arguments>

@@ -10,9 +10,10 @@ from vtok_ext import _native
 from vtok_ext.ops import _causal_conv3d_cuda as cuda
 from vtok_ext.ops.causal_conv3d import causal_conv3d_reference
 
-NUM_TILES = 5
+NUM_TILES = 9
 # float32 without tensor cores has only the tiles from 128 x 64 on, unaligned loads too.
 SMALL_TILES = (2, 3, 4)
+WARPGROUP_TILES = (5, 6, 7, 8)  # wgmma of sm_90a: half formats, aligned loads
 HALF = (torch.bfloat16, torch.float16)
 # tf32 rounds both factors to 11 bits (4.9e-4); errors of the products average out.
 TF32_FACTOR = 300.0
@@ -23,6 +24,17 @@ def kernels(backend):
     if not backend.is_cuda_kernel:
         pytest.skip("kernels of CUDA")
     return backend
+
+
+def skip_missing(dtype, tf32, tile, aligned):
+    """Skips where the format or the machine has no such tile."""
+    if tile in WARPGROUP_TILES:
+        if dtype not in HALF or not aligned:
+            pytest.skip("this format has no such tile")
+        if not _native.is_cuda_emulated() and torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("needs a Hopper GPU")
+    elif tile not in SMALL_TILES and ((dtype == torch.float32 and not tf32) or not aligned):
+        pytest.skip("this format has no such tile")
 
 
 def video(*shape, dtype=torch.float32, seed=0):
@@ -44,13 +56,11 @@ FORMATS = [
 @pytest.mark.parametrize("dtype, tf32", FORMATS)
 def test_every_tile(dtype, tf32, tile, channels, splits, kernels, monkeypatch):
     """138 positions and 70 channels: more than one tile of most shapes, and a multiple of none."""
-    exact = dtype == torch.float32 and not tf32
-    if tile not in SMALL_TILES and (exact or channels % 8):
-        pytest.skip("this format has no such tile")
+    skip_missing(dtype, tf32, tile, channels % 8 == 0)
     monkeypatch.setattr(cuda, "forced_tile", tile)
     monkeypatch.setattr(cuda, "forced_splits", splits)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
-    columns = 70 if tile < 4 else 20
+    columns = 20 if tile == 4 else 70
     x = video(2, channels, 3, 23, 1, dtype=dtype).to(kernels.device)
     weight = (video(columns, channels, 3, 3, 1) / (9 * channels) ** 0.5).to(dtype)
     weight, bias = weight.to(kernels.device), video(columns, dtype=dtype).to(kernels.device)
@@ -59,6 +69,28 @@ def test_every_tile(dtype, tf32, tile, channels, splits, kernels, monkeypatch):
     expected = causal_conv3d_reference(x, weight, bias, **options)
     actual = vt.causal_conv3d(x, weight, bias, **options)
     assert_close(actual, expected, "y", TF32_FACTOR if tf32 else 2.0)
+
+
+@pytest.mark.parametrize("blends", [False, True])
+@pytest.mark.parametrize("tile", range(NUM_TILES))
+@pytest.mark.parametrize("dtype", HALF, ids=["bf16", "fp16"])
+def test_stores_of_eight_channels(dtype, tile, blends, kernels, monkeypatch):
+    """88 channels, at most a tile and a half and no multiple of 32, and more than one step in k;
+    the layout that lanes exchange their channels for."""
+    skip_missing(dtype, False, tile, aligned=True)
+    monkeypatch.setattr(cuda, "forced_tile", tile)
+    monkeypatch.setattr(cuda, "forced_splits", 1)
+    x = video(1, 40, 2, 11, 7, dtype=dtype).to(kernels.device)
+    weight = (video(88, 40, 3, 3, 3) / 33).to(dtype).to(kernels.device)
+    bias = video(88, dtype=dtype).to(kernels.device)
+    residual, other = (
+        video(1, 88, 2, 11, 7, dtype=dtype, seed=s).to(kernels.device) for s in (1, 2)
+    )
+    options = {"activation": "silu", "residual": residual}
+    if blends:
+        options["blend"] = (other, torch.tensor([0.3], device=kernels.device))
+    expected = causal_conv3d_reference(x, weight, bias, **options)
+    assert_close(vt.causal_conv3d(x, weight, bias, **options), expected, "y", 2.0)
 
 
 @pytest.mark.parametrize("channels", [(16, 72), (13, 70), (64, 8)])
@@ -81,20 +113,22 @@ def test_every_gradient_tile(dtype, tf32, tile, channels, kernels, monkeypatch):
         assert_close(a, e, f"grad_{name}", TF32_FACTOR if tf32 else 4.0)
 
 
+@pytest.mark.parametrize("tiles", [(3, 2, 4), WARPGROUP_TILES], ids=["mma", "wgmma"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bits_do_not_depend_on_chunks_or_tiles(dtype, kernels, monkeypatch):
+def test_bits_do_not_depend_on_chunks_or_tiles(dtype, tiles, kernels, monkeypatch):
     """A stream never splits its sums, so that every tile and any chunks give the same bits."""
+    skip_missing(dtype, False, tiles[0], aligned=True)
     x = video(1, 16, 5, 6, 7, dtype=dtype).to(kernels.device)
     weight = video(24, 16, 3, 3, 3, dtype=dtype).to(kernels.device)
     results = []
-    for tile, plan in ((3, [5]), (2, [1, 3, 1]), (4, [2, 3])):
+    for tile, plan in zip(tiles, ([5], [1, 3, 1], [2, 3], [4, 1]), strict=False):
         monkeypatch.setattr(cuda, "forced_tile", tile)
         state, chunks = None, []
         for chunk in x.split(plan, 2):
             y, state = vt.causal_conv3d(chunk, weight, state=state, return_state=True)
             chunks.append(y)
         results.append(torch.cat(chunks, 2))
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert all(torch.equal(results[0], result) for result in results[1:])
 
 
 def test_the_plan_splits_small_grids_only(kernels):
