@@ -360,6 +360,7 @@ ERRORS = {
     "misaligned_cp_async": r"misaligned address: cp.async source needs a multiple of 16 bytes",
     "cp_async_outside_shared": r"cp.async destination: 4 bytes at 0x\w+ are not inside one shared",
     "misaligned_ldmatrix": r"misaligned address: ldmatrix row needs a multiple of 16 bytes",
+    "misaligned_operand": r"misaligned address: wgmma operand a needs a multiple of 1024 bytes",
     "stack_overflow": r"stack overflow",
     "division_by_zero": r"integer division by zero",
     "empty_grid": r"grid must not be empty, got \(0, 1, 1\)",
@@ -370,6 +371,7 @@ REPORTS = {
     "write_before_start": "out-of-bounds write 4 bytes before the start of argument y",
     "output_not_written": "argument y: element [253] was never written (3 of 256 elements)",
     "never_waited_group": "cp.async group never waited for: 1 copies are in flight when",
+    "products_never_waited_for": "wgmma never waited for when the thread exits",
 }
 
 # Without a fault that could be named: the results differ between configurations, or are NaN.
@@ -382,8 +384,10 @@ DIFFERENCES = [
     "missing_wait",
     "wait_for_too_few",
     "overwritten_stage",
+    "operand_overwritten_early",
+    "operand_not_arrived",
 ]
-ALWAYS_NAN = ["shared_read_without_write"]
+ALWAYS_NAN = ["shared_read_without_write", "sums_used_early"]
 
 
 def run_wrong(emulation, name: str) -> np.ndarray:

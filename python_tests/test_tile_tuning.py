@@ -30,7 +30,7 @@ def test_kinds_of_products_are_fitted_apart():
 def test_header_can_be_rewritten():
     source = tune.HEADER.read_text()
     assert tune.num_tiles(source, "kConvTiles") == 5
-    assert tune.num_tiles(source, "kConvWarpgroupTiles") == 4
+    assert tune.num_tiles(source, "kConvWarpgroupTiles") == 5
     changed = tune.rewrite(source, [(16, None, 4), (None, None, 1)])
     assert "    {16, INT64_MAX, 4},\n    {INT32_MAX, INT64_MAX, 1},\n    // </tuned mma>" in changed
     assert tune.rewrite(changed, [(16, None, 4), (None, None, 1)]) == changed

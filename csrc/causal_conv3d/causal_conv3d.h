@@ -53,7 +53,12 @@ struct ConvSource {
   int depth = 0;  // taps * channels
   int batch = 0;
   int positions = 0;  // batch * outputs of the three axes
+  // Every value is `data` at its coordinate or zero, divisors are 1, an axis has at most
+  // kConvPlainTaps taps and the source less than 2^31 elements.
+  bool plain = false;
 };
+
+constexpr int kConvPlainTaps = 10;
 
 // y = mix * other + (1 - mix) * silu(sum + bias + residual), mix = sigmoid(*mix_factor)
 struct ConvEpilogue {
@@ -79,8 +84,7 @@ struct ConvGemm {
   float* partial = nullptr;  // [splits, positions, groups * columns]
   int tile = 0;              // index into kConvTiles, then kConvWarpgroupTiles
   bool vectors = false;      // 16-byte loads are aligned
-  bool pairs = false;        // stores of two channels are aligned
-  bool octets = false;       // of eight, in half formats and without splits
+  bool wide = false;         // stores of 16 bytes are aligned
   int device_index = 0;
 };
 

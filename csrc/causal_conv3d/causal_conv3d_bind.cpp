@@ -93,6 +93,20 @@ ConvAxis axis_of(const std::array<int, 6>& values, int64_t extent, int64_t outpu
   return axis;
 }
 
+// See ConvSource::plain.
+bool is_plain(const ConvSource& source, const TensorView& data) {
+  int64_t last = 0;
+  for (int dim = 0; dim < data.num_dims; ++dim) {
+    last += std::max<int64_t>(data.shape[dim] - 1, 0) * data.strides[dim];
+  }
+  bool plain = source.state_frames == 0 && !source.replicate && last < INT32_MAX;
+  for (const ConvAxis* axis : {&source.time, &source.row, &source.column}) {
+    plain &= axis->divisor == 1 && axis->taps <= kConvPlainTaps;
+  }
+  for (int dim = 0; dim < data.num_dims; ++dim) plain &= data.strides[dim] >= 0;
+  return plain;
+}
+
 // Where the kernel reads `source` [B, groups * channels, T, H, W] for `output` [B, ., T', H', W'].
 ConvSource source_of(const TensorView& source, const TensorView& state, const TensorView& output,
                      const Axes& axes, int groups, bool replicate) {
@@ -126,6 +140,7 @@ ConvSource source_of(const TensorView& source, const TensorView& state, const Te
     result.state_strides = strides_of(state);
     result.state_frames = to_int(state.shape[2]);
   }
+  result.plain = is_plain(result, source);
   return result;
 }
 
@@ -204,13 +219,10 @@ void gemm(const TensorView& source, const TensorView& state, const TensorView& w
   const int64_t width = 16 / static_cast<int64_t>(size_of(source.dtype));
   params.vectors = params.source.channels % width == 0 && is_aligned(source, 16) &&
                    is_aligned(state, 16) && reinterpret_cast<uintptr_t>(weight.data) % 16 == 0;
-  const int pair = 2 * static_cast<int>(size_of(source.dtype));
-  params.pairs = params.columns % 2 == 0;
-  params.octets = params.columns % 8 == 0 && splits == 1 && size_of(source.dtype) == 2;
+  params.wide = params.columns % width == 0;
   for (const TensorView* view : {static_cast<const TensorView*>(&out), &bias, &residual, &other,
                                  static_cast<const TensorView*>(&preactivation)}) {
-    params.pairs &= is_aligned(*view, pair);
-    params.octets &= is_aligned(*view, 16);
+    params.wide &= is_aligned(*view, 16);
   }
   params.device_index = source.device_index;
   const pybind11::gil_scoped_release no_gil;

@@ -96,4 +96,87 @@ __device__ __forceinline__ const T* conv_locate(const ConvSource& source, const 
          column * s.column;
 }
 
+// The rows of a thread whose values it loads, for any source.
+template <typename T, int kCount>
+class ConvGeneralRows {
+ public:
+  __device__ __forceinline__ void place(const ConvSource& source, int i, int position) {
+    rows_[i] = conv_row(source, position);
+  }
+  __device__ __forceinline__ void start(const ConvSource& source, int group) {
+    group_offset_ = int64_t{group} * source.channels;
+  }
+  // Channel 0 of the group at a tap of row i, or null where there are zeros.
+  __device__ __forceinline__ const T* locate(const ConvSource& source, int i,
+                                             const ConvTap& tap) const {
+    const T* found = conv_locate<T>(source, rows_[i], tap);
+    return found == nullptr ? nullptr : found + group_offset_;
+  }
+  // Makes `tap` the one that is_valid and at speak of.
+  __device__ __forceinline__ void move(const ConvSource& source, const ConvTap& tap) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sources_[i] = locate(source, i, tap);
+  }
+  __device__ __forceinline__ bool is_valid(int i) const { return sources_[i] != nullptr; }
+  __device__ __forceinline__ const T* at(int i, int channel) const { return sources_[i] + channel; }
+
+ private:
+  int64_t group_offset_;
+  ConvRow rows_[kCount];
+  const T* sources_[kCount];
+};
+
+// The same for a plain source, where a tap is the same distance from every row: to move to another
+// tap is a few instructions. A bit for each tap of each axis says whether it lies in the source.
+// Offsets count elements and wrap; that of a valid value is below 2^31.
+template <typename T, int kCount>
+class ConvPlainRows {
+ public:
+  __device__ __forceinline__ void place(const ConvSource& source, int i, int position) {
+    const ConvRow row = conv_row(source, position);
+    const ConvStrides& s = source.strides;
+    bases_[i] = static_cast<uint32_t>(row.batch) * static_cast<uint32_t>(s.batch) +
+                static_cast<uint32_t>(row.time) * static_cast<uint32_t>(s.time) +
+                static_cast<uint32_t>(row.row) * static_cast<uint32_t>(s.row) +
+                static_cast<uint32_t>(row.column) * static_cast<uint32_t>(s.column);
+    masks_[i] = row.batch < 0 ? 0
+                              : taps_inside(source.time, row.time) |
+                                    taps_inside(source.row, row.row) << kConvPlainTaps |
+                                    taps_inside(source.column, row.column) << 2 * kConvPlainTaps;
+  }
+  __device__ __forceinline__ void start(const ConvSource& source, int group) {
+    data_ = static_cast<const T*>(source.data) + int64_t{group} * source.channels;
+  }
+  __device__ __forceinline__ void move(const ConvSource& source, const ConvTap& tap) {
+    const ConvStrides& s = source.strides;
+    offset_ =
+        static_cast<uint32_t>(tap.time * source.time.tap_step) * static_cast<uint32_t>(s.time) +
+        static_cast<uint32_t>(tap.row * source.row.tap_step) * static_cast<uint32_t>(s.row) +
+        static_cast<uint32_t>(tap.column * source.column.tap_step) *
+            static_cast<uint32_t>(s.column);
+    // Beyond the depth: a bit that no mask has.
+    bits_ = tap.time >= source.time.taps ? 1u << 3 * kConvPlainTaps
+                                         : 1u << tap.time | 1u << (kConvPlainTaps + tap.row) |
+                                               1u << (2 * kConvPlainTaps + tap.column);
+  }
+  __device__ __forceinline__ bool is_valid(int i) const { return (masks_[i] & bits_) == bits_; }
+  __device__ __forceinline__ const T* at(int i, int channel) const {
+    return data_ + static_cast<int32_t>(bases_[i] + (offset_ + static_cast<uint32_t>(channel)));
+  }
+
+ private:
+  static __device__ __forceinline__ uint32_t taps_inside(const ConvAxis& axis, int first) {
+    uint32_t bits = 0;
+    for (int tap = 0; tap < axis.taps; ++tap) {
+      const int coordinate = first + tap * axis.tap_step;
+      if (coordinate >= 0 && coordinate < axis.extent) bits |= 1u << tap;
+    }
+    return bits;
+  }
+
+  const T* data_;
+  uint32_t bases_[kCount], masks_[kCount];
+  uint32_t offset_, bits_;  // of the tap
+};
+
 }  // namespace vtok

@@ -6,17 +6,18 @@
 
 namespace vtok {
 
-template <ConvMath kMath, bool kVectors, int kFirst = 0>
+// Only plain sources have tiles above 128 x 64, and exact float32 none: fewer kernels.
+constexpr int kConvFirstSmallTile = 2;
+
+template <ConvMath kMath, ConvLoads kLoads, int kFirst = 0>
 void run_conv_tile(const ConvGemm& params, Stream stream) {
-  // Unaligned loads are slow anyway and exact float32 has no tile above 128 x 64: fewer kernels.
-  constexpr bool kExists = kMath == ConvMath::kFloat32 ? kFirst >= 2 : (kVectors || kFirst >= 2);
+  constexpr bool kExists =
+      kFirst >= kConvFirstSmallTile || (kLoads == ConvLoads::kPlain && kMath != ConvMath::kFloat32);
   if constexpr (kFirst < kNumConvTiles) {
     if constexpr (kExists) {
-      if (params.tile == kFirst) {
-        return launch_conv_gemm<kMath, kFirst, kVectors>(params, stream);
-      }
+      if (params.tile == kFirst) return launch_conv_gemm<kMath, kFirst, kLoads>(params, stream);
     }
-    return run_conv_tile<kMath, kVectors, kFirst + 1>(params, stream);
+    return run_conv_tile<kMath, kLoads, kFirst + 1>(params, stream);
   } else {
     VTOK_CHECK_VALUE(false, "causal_conv3d: tile must be one of this format, got ", params.tile);
   }
@@ -29,11 +30,15 @@ void run_conv_gemm(const ConvGemm& params, Stream stream) {
       return run_conv_warpgroup_tile<kMath>(params, stream);
     }
   }
-  if (params.vectors) return run_conv_tile<kMath, true>(params, stream);
-  ConvGemm unaligned = params;
-  const bool is_large = params.tile < 2 || params.tile >= kNumConvTiles;
-  unaligned.tile = is_large ? 2 : params.tile;
-  run_conv_tile<kMath, false>(unaligned, stream);
+  if (params.vectors && params.source.plain) {
+    return run_conv_tile<kMath, ConvLoads::kPlain>(params, stream);
+  }
+  ConvGemm small = params;
+  if (params.tile < kConvFirstSmallTile || params.tile >= kNumConvTiles) {
+    small.tile = kConvFirstSmallTile;
+  }
+  if (params.vectors) return run_conv_tile<kMath, ConvLoads::kGeneral>(small, stream);
+  run_conv_tile<kMath, ConvLoads::kElements>(small, stream);
 }
 
 }  // namespace vtok

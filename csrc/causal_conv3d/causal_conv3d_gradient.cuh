@@ -8,7 +8,7 @@
 // gradient is summed from the tiles of grad by the blocks of the first column tile.
 #pragma once
 
-#include "causal_conv3d_gather.cuh"
+#include "causal_conv3d_loader.cuh"
 #include "causal_conv3d_math.cuh"
 #include "causal_conv3d_tiles.h"
 
@@ -38,44 +38,100 @@ __device__ __forceinline__ int conv_gradient_swizzle(int line, int vector) {
   return (line * kVectors + (vector ^ (line & 7))) * kConvVectorBytes;
 }
 
-// A position of the output, advanced without divisions.
+// A position of the output.
 struct ConvPosition {
   int batch, time, row, column;
 };
 
-__device__ __forceinline__ void conv_move(const ConvSource& source, ConvPosition& at, int count) {
-  at.column += count;
-  while (at.column >= source.column.outputs) {
-    at.column -= source.column.outputs;
-    if (++at.row == source.row.outputs) {
-      at.row = 0;
-      if (++at.time == source.time.outputs) {
-        at.time = 0;
-        ++at.batch;
-      }
-    }
+// A distance of positions, cut up like a position, so that moving by it is one carry an axis.
+class ConvPositionStep {
+ public:
+  __device__ __forceinline__ ConvPositionStep(const ConvSource& source, int count) {
+    step_.column = count % source.column.outputs;
+    count /= source.column.outputs;
+    step_.row = count % source.row.outputs;
+    count /= source.row.outputs;
+    step_.time = count % source.time.outputs;
+    step_.batch = count / source.time.outputs;
   }
-}
 
-template <typename T, typename Traits, bool kVectors>
+  __device__ __forceinline__ void move(const ConvSource& source, ConvPosition& at) const {
+    at.column += step_.column;
+    const int next_row = at.column >= source.column.outputs;
+    at.column -= next_row ? source.column.outputs : 0;
+    at.row += step_.row + next_row;
+    const int next_time = at.row >= source.row.outputs;
+    at.row -= next_time ? source.row.outputs : 0;
+    at.time += step_.time + next_time;
+    const int next_batch = at.time >= source.time.outputs;
+    at.time -= next_batch ? source.time.outputs : 0;
+    at.batch += step_.batch + next_batch;
+  }
+
+ private:
+  ConvPosition step_;
+};
+
+// The value of a plain source at a tap, for any position: see ConvPlainRows.
+template <typename T>
+class ConvPlainTap {
+ public:
+  __device__ __forceinline__ ConvPlainTap(const ConvSource& source, const ConvTap& tap, int group)
+      : data_(static_cast<const T*>(source.data) + int64_t{group} * source.channels + tap.channel),
+        time_(source.time.offset + tap.time * source.time.tap_step),
+        row_(source.row.offset + tap.row * source.row.tap_step),
+        column_(source.column.offset + tap.column * source.column.tap_step),
+        exists_(tap.time < source.time.taps) {}
+
+  __device__ __forceinline__ const T* locate(const ConvSource& source, const ConvPosition& at,
+                                             bool& valid) const {
+    const int time = at.time * source.time.step + time_;
+    const int row = at.row * source.row.step + row_;
+    const int column = at.column * source.column.step + column_;
+    valid = valid && exists_ && is_inside(source.time, time) && is_inside(source.row, row) &&
+            is_inside(source.column, column);
+    const ConvStrides& s = source.strides;
+    const uint32_t offset = static_cast<uint32_t>(at.batch) * static_cast<uint32_t>(s.batch) +
+                            static_cast<uint32_t>(time) * static_cast<uint32_t>(s.time) +
+                            static_cast<uint32_t>(row) * static_cast<uint32_t>(s.row) +
+                            static_cast<uint32_t>(column) * static_cast<uint32_t>(s.column);
+    return data_ + static_cast<int32_t>(offset);
+  }
+
+ private:
+  static __device__ __forceinline__ bool is_inside(const ConvAxis& axis, int coordinate) {
+    return static_cast<uint32_t>(coordinate) < static_cast<uint32_t>(axis.extent);
+  }
+
+  const T* data_;
+  int time_, row_, column_;  // added to an output coordinate times its step
+  bool exists_;
+};
+
+template <typename T, typename Traits, ConvLoads kLoads>
 class ConvGradientLoader {
  public:
+  static constexpr bool kVectors = kLoads != ConvLoads::kElements;
+
   __device__ __forceinline__ ConvGradientLoader(const ConvWeightGradient& params, int first_row,
                                                 int first_column, int group, int first_position)
       : params_(params),
         line_(threadIdx.x / Traits::kVectors),
         vector_(threadIdx.x % Traits::kVectors),
         row_(first_row + vector_ * Traits::kWidth),
-        place_(first_column + vector_ * Traits::kWidth),
-        tap_(conv_tap(params.source, place_)),
+        tap_(conv_tap(params.source, first_column + vector_ * Traits::kWidth)),
         group_offset_(int64_t{group} * params.source.channels),
-        grad_stride_(int64_t{params.source.groups} * params.columns) {
-    grad_ = static_cast<const T*>(params.grad) + int64_t{group} * params.columns;
+        grad_stride_(int64_t{params.source.groups} * params.columns),
+        step_(params.source, Traits::kStep),
+        plain_(params.source, tap_, group) {
     position_ = first_position + line_;
+    grad_ = static_cast<const T*>(params.grad) + int64_t{group} * params.columns + row_ +
+            position_ * grad_stride_;
 #pragma unroll
     for (int i = 0; i < Traits::kLoads; ++i) {
       positions_[i] = {0, 0, 0, 0};
-      conv_move(params.source, positions_[i], position_ + i * Traits::kLines);
+      ConvPositionStep(params.source, position_ + i * Traits::kLines)
+          .move(params.source, positions_[i]);
     }
   }
 
@@ -84,45 +140,47 @@ class ConvGradientLoader {
 #pragma unroll
     for (int i = 0; i < Traits::kLoads; ++i) {
       const int line = line_ + i * Traits::kLines;
-      const int position = position_ + i * Traits::kLines;
+      const bool valid = position_ + i * Traits::kLines < params_.source.positions;
       const int to = conv_gradient_swizzle<Traits::kVectors>(line, vector_);
-      load_grad(stage + to, position);
-      load_source(stage + Traits::kTileBytes + to, position, positions_[i]);
-      conv_move(params_.source, positions_[i], Traits::kStep);
+      load_grad(stage + to, grad_ + int64_t{i * Traits::kLines} * grad_stride_, valid);
+      load_source(stage + Traits::kTileBytes + to, valid, positions_[i]);
+      step_.move(params_.source, positions_[i]);
     }
     position_ += Traits::kStep;
+    grad_ += Traits::kStep * grad_stride_;
   }
 
  private:
-  __device__ __forceinline__ void load_grad(char* to, int position) {
-    const T* from = grad_ + position * grad_stride_ + row_;
+  __device__ __forceinline__ void load_grad(char* to, const T* from, bool valid) {
     if constexpr (kVectors) {
-      const bool valid = position < params_.source.positions && row_ < params_.columns;
-      cp_async<kConvVectorBytes>(to, valid ? from : grad_, valid);
+      cp_async<kConvVectorBytes>(to, from, valid && row_ < params_.columns);
     } else {
       Vector<T, Traits::kWidth> word;
 #pragma unroll
       for (int e = 0; e < Traits::kWidth; ++e) {
-        const bool valid = position < params_.source.positions && row_ + e < params_.columns;
-        word.values[e] = valid ? from[e] : from_float<T>(0.0f);
+        word.values[e] = valid && row_ + e < params_.columns ? from[e] : from_float<T>(0.0f);
       }
       store_vector(to, word);
     }
   }
 
-  __device__ __forceinline__ void load_source(char* to, int position, const ConvPosition& at) {
+  __device__ __forceinline__ void load_source(char* to, bool valid, const ConvPosition& at) {
     const ConvSource& source = params_.source;
-    const ConvRow row = {position < source.positions ? at.batch : -1,
-                         at.time * source.time.step + source.time.offset,
+    if constexpr (kLoads == ConvLoads::kPlain) {
+      const T* from = plain_.locate(source, at, valid);
+      cp_async<kConvVectorBytes>(to, from, valid);
+      return;
+    }
+    const ConvRow row = {valid ? at.batch : -1, at.time * source.time.step + source.time.offset,
                          at.row * source.row.step + source.row.offset,
                          at.column * source.column.step + source.column.offset};
     ConvTap tap = tap_;
     const T* from = conv_locate<T>(source, row, tap);
-    if constexpr (kVectors) {
-      const bool valid = from != nullptr;
+    if constexpr (kLoads == ConvLoads::kGeneral) {
+      const bool found = from != nullptr;
       cp_async<kConvVectorBytes>(
-          to, valid ? static_cast<const void*>(from + group_offset_ + tap.channel) : source.data,
-          valid);
+          to, found ? static_cast<const void*>(from + group_offset_ + tap.channel) : source.data,
+          found);
     } else {
       Vector<T, Traits::kWidth> word;
 #pragma unroll
@@ -135,10 +193,12 @@ class ConvGradientLoader {
   }
 
   const ConvWeightGradient& params_;
-  int line_, vector_, row_, place_;
+  int line_, vector_, row_;
   ConvTap tap_;
   int64_t group_offset_, grad_stride_;
-  const T* grad_;
+  ConvPositionStep step_;
+  ConvPlainTap<T> plain_;
+  const T* grad_;  // of the first line, at row_
   int position_;
   ConvPosition positions_[Traits::kLoads];
 };
@@ -308,7 +368,7 @@ __device__ __forceinline__ void conv_gradient_store(
 }
 
 // Grid: (tiles of output channels x tiles of places x groups, 1, splits).
-template <ConvMath kMath, int kTileIndex, bool kVectors>
+template <ConvMath kMath, int kTileIndex, ConvLoads kLoads>
 __global__ void __launch_bounds__(
     ConvGradientTraits<typename ConvElement<kMath>::type, kTileIndex>::kThreads)
     causal_conv3d_weight_gradient_kernel(const ConvWeightGradient params) {
@@ -322,8 +382,8 @@ __global__ void __launch_bounds__(
   const int steps = (params.source.positions + Traits::kStep - 1) / Traits::kStep;
   const int first = int64_t{steps} * blockIdx.z / params.splits;
   const int last = int64_t{steps} * (blockIdx.z + 1) / params.splits;
-  ConvGradientLoader<T, Traits, kVectors> loader(params, first_row, first_column, group,
-                                                 first * Traits::kStep);
+  ConvGradientLoader<T, Traits, kLoads> loader(params, first_row, first_column, group,
+                                               first * Traits::kStep);
   constexpr int kStages = Traits::kTile.stages;
   constexpr int kStageBytes = 2 * Traits::kTileBytes;
 #pragma unroll
@@ -354,7 +414,7 @@ __global__ void __launch_bounds__(
   conv_gradient_store<Traits>(params, first_row, first_column, group, bias, sums);
 }
 
-template <ConvMath kMath, int kTileIndex, bool kVectors>
+template <ConvMath kMath, int kTileIndex, ConvLoads kLoads>
 void launch_conv_weight_gradient(const ConvWeightGradient& params, Stream stream) {
   constexpr ConvTile kTile = kConvGradientTiles[kTileIndex];
   const int64_t row_tiles = (params.columns + kTile.rows - 1) / kTile.rows;
@@ -362,7 +422,7 @@ void launch_conv_weight_gradient(const ConvWeightGradient& params, Stream stream
   const int64_t blocks = row_tiles * column_tiles * params.source.groups;
   VTOK_CHECK_VALUE(blocks <= INT32_MAX, "causal_conv3d: weight must have at most 2^31 blocks, got ",
                    blocks);
-  VTOK_LAUNCH((causal_conv3d_weight_gradient_kernel<kMath, kTileIndex, kVectors>),
+  VTOK_LAUNCH((causal_conv3d_weight_gradient_kernel<kMath, kTileIndex, kLoads>),
               dim3(static_cast<unsigned>(blocks), 1, params.splits), dim3(kTile.threads()),
               kTile.shared_bytes(), stream, params);
 }
@@ -370,14 +430,19 @@ void launch_conv_weight_gradient(const ConvWeightGradient& params, Stream stream
 // Instantiated in causal_conv3d_cuda_gradient_*.cu, one format per file.
 template <ConvMath kMath>
 void run_conv_weight_gradient(const ConvWeightGradient& params, Stream stream) {
-  // Exact float32 and unaligned loads have the small tile alone.
-  if constexpr (kMath != ConvMath::kFloat32) {
-    if (params.vectors && params.tile == 0) {
-      return launch_conv_weight_gradient<kMath, 0, true>(params, stream);
+  // Only plain sources have the large tile, and exact float32 has not.
+  if (params.vectors && params.source.plain) {
+    if constexpr (kMath != ConvMath::kFloat32) {
+      if (params.tile == 0) {
+        return launch_conv_weight_gradient<kMath, 0, ConvLoads::kPlain>(params, stream);
+      }
     }
+    return launch_conv_weight_gradient<kMath, 1, ConvLoads::kPlain>(params, stream);
   }
-  if (params.vectors) return launch_conv_weight_gradient<kMath, 1, true>(params, stream);
-  launch_conv_weight_gradient<kMath, 1, false>(params, stream);
+  if (params.vectors) {
+    return launch_conv_weight_gradient<kMath, 1, ConvLoads::kGeneral>(params, stream);
+  }
+  launch_conv_weight_gradient<kMath, 1, ConvLoads::kElements>(params, stream);
 }
 
 }  // namespace vtok

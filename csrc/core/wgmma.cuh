@@ -39,6 +39,18 @@ __device__ __forceinline__ void fence_async_proxy() {
   VTOK_SM90A_ASM("fence.proxy.async.shared::cta;\n" :: : "memory");
 }
 
+// Keeps the compiler from moving uses of d across this line: it does not know when a product is
+// done. To be called before warpgroup_fence and after warpgroup_wait; without, ptxas finds uses of
+// d while products run and lets them run one by one.
+template <int N>
+__device__ __forceinline__ void warpgroup_keep(float (&d)[N][4]) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(d[j][e])::"memory");
+  }
+}
+
 // Orders the registers of d before the next product.
 __device__ __forceinline__ void warpgroup_fence() {
   VTOK_SM90A_ASM("wgmma.fence.sync.aligned;\n" :: : "memory");

@@ -5,6 +5,7 @@
 
 #include "async_copy.h"
 #include "device_memory.h"
+#include "warpgroup.h"
 
 namespace vtok::emulation {
 namespace {
@@ -56,6 +57,7 @@ void launch_checked(const Launch& request) {
   launch.name = without_parentheses(request.name);
   check_limits(launch);
   async_copy_begin_launch(launch.name.c_str());
+  warpgroup_begin_launch(launch.name.c_str());
   run_blocks(launch);
   check_device_buffers(launch.name);
 }

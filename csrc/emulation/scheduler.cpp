@@ -9,6 +9,7 @@
 #include "async_copy.h"
 #include "block_state.h"
 #include "shared_memory.h"
+#include "warpgroup.h"
 
 uint3 threadIdx;
 uint3 blockIdx;
@@ -128,6 +129,7 @@ void complete_barrier() {
 // The current thread has returned from the kernel.
 void exit_thread() {
   async_copy_finish_thread();
+  warpgroup_finish_thread();
   Warp& warp = block.warps[block.current / 32];
   const uint32_t bit = 1u << (block.current % 32);
   for (int i = 0; i < warp.num_groups; ++i) {
@@ -211,6 +213,7 @@ void run_block(uint64_t index) {
   const std::string text = failure_text(pool());
   pool().reset();
   async_copy_reset();
+  warpgroup_reset();
   throw std::runtime_error(text);
 }
 

@@ -4,6 +4,7 @@
 
 #include "../core/launch.cuh"
 #include "../core/mma.cuh"
+#include "../core/wgmma.cuh"
 #include "emulation_tests.h"
 
 namespace vtok::emulation_tests {
@@ -224,6 +225,71 @@ __global__ void misaligned_ldmatrix(const float* x, float* y, int) {
   y[threadIdx.x] = __uint_as_float(r[0]);
 }
 
+// wgmma.
+
+constexpr int kTileBytes = 64 * 128;
+
+// Both operands: ones scaled by x, the tile of b behind that of a; returns the first row.
+__device__ char* fill_operands(char* memory, float value) {
+  char* tile = memory + (1024 - reinterpret_cast<uintptr_t>(memory) % 1024) % 1024;
+  for (int i = threadIdx.x; i < kTileBytes; i += blockDim.x) {
+    store_vector(tile + 2 * i, from_float<bfloat16>(value));
+  }
+  fence_async_proxy();
+  __syncthreads();
+  return tile;
+}
+__device__ void multiply_tile(float (&sums)[8][4], const char* tile) {
+  warpgroup_keep(sums);
+  warpgroup_fence();
+  warpgroup_multiply<bfloat16, 64>(sums, tile, tile + kTileBytes, 0);
+  warpgroup_commit();
+}
+__global__ void sums_used_early(const float* x, float* y, int) {
+  VTOK_DYNAMIC_SHARED(char, memory);
+  float sums[8][4] = {};
+  multiply_tile(sums, fill_operands(memory, x[0]));
+  y[threadIdx.x] = sums[0][0];  // no wait
+  warpgroup_wait<0>();
+}
+__global__ void operand_overwritten_early(const float* x, float* y, int) {
+  VTOK_DYNAMIC_SHARED(char, memory);
+  float sums[8][4] = {};
+  char* tile = fill_operands(memory, x[0]);
+  multiply_tile(sums, tile);
+  __syncthreads();  // no wait: a barrier says nothing about products
+  fill_operands(memory, 2.0f * x[0]);
+  warpgroup_wait<0>();
+  warpgroup_keep(sums);
+  y[threadIdx.x] = sums[0][0];
+}
+__global__ void operand_not_arrived(const float* x, float* y, int) {
+  VTOK_DYNAMIC_SHARED(char, memory);
+  float sums[8][4] = {};
+  char* tile = fill_operands(memory, x[0]);
+  cp_async<16>(tile + threadIdx.x % 8 * 16, x, true);
+  cp_async_commit();
+  __syncthreads();
+  multiply_tile(sums, tile);
+  warpgroup_wait<0>();
+  warpgroup_keep(sums);
+  cp_async_wait<0>();
+  y[threadIdx.x] = sums[0][0];
+}
+__global__ void misaligned_operand(const float* x, float* y, int) {
+  VTOK_DYNAMIC_SHARED(char, memory);
+  float sums[8][4] = {};
+  multiply_tile(sums, fill_operands(memory, x[0]) + 128);
+  warpgroup_wait<0>();
+  y[threadIdx.x] = sums[0][0];
+}
+__global__ void products_never_waited_for(const float* x, float* y, int) {
+  VTOK_DYNAMIC_SHARED(char, memory);
+  float sums[8][4] = {};
+  multiply_tile(sums, fill_operands(memory, x[0]));
+  y[threadIdx.x] = x[threadIdx.x];
+}
+
 // Others.
 
 __device__ int depth_of(int n, volatile const float* x) {
@@ -285,6 +351,11 @@ const Case kCases[] = {
     VTOK_CASE("misaligned_cp_async", misaligned_cp_async, 1, kThreads, 0),
     VTOK_CASE("cp_async_outside_shared", cp_async_outside_shared, 1, kThreads, 0),
     VTOK_CASE("misaligned_ldmatrix", misaligned_ldmatrix, 1, kThreads, 0),
+    VTOK_CASE("sums_used_early", sums_used_early, 1, kThreads, 3 * kTileBytes),
+    VTOK_CASE("operand_overwritten_early", operand_overwritten_early, 1, kThreads, 3 * kTileBytes),
+    VTOK_CASE("operand_not_arrived", operand_not_arrived, 1, kThreads, 3 * kTileBytes),
+    VTOK_CASE("misaligned_operand", misaligned_operand, 1, kThreads, 3 * kTileBytes),
+    VTOK_CASE("products_never_waited_for", products_never_waited_for, 1, kThreads, 3 * kTileBytes),
     VTOK_CASE("stack_overflow", stack_overflow, 1, kThreads, 0),
     VTOK_CASE("division_by_zero", division_by_zero, 1, kThreads, 0),
     VTOK_CASE("empty_grid", racing_blocks, 0, kThreads, 0),

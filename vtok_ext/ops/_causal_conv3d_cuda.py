@@ -4,8 +4,11 @@ An axis of a product is (taps, step, tap_step, offset, divisor, exact): output c
 k read the source at floor((q * step + k * tap_step + offset) / divisor); see
 csrc/causal_conv3d/causal_conv3d.h.
 
-Workspaces are partial sums alone. A product that is split (small grids, never in a stream) takes
-splits * positions * O * 4 bytes, splits <= 16; the weight's gradient takes
+A vector of 16 bytes must lie in one pixel: a source with another number of channels (3 of pictures,
+6 of a latent) is copied with zeros up to the next multiple, and its weights with it.
+
+Other workspaces are partial sums alone. A product that is split (small grids, never in a stream)
+takes splits * positions * O * 4 bytes, splits <= 16; the weight's gradient takes
 splits * O * (taps * C + 1) * 4 bytes, at most 256 MiB unless one split is larger.
 """
 
@@ -64,8 +67,9 @@ def forward(
         "replicate": bool(g.replicate) and state is None,
         "may_split": may_split,
     }
-    x = _channels_side_by_side(x)
-    state = None if state is None else _channels_side_by_side(state)
+    x = _with_whole_vectors(x, g)
+    state = None if state is None else _with_whole_vectors(state, g)
+    weight = _pad_channels(weight, 1, x.shape[1] // g.groups)
     if not folding.folds(weight, state_frames, g):
         taps = weight.permute(0, 2, 3, 4, 1).contiguous()
         _product(x, state, taps, _forward_axes(weight, state, g), g, **outputs, **options)
@@ -120,8 +124,9 @@ def input_gradient(
     batch, channels, num_frames, height, width = x_shape
     front = g.front if state_frames is None else state_frames
     replicate = state_frames is None and g.replicate and front > 0 and num_frames > 0
-    flipped = weight.unflatten(0, (g.groups, -1)).permute(0, 2, 3, 4, 5, 1).contiguous()
-    grad = _channels_side_by_side(grad)
+    grad = _with_whole_vectors(grad, g)
+    flipped = weight.unflatten(0, (g.groups, -1)).permute(0, 2, 3, 4, 5, 1)
+    flipped = _pad_channels(flipped, 5, grad.shape[1] // g.groups).contiguous()
 
     def of_frames(first: int, count: int) -> Tensor:
         """Gradient of `count` padded frames from `first` on, summed over repeated pixels."""
@@ -154,7 +159,18 @@ def weight_gradient(
     g: Geometry,
 ) -> None:
     """Writes the gradients of weight and bias into `grad_weight` and `grad_bias`."""
-    grad = grad.contiguous(memory_format=_LAYOUT)
+    grad = _with_whole_vectors(grad, g).contiguous(memory_format=_LAYOUT)
+    x = _with_whole_vectors(x, g)
+    state = None if state is None else _with_whole_vectors(state, g)
+    shape = (grad.shape[1], x.shape[1] // g.groups, *grad_weight.shape[2:])
+    if shape != grad_weight.shape:  # zeros were added: their gradients are dropped
+        padded = grad_weight.new_empty(shape)
+        padded_bias = None if grad_bias is None else grad_bias.new_empty(shape[0])
+        weight_gradient(grad, x, padded, state, padded_bias, g)
+        grad_weight.copy_(padded[: grad_weight.shape[0], : grad_weight.shape[1]])
+        if grad_bias is not None:
+            grad_bias.copy_(padded_bias[: grad_bias.shape[0]])
+        return
     columns, channels = grad_weight.shape[0] // g.groups, grad_weight.shape[1]
     taps = grad_weight.shape[2:].numel()
     tf32 = _uses_tf32(x)
@@ -167,8 +183,7 @@ def weight_gradient(
         splits * grad_weight.shape[0] * (taps * channels + 1), dtype=torch.float32
     )
     _native.module().causal_conv3d_weight_gradient(
-        *(_channels_side_by_side(x), None if state is None else _channels_side_by_side(state)),
-        *(grad, grad_weight.flatten(2).transpose(1, 2), grad_bias, partial),
+        *(x, state, grad, grad_weight.flatten(2).transpose(1, 2), grad_bias, partial),
         _forward_axes(grad_weight, state, g),
         (g.groups, bool(g.replicate) and state is None, tf32, tile, splits),
         _native.call_context(grad),
@@ -264,6 +279,30 @@ def _input_gradient_axes(weight: Tensor, first_frame: int, g: Geometry) -> list[
 def _channels_side_by_side(x: Tensor) -> Tensor:
     """`x` [B, C, T, H, W] with channel stride 1: itself, slices too, or a copy."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous(memory_format=_LAYOUT)
+
+
+def _with_whole_vectors(x: Tensor, g: Geometry) -> Tensor:
+    """`x` [B, C, T, H, W] with channel stride 1 and, but for groups, whole vectors of channels."""
+    width = 16 // x.element_size()
+    missing = -x.shape[1] % width if g.groups == 1 else 0
+    if missing == 0:
+        return _channels_side_by_side(x)
+    batch, channels, *size = x.shape
+    shape = (batch, channels + missing, *size)
+    padded = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_LAYOUT)
+    padded[:, :channels] = x
+    padded[:, channels:] = 0
+    return padded
+
+
+def _pad_channels(weight: Tensor, dim: int, count: int) -> Tensor:
+    """`weight` with zeros up to `count` along `dim`."""
+    missing = count - weight.shape[dim]
+    if missing == 0:
+        return weight
+    shape = list(weight.shape)
+    shape[dim] = missing
+    return torch.cat([weight, weight.new_zeros(shape)], dim)
 
 
 def _uses_tf32(x: Tensor) -> bool:
