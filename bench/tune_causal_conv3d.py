@@ -7,7 +7,8 @@ python bench/tune_causal_conv3d.py --load times.json   fit again, without a GPU
 
 There is a table for tiles of mma.sync and one for those of wgmma. A row of a table holds up to a
 number of output channels and of 64 x 64 blocks per multiprocessor. Between two limits the tile with
-the least summed time counts, each shape relative to its own best.
+the least summed time counts, each shape relative to its own best. Tiles of the weight's gradient
+are measured too; their choice is a rule in causal_conv3d_cuda_gradient.cu.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 HEADER = Path(__file__).parent.parent / "csrc" / "causal_conv3d" / "causal_conv3d_tiles.h"
@@ -104,23 +106,37 @@ def of_kind(timings: Sequence[Timing], kind: str) -> list[Timing]:
     return [t for t in kept if t.times]
 
 
-def measure_all() -> list[Timing]:
-    """Times of every tile for every shape of the models, in bfloat16 on the current GPU."""
+def measure_all() -> tuple[list[Timing], list[Timing]]:
+    """Times of every tile for every shape of the models, in bfloat16 on the current GPU: of the
+    products, and of the weight's gradient."""
     import torch
     from conv_shapes import PROMAG_SHAPES, vidtok_shapes
     from harness import Timer
 
     import vtok_ext as vt
+    from vtok_ext import _native
     from vtok_ext.ops import _causal_conv3d_cuda as cuda
 
     timer = Timer("cuda")
     properties = torch.cuda.get_device_properties(0)
-    timings = []
-    shapes = {*vidtok_shapes(128), *vidtok_shapes(256), *PROMAG_SHAPES}
     header = HEADER.read_text()
-    num_mma = num_tiles(header, "kConvTiles")
-    num_wgmma = num_tiles(header, "kConvWarpgroupTiles")
     is_hopper = (properties.major, properties.minor) == (9, 0)
+    counts = {
+        kind: num_tiles(header, f"kConv{kind}Tiles")
+        + (num_tiles(header, f"kConv{kind}WarpgroupTiles") if is_hopper else 0)
+        for kind in ("", "Gradient")
+    }
+
+    def median(call) -> float:
+        return sorted([timer.once(call) for _ in range(8)][3:])[2]
+
+    def report(name: str, times: dict[int, float], flops: int) -> None:
+        rate = flops / min(times.values()) / 1e9
+        print(f"{name}: " + ", ".join(f"{k} {v:.3f} ms" for k, v in times.items()), end="")
+        print(f"; {rate:.0f} TFLOP/s")
+
+    products, gradients = [], []
+    shapes = {*vidtok_shapes(128), *vidtok_shapes(256), *PROMAG_SHAPES}
     for shape in sorted(shapes, key=lambda s: s.flops):
         size = (1, shape.channels, shape.frames + shape.front, shape.height, shape.width)
         x = torch.randn(size, device="cuda", dtype=torch.bfloat16)
@@ -129,26 +145,34 @@ def measure_all() -> list[Timing]:
         weight = weight.bfloat16().contiguous(memory_format=torch.channels_last_3d)
         options = {"stride": shape.stride, "temporal": "valid"}
         options["spatial_padding"] = shape.spatial_padding
-        times = {}
-        cuda.forced_splits = 1
-        has_wgmma = is_hopper and shape.channels % 8 == 0
-        for tile in range(num_mma + (num_wgmma if has_wgmma else 0)):
-            cuda.forced_tile = tile
+        convolve = partial(vt.causal_conv3d, x, weight, **options)
+        with torch.no_grad():
+            result = convolve()
+        flops = 2 * weight.numel() * result.numel() // result.shape[1]
+        cuda.forced_splits, times = 1, {}
+        for cuda.forced_tile in range(counts[""]):
             with torch.no_grad():
-                values = [
-                    timer.once(lambda: vt.causal_conv3d(x, weight, **options))  # noqa: B023
-                    for _ in range(8)
-                ]
-            times[tile] = sorted(values[3:])[2]
-        t, h, w = shape.output
-        rows, columns = -(-t * h * w // 64), -(-shape.columns // 64)
+                times[cuda.forced_tile] = median(convolve)
+        cuda.forced_tile = cuda.forced_splits = None
+        rows, columns = -(-result.numel() // result.shape[1] // 64), -(-shape.columns // 64)
         blocks = rows * columns // properties.multi_processor_count
-        timings.append(Timing(shape.columns, blocks, times))
-        best = min(times, key=lambda tile: times[tile])
-        rate = shape.flops / times[best] / 1e9  # without upsampling: its larger form
-        print(f"{shape.name}: " + ", ".join(f"{k} {v:.3f} ms" for k, v in times.items()), end="")
-        print(f"; {rate:.0f} TFLOP/s" if shape.upsample is None else "")
-    return timings
+        products.append(Timing(shape.columns, blocks, times))
+        report(shape.name, times, flops)
+
+        plan, module, times = cuda._weight_gradient_plan, _native.module(), {}
+        positions = result.numel() // result.shape[1]
+        depth = weight.numel() // shape.columns
+        product = (positions, shape.columns, 1, depth)
+        for tile in range(counts["Gradient"]):
+            splits = module.causal_conv3d_weight_gradient_splits(*product, tile, 0)
+            cuda._weight_gradient_plan = lambda *_, tile=tile, splits=splits: (tile, splits)
+            leaf = weight.detach().requires_grad_()
+            y = vt.causal_conv3d(x, leaf, **options)
+            times[tile] = median(partial(torch.autograd.grad, y, leaf, result, retain_graph=True))
+        cuda._weight_gradient_plan = plan
+        gradients.append(Timing(shape.columns, positions, times))
+        report("  weight gradient", times, flops)
+    return products, gradients
 
 
 def main() -> int:
@@ -161,14 +185,20 @@ def main() -> int:
     parser.add_argument("--load", type=Path, help="times to use in place of measuring")
     arguments = parser.parse_args()
     if arguments.load is None:
-        timings = measure_all()
+        timings, gradients = measure_all()
     else:
         found = json.loads(arguments.load.read_text())
-        timings = [
-            Timing(**{**t, "times": {int(k): v for k, v in t["times"].items()}}) for t in found
-        ]
+        timings, gradients = (
+            [
+                Timing(t["columns"], t["blocks"], {int(k): v for k, v in t["times"].items()})
+                for t in part
+            ]
+            for part in (found["products"], found["gradients"])
+        )
     if arguments.save is not None:
-        arguments.save.write_text(json.dumps([asdict(t) for t in timings], indent=1) + "\n")
+        parts = {"products": timings, "gradients": gradients}
+        text = json.dumps({k: [asdict(t) for t in part] for k, part in parts.items()}, indent=1)
+        arguments.save.write_text(text + "\n")
     for kind in COLUMN_LIMITS:
         rows = fit(of_kind(timings, kind), kind)
         print(f"{kind}:\n{table_text(rows)}", end="")

@@ -49,6 +49,9 @@ def causal_conv3d_weight_gradient_plan(
     tf32: bool,
     device_index: int,
 ) -> tuple[int, int]: ...
+def causal_conv3d_weight_gradient_splits(
+    positions: int, columns: int, groups: int, depth: int, tile: int, device_index: int
+) -> int: ...
 def fsq_forward(
     z: torch.Tensor,
     codes: torch.Tensor,

@@ -98,7 +98,7 @@ struct ConvWeightGradient {
   void* grad_bias = nullptr;       // [groups * columns] or null
   int splits = 1;                  // of the sum over positions
   float* partial = nullptr;        // [splits, groups * columns, depth + 1]
-  int tile = 0;                    // index into kConvGradientTiles
+  int tile = 0;  // index into kConvGradientTiles, then kConvGradientWarpgroupTiles
   bool vectors = false;
   int device_index = 0;
 };
@@ -116,5 +116,9 @@ ConvPlan causal_conv3d_gemm_plan_cuda(int64_t positions, int64_t columns, int gr
                                       ConvMath math, bool may_split, int device_index);
 ConvPlan causal_conv3d_weight_gradient_plan_cuda(int64_t positions, int64_t columns, int groups,
                                                  int64_t depth, ConvMath math, int device_index);
+
+// How many splits the weight's gradient takes with a tile.
+int causal_conv3d_weight_gradient_splits_cuda(int64_t positions, int64_t columns, int groups,
+                                              int64_t depth, int tile, int device_index);
 
 }  // namespace vtok

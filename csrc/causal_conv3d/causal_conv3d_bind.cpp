@@ -16,9 +16,13 @@
 namespace vtok {
 #ifndef VTOK_WITH_CUDA
 namespace detail {
+struct NoPlan {
+  operator ConvPlan() const { throw_no_cuda("causal_conv3d"); }
+  operator int() const { throw_no_cuda("causal_conv3d"); }
+};
 template <typename... Arguments>
-[[noreturn]] ConvPlan no_plan(const Arguments&...) {
-  throw_no_cuda("causal_conv3d");
+NoPlan no_plan(const Arguments&...) {
+  return {};
 }
 }  // namespace detail
 #endif
@@ -258,8 +262,9 @@ void weight_gradient(const TensorView& source, const TensorView& state, const Te
                   name_of(source.dtype), ", got ", name_of(grad_weight.dtype));
   check_vector("grad_bias", grad_bias, grad.shape[1], source.dtype);
   check_same_device("causal_conv3d", source, state, grad, grad_weight, grad_bias, partial);
-  VTOK_CHECK_VALUE(tile >= 0 && tile < kNumConvGradientTiles, "causal_conv3d: tile must be in 0..",
-                   kNumConvGradientTiles - 1, ", got ", tile);
+  constexpr int kNumTiles = kNumConvGradientTiles + kNumConvGradientWarpgroupTiles;
+  VTOK_CHECK_VALUE(tile >= 0 && tile < kNumTiles, "causal_conv3d: tile must be in 0..",
+                   kNumTiles - 1, ", got ", tile);
   check_partial(partial, splits, grad.shape[1] * (params.source.depth + 1));
   if (grad_weight.num_elements() == 0) return;
   params.grad = grad.data;
@@ -294,6 +299,13 @@ std::tuple<int, int> weight_gradient_plan(int64_t positions, int64_t columns, in
   return {plan.tile, plan.splits};
 }
 
+int weight_gradient_splits(int64_t positions, int64_t columns, int groups, int64_t depth, int tile,
+                           int device_index) {
+  VTOK_CHECK_VALUE(tile >= 0 && tile < kNumConvGradientTiles + kNumConvGradientWarpgroupTiles,
+                   "causal_conv3d: there is no gradient tile ", tile);
+  return VTOK_PLAN(weight_gradient_splits, positions, columns, groups, depth, tile, device_index);
+}
+
 }  // namespace
 
 void bind_causal_conv3d(pybind11::module_& m) {
@@ -311,6 +323,9 @@ void bind_causal_conv3d(pybind11::module_& m) {
   m.def("causal_conv3d_weight_gradient_plan", weight_gradient_plan, py::arg("positions"),
         py::arg("columns"), py::arg("groups"), py::arg("depth"), py::arg("is_half"),
         py::arg("tf32"), py::arg("device_index"));
+  m.def("causal_conv3d_weight_gradient_splits", weight_gradient_splits, py::arg("positions"),
+        py::arg("columns"), py::arg("groups"), py::arg("depth"), py::arg("tile"),
+        py::arg("device_index"));
 }
 
 }  // namespace vtok

@@ -66,18 +66,28 @@ int64_t ceil_div(int64_t a, int64_t b) {
 
 ConvPlan causal_conv3d_weight_gradient_plan_cuda(int64_t positions, int64_t columns, int groups,
                                                  int64_t depth, ConvMath math, int device_index) {
-  const int multiprocessors = num_multiprocessors(device_index);
   // The large tile loads half as much per product; it needs as many channels to be full.
-  const int tile = math != ConvMath::kFloat32 && columns > 64 && depth > 64 ? 0 : 1;
-  const ConvTile& shape = kConvGradientTiles[tile];
-  const int64_t blocks = ceil_div(columns, shape.rows) * ceil_div(depth, shape.columns) * groups;
+  int tile = math != ConvMath::kFloat32 && columns > 64 && depth > 64 ? 0 : 1;
+  const bool is_half = math == ConvMath::kBFloat16 || math == ConvMath::kFloat16;
+  if (kConvGradientWarpgroupsMeasured && is_half && has_wgmma(device_index)) {
+    tile = kNumConvGradientTiles + (columns <= 64 ? 2 : depth <= 128 ? 1 : 0);
+  }
+  return {tile, causal_conv3d_weight_gradient_splits_cuda(positions, columns, groups, depth, tile,
+                                                          device_index)};
+}
+
+int causal_conv3d_weight_gradient_splits_cuda(int64_t positions, int64_t columns, int groups,
+                                              int64_t depth, int tile, int device_index) {
+  const int multiprocessors = num_multiprocessors(device_index);
+  const int64_t blocks = ceil_div(columns, conv_gradient_tile_rows(tile)) *
+                         ceil_div(depth, conv_gradient_tile_columns(tile)) * groups;
   const int64_t partial_bytes = columns * groups * (depth + 1) * 4;
   int64_t splits = 4 * multiprocessors / blocks;
   const int64_t most = positions / kLeastPositions;
   if (splits > most) splits = most;
   if (splits < ceil_div(positions, kMostPositions)) splits = ceil_div(positions, kMostPositions);
   if (splits > kMostPartialBytes / partial_bytes) splits = kMostPartialBytes / partial_bytes;
-  return {tile, static_cast<int>(splits < 1 ? 1 : splits)};
+  return static_cast<int>(splits < 1 ? 1 : splits);
 }
 
 void causal_conv3d_weight_gradient_cuda(const ConvWeightGradient& params, Stream stream) {

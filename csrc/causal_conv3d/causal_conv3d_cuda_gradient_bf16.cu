@@ -1,5 +1,5 @@
-// Kernels of the weight's gradient in one format, see causal_conv3d_gradient.cuh.
-#include "causal_conv3d_gradient.cuh"
+// Kernels of the weight's gradient in one format, see causal_conv3d_gradient_dispatch.cuh.
+#include "causal_conv3d_gradient_dispatch.cuh"
 
 namespace vtok {
 

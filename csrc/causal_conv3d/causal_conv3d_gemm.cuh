@@ -65,12 +65,6 @@ __device__ __forceinline__ void conv_multiply(
   }
 }
 
-// Which part of the product a block computes.
-struct ConvBlock {
-  int first_row, first_column, group;
-  int first_step, last_step;  // along k
-};
-
 template <typename Traits>
 __device__ __forceinline__ ConvBlock conv_block(const ConvGemm& params, int depth_of_step) {
   const int column_tiles = (params.columns + Traits::kTile.columns - 1) / Traits::kTile.columns;

@@ -27,6 +27,16 @@ struct ConvGradientTraits {
   static constexpr int kLines = kThreads / kVectors;       // positions loaded at a time
   static constexpr int kLoads = kStep / kLines;
   static constexpr int kTileBytes = kTile.rows * kConvRowBytes;  // of one operand
+  static constexpr int kBlockDistance = 16;                      // rows between a warp's mma tiles
+
+  // Of the calling warp.
+  static __device__ __forceinline__ int warp_row() {
+    return static_cast<int>(threadIdx.x) / 32 / kWarpsAlongColumns * kTile.warp_rows;
+  }
+  static __device__ __forceinline__ int warp_column() {
+    return static_cast<int>(threadIdx.x) / 32 % kWarpsAlongColumns * kTile.warp_columns;
+  }
+
   static_assert(kTile.rows == kTile.columns, "both operands are loaded alike");
   static_assert(kStep % kLines == 0 && kVectors >= 8, "all threads load; eight banks to swizzle");
   static_assert(kTile.rows <= kThreads, "a thread sums the bias of a channel");
@@ -72,30 +82,44 @@ class ConvPositionStep {
   ConvPosition step_;
 };
 
-// The value of a plain source at a tap, for any position: see ConvPlainRows.
-template <typename T>
+// Where a position lies in a plain source at tap 0, see ConvPlainRows; offsets wrap.
+struct ConvPlainOrigin {
+  int time, row, column;
+  uint32_t offset;
+
+  __device__ __forceinline__ ConvPlainOrigin(const ConvSource& source, const ConvPosition& at)
+      : time(at.time * source.time.step + source.time.offset),
+        row(at.row * source.row.step + source.row.offset),
+        column(at.column * source.column.step + source.column.offset) {
+    const ConvStrides& s = source.strides;
+    offset = static_cast<uint32_t>(at.batch) * static_cast<uint32_t>(s.batch) +
+             static_cast<uint32_t>(time) * static_cast<uint32_t>(s.time) +
+             static_cast<uint32_t>(row) * static_cast<uint32_t>(s.row) +
+             static_cast<uint32_t>(column) * static_cast<uint32_t>(s.column);
+  }
+};
+
+// A tap and channel of a plain source, for any position.
 class ConvPlainTap {
  public:
-  __device__ __forceinline__ ConvPlainTap(const ConvSource& source, const ConvTap& tap, int group)
-      : data_(static_cast<const T*>(source.data) + int64_t{group} * source.channels + tap.channel),
-        time_(source.time.offset + tap.time * source.time.tap_step),
-        row_(source.row.offset + tap.row * source.row.tap_step),
-        column_(source.column.offset + tap.column * source.column.tap_step),
-        exists_(tap.time < source.time.taps) {}
-
-  __device__ __forceinline__ const T* locate(const ConvSource& source, const ConvPosition& at,
-                                             bool& valid) const {
-    const int time = at.time * source.time.step + time_;
-    const int row = at.row * source.row.step + row_;
-    const int column = at.column * source.column.step + column_;
-    valid = valid && exists_ && is_inside(source.time, time) && is_inside(source.row, row) &&
-            is_inside(source.column, column);
+  __device__ __forceinline__ void set(const ConvSource& source, const ConvTap& tap) {
+    time_ = tap.time * source.time.tap_step;
+    row_ = tap.row * source.row.tap_step;
+    column_ = tap.column * source.column.tap_step;
     const ConvStrides& s = source.strides;
-    const uint32_t offset = static_cast<uint32_t>(at.batch) * static_cast<uint32_t>(s.batch) +
-                            static_cast<uint32_t>(time) * static_cast<uint32_t>(s.time) +
-                            static_cast<uint32_t>(row) * static_cast<uint32_t>(s.row) +
-                            static_cast<uint32_t>(column) * static_cast<uint32_t>(s.column);
-    return data_ + static_cast<int32_t>(offset);
+    offset_ = static_cast<uint32_t>(time_) * static_cast<uint32_t>(s.time) +
+              static_cast<uint32_t>(row_) * static_cast<uint32_t>(s.row) +
+              static_cast<uint32_t>(column_) * static_cast<uint32_t>(s.column) +
+              static_cast<uint32_t>(tap.channel);
+    if (tap.time >= source.time.taps) time_ = INT32_MIN / 2;  // beyond the depth: never inside
+  }
+  __device__ __forceinline__ bool is_inside(const ConvSource& source,
+                                            const ConvPlainOrigin& from) const {
+    return is_inside(source.time, from.time + time_) && is_inside(source.row, from.row + row_) &&
+           is_inside(source.column, from.column + column_);
+  }
+  __device__ __forceinline__ int32_t offset(const ConvPlainOrigin& from) const {
+    return static_cast<int32_t>(from.offset + offset_);
   }
 
  private:
@@ -103,9 +127,8 @@ class ConvPlainTap {
     return static_cast<uint32_t>(coordinate) < static_cast<uint32_t>(axis.extent);
   }
 
-  const T* data_;
-  int time_, row_, column_;  // added to an output coordinate times its step
-  bool exists_;
+  int time_, row_, column_;
+  uint32_t offset_;
 };
 
 template <typename T, typename Traits, ConvLoads kLoads>
@@ -122,8 +145,8 @@ class ConvGradientLoader {
         tap_(conv_tap(params.source, first_column + vector_ * Traits::kWidth)),
         group_offset_(int64_t{group} * params.source.channels),
         grad_stride_(int64_t{params.source.groups} * params.columns),
-        step_(params.source, Traits::kStep),
-        plain_(params.source, tap_, group) {
+        step_(params.source, Traits::kStep) {
+    plain_.set(params.source, tap_);
     position_ = first_position + line_;
     grad_ = static_cast<const T*>(params.grad) + int64_t{group} * params.columns + row_ +
             position_ * grad_stride_;
@@ -167,8 +190,10 @@ class ConvGradientLoader {
   __device__ __forceinline__ void load_source(char* to, bool valid, const ConvPosition& at) {
     const ConvSource& source = params_.source;
     if constexpr (kLoads == ConvLoads::kPlain) {
-      const T* from = plain_.locate(source, at, valid);
-      cp_async<kConvVectorBytes>(to, from, valid);
+      const ConvPlainOrigin origin(source, at);
+      const T* data = static_cast<const T*>(source.data) + group_offset_;
+      cp_async<kConvVectorBytes>(to, data + plain_.offset(origin),
+                                 valid && plain_.is_inside(source, origin));
       return;
     }
     const ConvRow row = {valid ? at.batch : -1, at.time * source.time.step + source.time.offset,
@@ -197,7 +222,7 @@ class ConvGradientLoader {
   ConvTap tap_;
   int64_t group_offset_, grad_stride_;
   ConvPositionStep step_;
-  ConvPlainTap<T> plain_;
+  ConvPlainTap plain_;
   const T* grad_;  // of the first line, at row_
   int position_;
   ConvPosition positions_[Traits::kLoads];
@@ -322,9 +347,8 @@ __device__ __forceinline__ void conv_gradient_multiply_float(
 template <ConvMath kMath, typename Traits>
 __device__ __forceinline__ void conv_gradient_multiply(
     float (&sums)[Traits::kWarpRows][Traits::kWarpColumns][4], const char* stage) {
-  const int warp = threadIdx.x / 32;
-  const int row = warp / Traits::kWarpsAlongColumns * Traits::kTile.warp_rows;
-  const int column = warp % Traits::kWarpsAlongColumns * Traits::kTile.warp_columns;
+  const int row = Traits::warp_row();
+  const int column = Traits::warp_column();
   if constexpr (kMath == ConvMath::kFloat32) {
     conv_gradient_multiply_float<Traits>(sums, stage, row, column);
   } else if constexpr (kMath == ConvMath::kTf32) {
@@ -339,20 +363,16 @@ __device__ __forceinline__ void conv_gradient_multiply(
 // belongs to the bias.
 template <typename Traits>
 __device__ __forceinline__ void conv_gradient_store(
-    const ConvWeightGradient& params, int first_row, int first_column, int group, float bias,
+    const ConvWeightGradient& params, const ConvBlock& block, float bias,
     const float (&sums)[Traits::kWarpRows][Traits::kWarpColumns][4]) {
-  const int warp = threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
-  const int row =
-      first_row + warp / Traits::kWarpsAlongColumns * Traits::kTile.warp_rows + lane / 4;
-  const int column =
-      first_column + warp % Traits::kWarpsAlongColumns * Traits::kTile.warp_columns + lane % 4 * 2;
+  const int row = block.first_row + Traits::warp_row() + threadIdx.x % 32 / 4;
+  const int column = block.first_column + Traits::warp_column() + threadIdx.x % 4 * 2;
   const int64_t width = params.source.depth + 1;
-  float* partial = params.partial +
-                   (int64_t{blockIdx.z} * params.source.groups + group) * params.columns * width;
+  float* partial = params.partial + (int64_t{blockIdx.z} * params.source.groups + block.group) *
+                                        params.columns * width;
 #pragma unroll
   for (int i = 0; i < Traits::kWarpRows * 2; ++i) {
-    const int channel = row + i * 8;
+    const int channel = row + i / 2 * Traits::kBlockDistance + i % 2 * 8;
     if (channel >= params.columns) continue;
 #pragma unroll
     for (int j = 0; j < Traits::kWarpColumns * 2; ++j) {
@@ -361,10 +381,24 @@ __device__ __forceinline__ void conv_gradient_store(
       partial[channel * width + place] = sums[i / 2][j / 2][i % 2 * 2 + j % 2];
     }
   }
-  const int own = first_row + static_cast<int>(threadIdx.x);
-  if (first_column == 0 && threadIdx.x < Traits::kTile.rows && own < params.columns) {
+  const int own = block.first_row + static_cast<int>(threadIdx.x);
+  if (block.first_column == 0 && threadIdx.x < Traits::kTile.rows && own < params.columns) {
     partial[own * width + width - 1] = bias;
   }
+}
+
+// Which part of the sums a block computes; steps are along the positions.
+template <typename Traits>
+__device__ __forceinline__ ConvBlock conv_gradient_block(const ConvWeightGradient& params) {
+  const int row_tiles = (params.columns + Traits::kTile.rows - 1) / Traits::kTile.rows;
+  const int steps = (params.source.positions + Traits::kStep - 1) / Traits::kStep;
+  ConvBlock block;
+  block.first_row = blockIdx.x % row_tiles * Traits::kTile.rows;
+  block.group = blockIdx.x / row_tiles % params.source.groups;
+  block.first_column = blockIdx.x / (row_tiles * params.source.groups) * Traits::kTile.columns;
+  block.first_step = int64_t{steps} * blockIdx.z / params.splits;
+  block.last_step = int64_t{steps} * (blockIdx.z + 1) / params.splits;
+  return block;
 }
 
 // Grid: (tiles of output channels x tiles of places x groups, 1, splits).
@@ -375,15 +409,10 @@ __global__ void __launch_bounds__(
   using T = typename ConvElement<kMath>::type;
   using Traits = ConvGradientTraits<T, kTileIndex>;
   VTOK_DYNAMIC_SHARED(char, shared);  // [stages, 2, kStep, rows]
-  const int row_tiles = (params.columns + Traits::kTile.rows - 1) / Traits::kTile.rows;
-  const int first_row = blockIdx.x % row_tiles * Traits::kTile.rows;
-  const int group = blockIdx.x / row_tiles % params.source.groups;
-  const int first_column = blockIdx.x / (row_tiles * params.source.groups) * Traits::kTile.columns;
-  const int steps = (params.source.positions + Traits::kStep - 1) / Traits::kStep;
-  const int first = int64_t{steps} * blockIdx.z / params.splits;
-  const int last = int64_t{steps} * (blockIdx.z + 1) / params.splits;
-  ConvGradientLoader<T, Traits, kLoads> loader(params, first_row, first_column, group,
-                                               first * Traits::kStep);
+  const ConvBlock block = conv_gradient_block<Traits>(params);
+  const int first = block.first_step, last = block.last_step;
+  ConvGradientLoader<T, Traits, kLoads> loader(params, block.first_row, block.first_column,
+                                               block.group, first * Traits::kStep);
   constexpr int kStages = Traits::kTile.stages;
   constexpr int kStageBytes = 2 * Traits::kTileBytes;
 #pragma unroll
@@ -393,7 +422,7 @@ __global__ void __launch_bounds__(
   }
   float sums[Traits::kWarpRows][Traits::kWarpColumns][4] = {};
   float bias = 0.0f;
-  const bool sums_bias = first_column == 0 && threadIdx.x < Traits::kTile.rows;
+  const bool sums_bias = block.first_column == 0 && threadIdx.x < Traits::kTile.rows;
   int reading = 0;
   int writing = kStages - 1;
   for (int step = first; step < last; ++step) {
@@ -411,38 +440,31 @@ __global__ void __launch_bounds__(
     reading = reading + 1 == kStages ? 0 : reading + 1;
     writing = writing + 1 == kStages ? 0 : writing + 1;
   }
-  conv_gradient_store<Traits>(params, first_row, first_column, group, bias, sums);
+  conv_gradient_store<Traits>(params, block, bias, sums);
+}
+
+// The number of blocks, without splits.
+inline unsigned conv_gradient_num_blocks(const ConvWeightGradient& params, int tile_rows,
+                                         int tile_columns) {
+  const int64_t row_tiles = (int64_t{params.columns} + tile_rows - 1) / tile_rows;
+  const int64_t column_tiles = (int64_t{params.source.depth} + tile_columns - 1) / tile_columns;
+  const int64_t blocks = row_tiles * column_tiles * params.source.groups;
+  VTOK_CHECK_VALUE(blocks <= INT32_MAX, "causal_conv3d: weight must have at most 2^31 blocks, got ",
+                   blocks);
+  return static_cast<unsigned>(blocks);
 }
 
 template <ConvMath kMath, int kTileIndex, ConvLoads kLoads>
 void launch_conv_weight_gradient(const ConvWeightGradient& params, Stream stream) {
   constexpr ConvTile kTile = kConvGradientTiles[kTileIndex];
-  const int64_t row_tiles = (params.columns + kTile.rows - 1) / kTile.rows;
-  const int64_t column_tiles = (params.source.depth + kTile.columns - 1) / kTile.columns;
-  const int64_t blocks = row_tiles * column_tiles * params.source.groups;
-  VTOK_CHECK_VALUE(blocks <= INT32_MAX, "causal_conv3d: weight must have at most 2^31 blocks, got ",
-                   blocks);
+  const unsigned blocks = conv_gradient_num_blocks(params, kTile.rows, kTile.columns);
   VTOK_LAUNCH((causal_conv3d_weight_gradient_kernel<kMath, kTileIndex, kLoads>),
-              dim3(static_cast<unsigned>(blocks), 1, params.splits), dim3(kTile.threads()),
-              kTile.shared_bytes(), stream, params);
+              dim3(blocks, 1, params.splits), dim3(kTile.threads()), kTile.shared_bytes(), stream,
+              params);
 }
 
 // Instantiated in causal_conv3d_cuda_gradient_*.cu, one format per file.
 template <ConvMath kMath>
-void run_conv_weight_gradient(const ConvWeightGradient& params, Stream stream) {
-  // Only plain sources have the large tile, and exact float32 has not.
-  if (params.vectors && params.source.plain) {
-    if constexpr (kMath != ConvMath::kFloat32) {
-      if (params.tile == 0) {
-        return launch_conv_weight_gradient<kMath, 0, ConvLoads::kPlain>(params, stream);
-      }
-    }
-    return launch_conv_weight_gradient<kMath, 1, ConvLoads::kPlain>(params, stream);
-  }
-  if (params.vectors) {
-    return launch_conv_weight_gradient<kMath, 1, ConvLoads::kGeneral>(params, stream);
-  }
-  launch_conv_weight_gradient<kMath, 1, ConvLoads::kElements>(params, stream);
-}
+void run_conv_weight_gradient(const ConvWeightGradient& params, Stream stream);
 
 }  // namespace vtok

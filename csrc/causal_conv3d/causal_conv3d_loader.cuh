@@ -8,6 +8,12 @@
 
 namespace vtok {
 
+// Which part of the product a block computes.
+struct ConvBlock {
+  int first_row, first_column, group;
+  int first_step, last_step;  // along k
+};
+
 enum class ConvLoads {
   kElements,  // one by one: no aligned vectors
   kGeneral,   // vectors of any source

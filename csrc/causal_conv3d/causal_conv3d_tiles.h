@@ -58,6 +58,28 @@ constexpr ConvTile kConvGradientTiles[] = {
 };
 constexpr int kNumConvGradientTiles = sizeof(kConvGradientTiles) / sizeof(kConvGradientTiles[0]);
 
+// The same with wgmma; a step is 64 positions.
+constexpr ConvWarpgroupTile kConvGradientWarpgroupTiles[] = {
+    {128, 256, 2, 4, 1},  // 2
+    {128, 128, 2, 3, 2},  // 3
+    {64, 128, 1, 4, 2},   // 4
+};
+constexpr int kNumConvGradientWarpgroupTiles =
+    sizeof(kConvGradientWarpgroupTiles) / sizeof(kConvGradientWarpgroupTiles[0]);
+// Whether they are chosen: not before they have been measured on a GPU.
+constexpr bool kConvGradientWarpgroupsMeasured = false;
+
+constexpr int conv_gradient_tile_rows(int tile) {
+  return tile < kNumConvGradientTiles
+             ? kConvGradientTiles[tile].rows
+             : kConvGradientWarpgroupTiles[tile - kNumConvGradientTiles].rows;
+}
+constexpr int conv_gradient_tile_columns(int tile) {
+  return tile < kNumConvGradientTiles
+             ? kConvGradientTiles[tile].columns
+             : kConvGradientWarpgroupTiles[tile - kNumConvGradientTiles].columns;
+}
+
 struct ConvTileRow {
   int most_columns;     // the row is for at most so many output channels (per group)
   int64_t most_blocks;  // and at most so many blocks of 64 x 64 per multiprocessor

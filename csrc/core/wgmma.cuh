@@ -6,6 +6,9 @@
 // the instruction undoes by exclusive or of address bits 4..6 with bits 7..9. A step of 16 along k
 // therefore just adds 32 bytes to the address.
 //
+// Transposed operands lie with k along the rows: blocks of 64 columns, in each a row of 128 bytes
+// per k with the same swizzle. A block of 64 k is 8192 bytes, a step of 16 along k 2048.
+//
 // Thread t of the group holds of d (64 x N) in d[j][e]: row t / 32 * 16 + t % 32 / 4 (+ 8 for e >=
 // 2), column 8 j + t % 4 * 2 + e % 2. These are the layouts of mma.sync, four warps below each
 // other.
@@ -76,6 +79,13 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(const void* rows) {
          uint64_t{1} << 62;
 }
 
+// Of transposed operands: the distance of blocks of 64 columns, too.
+__device__ __forceinline__ uint64_t wgmma_transposed_descriptor(const void* block) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(block));
+  return uint64_t{(address & 0x3ffff) >> 4} | uint64_t{8192 >> 4} << 16 |
+         uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+
 // clang-format off
 #define VTOK_D1(d, j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
 #define VTOK_D4(d, j) VTOK_D1(d, j), VTOK_D1(d, (j) + 1), VTOK_D1(d, (j) + 2), VTOK_D1(d, (j) + 3)
@@ -83,26 +93,27 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(const void* rows) {
 #define VTOK_D16(d, j) VTOK_D8(d, j), VTOK_D8(d, (j) + 8)
 // clang-format on
 
-#define VTOK_WGMMA_N64(type)                                                                      \
+#define VTOK_WGMMA_N64(type, transposed)                                                          \
   VTOK_SM90A_ASM("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                      \
                  " {"                                                                             \
                  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "         \
                  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
-                 "}, %32, %33, 1, 1, 1, 0, 0;\n" : VTOK_D8(d, 0) : "l"(a),                        \
+                 "}, %32, %33, 1, 1, 1, " transposed ", " transposed                              \
+                 ";\n" : VTOK_D8(d, 0) : "l"(a),                                                  \
                  "l"(b))
 
-#define VTOK_WGMMA_N128(type)                                                            \
-  VTOK_SM90A_ASM(                                                                        \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                       \
-      " {"                                                                               \
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"   \
-      "}, %64, %65, 1, 1, 1, 0, 0;\n" : VTOK_D16(d, 0) : "l"(a),                         \
+#define VTOK_WGMMA_N128(type, transposed)                                                  \
+  VTOK_SM90A_ASM(                                                                          \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                         \
+      " {"                                                                                 \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "             \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "   \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "   \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"     \
+      "}, %64, %65, 1, 1, 1, " transposed ", " transposed ";\n" : VTOK_D16(d, 0) : "l"(a), \
       "l"(b))
 
-#define VTOK_WGMMA_N256(type)                                                                      \
+#define VTOK_WGMMA_N256(type, transposed)                                                          \
   VTOK_SM90A_ASM(                                                                                  \
       "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type                                 \
       " {"                                                                                         \
@@ -116,7 +127,7 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(const void* rows) {
       "%111, "                                                                                     \
       "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, " \
       "%127"                                                                                       \
-      "}, %128, %129, 1, 1, 1, 0, 0;\n" : VTOK_D16(d, 0),                                          \
+      "}, %128, %129, 1, 1, 1, " transposed ", " transposed ";\n" : VTOK_D16(d, 0),                \
       VTOK_D16(d, 16) : "l"(a), "l"(b))
 
 }  // namespace detail
@@ -132,12 +143,28 @@ __device__ __forceinline__ void warpgroup_multiply(float (&d)[N / 8][4], const v
   const uint64_t a = detail::wgmma_descriptor(a_rows) + step * (32 >> 4);
   const uint64_t b = detail::wgmma_descriptor(b_rows) + step * (32 >> 4);
   constexpr bool kHalf = std::is_same_v<T, float16>;
-  if constexpr (N == 64 && kHalf) VTOK_WGMMA_N64("f16");
-  if constexpr (N == 64 && !kHalf) VTOK_WGMMA_N64("bf16");
-  if constexpr (N == 128 && kHalf) VTOK_WGMMA_N128("f16");
-  if constexpr (N == 128 && !kHalf) VTOK_WGMMA_N128("bf16");
-  if constexpr (N == 256 && kHalf) VTOK_WGMMA_N256("f16");
-  if constexpr (N == 256 && !kHalf) VTOK_WGMMA_N256("bf16");
+  if constexpr (N == 64 && kHalf) VTOK_WGMMA_N64("f16", "0");
+  if constexpr (N == 64 && !kHalf) VTOK_WGMMA_N64("bf16", "0");
+  if constexpr (N == 128 && kHalf) VTOK_WGMMA_N128("f16", "0");
+  if constexpr (N == 128 && !kHalf) VTOK_WGMMA_N128("bf16", "0");
+  if constexpr (N == 256 && kHalf) VTOK_WGMMA_N256("f16", "0");
+  if constexpr (N == 256 && !kHalf) VTOK_WGMMA_N256("bf16", "0");
+}
+
+// The same for transposed operands: d += a^T * b, where a_block is the block of a's 64 columns and
+// b_blocks the first of b's N / 64.
+template <typename T, int N>
+__device__ __forceinline__ void warpgroup_multiply_transposed(float (&d)[N / 8][4],
+                                                              const void* a_block,
+                                                              const void* b_blocks, int step) {
+  static_assert(N == 128 || N == 256, "widths of the tiles");
+  const uint64_t a = detail::wgmma_transposed_descriptor(a_block) + step * (2048 >> 4);
+  const uint64_t b = detail::wgmma_transposed_descriptor(b_blocks) + step * (2048 >> 4);
+  constexpr bool kHalf = std::is_same_v<T, float16>;
+  if constexpr (N == 128 && kHalf) VTOK_WGMMA_N128("f16", "1");
+  if constexpr (N == 128 && !kHalf) VTOK_WGMMA_N128("bf16", "1");
+  if constexpr (N == 256 && kHalf) VTOK_WGMMA_N256("f16", "1");
+  if constexpr (N == 256 && !kHalf) VTOK_WGMMA_N256("bf16", "1");
 }
 
 #undef VTOK_WGMMA_N64

@@ -168,7 +168,7 @@ def weight_gradient(
         padded_bias = None if grad_bias is None else grad_bias.new_empty(shape[0])
         weight_gradient(grad, x, padded, state, padded_bias, g)
         grad_weight.copy_(padded[: grad_weight.shape[0], : grad_weight.shape[1]])
-        if grad_bias is not None:
+        if grad_bias is not None and padded_bias is not None:
             grad_bias.copy_(padded_bias[: grad_bias.shape[0]])
         return
     columns, channels = grad_weight.shape[0] // g.groups, grad_weight.shape[1]
