@@ -53,12 +53,14 @@ struct ConvSource {
   int depth = 0;  // taps * channels
   int batch = 0;
   int positions = 0;  // batch * outputs of the three axes
-  // Every value is `data` at its coordinate or zero, divisors are 1, an axis has at most
-  // kConvPlainTaps taps and the source less than 2^31 elements.
+  // There is no state, divisors are 1, an axis has at most kConvPlainTaps taps and starts at most
+  // kConvPlainBefore frames before a first frame that is repeated, and the source has less than
+  // 2^31 elements.
   bool plain = false;
 };
 
-constexpr int kConvPlainTaps = 10;
+constexpr int kConvPlainTaps = 9;
+constexpr int kConvPlainBefore = 15;
 
 // y = mix * other + (1 - mix) * silu(sum + bias + residual), mix = sigmoid(*mix_factor)
 struct ConvEpilogue {

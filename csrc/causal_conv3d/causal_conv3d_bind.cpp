@@ -103,7 +103,10 @@ bool is_plain(const ConvSource& source, const TensorView& data) {
   for (int dim = 0; dim < data.num_dims; ++dim) {
     last += std::max<int64_t>(data.shape[dim] - 1, 0) * data.strides[dim];
   }
-  bool plain = source.state_frames == 0 && !source.replicate && last < INT32_MAX;
+  bool plain = source.state_frames == 0 && last < INT32_MAX;
+  // Going back in time, only a gradient does, would not end at the first frame.
+  plain &=
+      !source.replicate || (source.time.tap_step > 0 && source.time.offset >= -kConvPlainBefore);
   for (const ConvAxis* axis : {&source.time, &source.row, &source.column}) {
     plain &= axis->divisor == 1 && axis->taps <= kConvPlainTaps;
   }

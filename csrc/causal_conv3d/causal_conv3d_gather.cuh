@@ -126,9 +126,11 @@ class ConvGeneralRows {
   const T* sources_[kCount];
 };
 
-// The same for a plain source, where a tap is the same distance from every row: to move to another
-// tap is a few instructions. A bit for each tap of each axis says whether it lies in the source.
-// Offsets count elements and wrap; that of a valid value is below 2^31.
+// The same for a plain source, where a tap is the same distance from every row, but for the frames
+// before the first one: to move to another tap is a few instructions. A mask has a bit for each tap
+// of each axis, whether it lies in the source, and then how many frames before the first one tap 0
+// is where that one is repeated. Offsets count elements and wrap; that of a valid value is below
+// 2^31.
 template <typename T, int kCount>
 class ConvPlainRows {
  public:
@@ -139,10 +141,13 @@ class ConvPlainRows {
                 static_cast<uint32_t>(row.time) * static_cast<uint32_t>(s.time) +
                 static_cast<uint32_t>(row.row) * static_cast<uint32_t>(s.row) +
                 static_cast<uint32_t>(row.column) * static_cast<uint32_t>(s.column);
-    masks_[i] = row.batch < 0 ? 0
-                              : taps_inside(source.time, row.time) |
-                                    taps_inside(source.row, row.row) << kConvPlainTaps |
-                                    taps_inside(source.column, row.column) << 2 * kConvPlainTaps;
+    masks_[i] = 0;
+    if (row.batch < 0) return;
+    const int before = source.replicate && row.time < 0 ? -row.time : 0;
+    masks_[i] = taps_inside(source.time, row.time, source.replicate) |
+                taps_inside(source.row, row.row, false) << kConvPlainTaps |
+                taps_inside(source.column, row.column, false) << 2 * kConvPlainTaps |
+                static_cast<uint32_t>(before) << 3 * kConvPlainTaps;
   }
   __device__ __forceinline__ void start(const ConvSource& source, int group) {
     data_ = static_cast<const T*>(source.data) + int64_t{group} * source.channels;
@@ -154,22 +159,28 @@ class ConvPlainRows {
         static_cast<uint32_t>(tap.row * source.row.tap_step) * static_cast<uint32_t>(s.row) +
         static_cast<uint32_t>(tap.column * source.column.tap_step) *
             static_cast<uint32_t>(s.column);
+    time_ = source.replicate ? tap.time * source.time.tap_step : 0;
+    frame_ = static_cast<uint32_t>(s.time);
     // Beyond the depth: a bit that no mask has.
-    bits_ = tap.time >= source.time.taps ? 1u << 3 * kConvPlainTaps
+    bits_ = tap.time >= source.time.taps ? 1u << 31
                                          : 1u << tap.time | 1u << (kConvPlainTaps + tap.row) |
                                                1u << (2 * kConvPlainTaps + tap.column);
   }
   __device__ __forceinline__ bool is_valid(int i) const { return (masks_[i] & bits_) == bits_; }
   __device__ __forceinline__ const T* at(int i, int channel) const {
-    return data_ + static_cast<int32_t>(bases_[i] + (offset_ + static_cast<uint32_t>(channel)));
+    const int before = static_cast<int>(masks_[i] >> 3 * kConvPlainTaps) - time_;
+    const uint32_t repeated = before > 0 ? static_cast<uint32_t>(before) * frame_ : 0;
+    return data_ +
+           static_cast<int32_t>(bases_[i] + repeated + (offset_ + static_cast<uint32_t>(channel)));
   }
 
  private:
-  static __device__ __forceinline__ uint32_t taps_inside(const ConvAxis& axis, int first) {
+  static __device__ __forceinline__ uint32_t taps_inside(const ConvAxis& axis, int first,
+                                                         bool before_too) {
     uint32_t bits = 0;
     for (int tap = 0; tap < axis.taps; ++tap) {
       const int coordinate = first + tap * axis.tap_step;
-      if (coordinate >= 0 && coordinate < axis.extent) bits |= 1u << tap;
+      if ((coordinate >= 0 || before_too) && coordinate < axis.extent) bits |= 1u << tap;
     }
     return bits;
   }
@@ -177,6 +188,8 @@ class ConvPlainRows {
   const T* data_;
   uint32_t bases_[kCount], masks_[kCount];
   uint32_t offset_, bits_;  // of the tap
+  int time_;                // of the tap, in frames from tap 0; 0 where none is repeated
+  uint32_t frame_;          // distance of frames
 };
 
 }  // namespace vtok

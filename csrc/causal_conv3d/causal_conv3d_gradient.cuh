@@ -82,7 +82,8 @@ class ConvPositionStep {
   ConvPosition step_;
 };
 
-// Where a position lies in a plain source at tap 0, see ConvPlainRows; offsets wrap.
+// Where a position lies in a plain source at tap 0, see ConvPlainRows; offsets wrap and are those
+// of the first frame.
 struct ConvPlainOrigin {
   int time, row, column;
   uint32_t offset;
@@ -93,7 +94,6 @@ struct ConvPlainOrigin {
         column(at.column * source.column.step + source.column.offset) {
     const ConvStrides& s = source.strides;
     offset = static_cast<uint32_t>(at.batch) * static_cast<uint32_t>(s.batch) +
-             static_cast<uint32_t>(time) * static_cast<uint32_t>(s.time) +
              static_cast<uint32_t>(row) * static_cast<uint32_t>(s.row) +
              static_cast<uint32_t>(column) * static_cast<uint32_t>(s.column);
   }
@@ -103,23 +103,25 @@ struct ConvPlainOrigin {
 class ConvPlainTap {
  public:
   __device__ __forceinline__ void set(const ConvSource& source, const ConvTap& tap) {
-    time_ = tap.time * source.time.tap_step;
+    // Beyond the depth: never inside.
+    time_ = tap.time < source.time.taps ? tap.time * source.time.tap_step : INT32_MAX / 2;
     row_ = tap.row * source.row.tap_step;
     column_ = tap.column * source.column.tap_step;
     const ConvStrides& s = source.strides;
-    offset_ = static_cast<uint32_t>(time_) * static_cast<uint32_t>(s.time) +
-              static_cast<uint32_t>(row_) * static_cast<uint32_t>(s.row) +
+    offset_ = static_cast<uint32_t>(row_) * static_cast<uint32_t>(s.row) +
               static_cast<uint32_t>(column_) * static_cast<uint32_t>(s.column) +
               static_cast<uint32_t>(tap.channel);
-    if (tap.time >= source.time.taps) time_ = INT32_MIN / 2;  // beyond the depth: never inside
   }
-  __device__ __forceinline__ bool is_inside(const ConvSource& source,
-                                            const ConvPlainOrigin& from) const {
-    return is_inside(source.time, from.time + time_) && is_inside(source.row, from.row + row_) &&
-           is_inside(source.column, from.column + column_);
-  }
-  __device__ __forceinline__ int32_t offset(const ConvPlainOrigin& from) const {
-    return static_cast<int32_t>(from.offset + offset_);
+  // The element's offset in the source; says whether it is there.
+  __device__ __forceinline__ int32_t offset(const ConvSource& source, const ConvPlainOrigin& from,
+                                            bool& inside) const {
+    const int first = source.replicate ? 0 : INT32_MIN;
+    const int time = from.time + time_ > first ? from.time + time_ : first;
+    inside = inside && is_inside(source.time, time) && is_inside(source.row, from.row + row_) &&
+             is_inside(source.column, from.column + column_);
+    return static_cast<int32_t>(from.offset + offset_ +
+                                static_cast<uint32_t>(time) *
+                                    static_cast<uint32_t>(source.strides.time));
   }
 
  private:
@@ -192,8 +194,8 @@ class ConvGradientLoader {
     if constexpr (kLoads == ConvLoads::kPlain) {
       const ConvPlainOrigin origin(source, at);
       const T* data = static_cast<const T*>(source.data) + group_offset_;
-      cp_async<kConvVectorBytes>(to, data + plain_.offset(origin),
-                                 valid && plain_.is_inside(source, origin));
+      const int32_t offset = plain_.offset(source, origin, valid);
+      cp_async<kConvVectorBytes>(to, data + offset, valid);
       return;
     }
     const ConvRow row = {valid ? at.batch : -1, at.time * source.time.step + source.time.offset,

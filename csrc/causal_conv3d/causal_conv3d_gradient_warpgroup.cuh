@@ -88,9 +88,10 @@ class ConvGradientWarpgroupLoader {
       const ConvPlainOrigin origin(params_.source, positions_[i]);
 #pragma unroll
       for (int b = 0; b < Traits::kColumnBlocks; ++b) {
+        bool inside = valid;
+        const int32_t offset = taps_[b].offset(params_.source, origin, inside);
         cp_async<kConvVectorBytes>(to + (Traits::kRowBlocks + b) * Traits::kBlockBytes,
-                                   source_ + taps_[b].offset(origin),
-                                   valid && taps_[b].is_inside(params_.source, origin));
+                                   source_ + offset, inside);
       }
       step_.move(params_.source, positions_[i]);
     }

@@ -28,9 +28,14 @@ class StateFlow:
         self.previous = previous
         self.following: dict[str, Tensor] | None = {} if collect else None
 
+    @property
+    def is_stream(self) -> bool:
+        """Whether the pass continues another or is to be continued."""
+        return self.previous is not None or self.following is not None
+
     def __call__(self, name: str, layer: Callable[..., Any], x: Tensor, **options: Any) -> Tensor:
         """Returns `layer(x, **options)` continued from the child's previous state."""
-        if self.previous is None and self.following is None:
+        if not self.is_stream:
             return layer(x, **options)  # a whole clip: the layer need not know of streams
         state = None if self.previous is None else _child_state(self.previous, name)
         if self.following is None:

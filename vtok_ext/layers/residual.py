@@ -27,17 +27,17 @@ from vtok_ext.layers.causal_conv3d import (
 from vtok_ext.layers.norm_act import GroupNormAct, NormAct, norm_act
 
 
-def _writes_front(norm: nn.Module, conv: nn.Module, x: Tensor) -> bool:
+def _writes_front(norm: nn.Module, conv: nn.Module, x: Tensor, flow: StateFlow) -> bool:
     """Whether `norm` is to write the buffer that holds the front frames of `conv`.
 
-    On a CPU, where a convolution could only join them to a copy; a GPU kernel reads them from where
-    they are.
+    On a CPU, where a convolution could only join them to a copy, and in a stream: a GPU kernel
+    reads copies of the first frame from where it is, but is slower on frames that lie elsewhere.
     """
     if type(norm) not in (NormAct, GroupNormAct) or has_hooks(norm):
         return False
     if type(conv) not in (CausalConv1d, CausalConv3d) or not fuses(conv):
         return False
-    return x.device.type == "cpu" and x.shape[2] > 0
+    return (x.device.type == "cpu" or flow.is_stream) and x.shape[2] > 0
 
 
 class _BehindFront:
@@ -100,7 +100,7 @@ class _TemporalResidualBlock(nn.Module):
     ) -> Tensor:
         """Returns the convolution `name` of `norm(x)`."""
         conv = getattr(self, name)
-        if not _writes_front(norm, conv, x):
+        if not _writes_front(norm, conv, x, flow):
             return flow(name, conv, norm(x), **residual)
         return flow(name, _BehindFront(norm, conv), x, **residual)
 
