@@ -6,7 +6,8 @@ A procedural clip goes through small models with random weights twice: with the 
 diffusers takes (`frames="reference"`, tiling enabled, tiles as large as a frame, so that only
 borders in time remain) and as `wrap_diffusers` computes it. "Difference" is the largest between the
 two, of the largest value; "seam" is how much more the tiled video changes against the exact one at
-borders of tiles than elsewhere (`boundary_jump`; 1 = no seam).
+borders of tiles than elsewhere (`boundary_jump`; 1 = no seam). HunyuanVideo blends four frames at
+each border, which all count.
 """
 
 import json
@@ -21,8 +22,8 @@ import vtok_ext as vt
 from vtok_ext.data.procedural import procedural_clip
 
 SIZE, NUM_FRAMES = 64, 49
-# Frames per tile behind the first frame.
-BORDERS = {"HunyuanVideo": 12, "VidTok": 16, "Wan 2.1": 4, "CogVideoX": 8}
+# Frames per tile behind the first frame, and how many frames a border is blended over.
+BORDERS = {"HunyuanVideo": (12, 4), "VidTok": (16, 0), "Wan 2.1": (4, 0), "CogVideoX": (8, 0)}
 
 
 @torch.no_grad()
@@ -43,11 +44,13 @@ def seams(name: str) -> dict:
     else:
         tiled = model.decode(model.encode(clip, frames="reference"))
     difference = float((tiled - exact).abs().max() / exact.abs().max())
-    jump = None
+    jump, (step, blended) = None, BORDERS[name]
     if difference > 1e-4:
-        borders = list(range(1 + BORDERS[name], NUM_FRAMES, BORDERS[name]))
+        starts = range(1 + step, NUM_FRAMES, step)
+        steps = range(1, 1 + blended) if blended else [0]
+        borders = [start + i for start in starts for i in steps if start + i < NUM_FRAMES]
         jump = float(vt.metrics.boundary_jump(tiled, exact, borders=borders))
-    return {"name": name, "frames": BORDERS[name], "difference": difference, "jump": jump}
+    return {"name": name, "frames": step, "difference": difference, "jump": jump}
 
 
 def main() -> None:
