@@ -29,6 +29,12 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, what: str, factor
     )
 
 
+def in_float64(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` for a reference in float64: on the CPU, since ops refuse float64 on a GPU; gradients
+    go back to where `tensor` is."""
+    return tensor.cpu().double()
+
+
 @dataclass
 class Strided:
     """How a test tensor lies in memory: a slice of a larger buffer, with permuted dimensions."""
