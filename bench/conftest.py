@@ -32,7 +32,11 @@ def _fresh_compiler():
 
 @pytest.fixture
 def record(request, capsys):
-    """Call with a measured Case: prints it and keeps it for the JSON of this bench file."""
+    """Call with a measured Case: prints it and keeps it for the JSON of this bench file.
+
+    With VTOK_BENCH_OUT the file is written at once, so that a run which its time limit cuts off
+    leaves what it has measured.
+    """
     stem = request.path.stem.removeprefix("bench_")
     name = getattr(request.module, "RESULTS_NAME", stem)
 
@@ -42,10 +46,12 @@ def record(request, capsys):
             print(f"\n{case.op} {case.direction}, {case.shape}, {case.dtype}")
             for m in case.measurements:
                 print(
-                    f"  {m.provider:<24}{m.allocation:<14}{m.median_ms:9.3f} ms "
+                    f"  {m.provider:<26}{m.allocation:<14}{m.median_ms:9.3f} ms "
                     f"[{m.p20_ms:.3f}, {m.p80_ms:.3f}]{m.gb_per_s:8.1f} GB/s"
                     f"{m.floor_fraction:7.0%} of the limit"
                 )
+        if "VTOK_BENCH_OUT" in os.environ:
+            save(name, _device(), CASES[name])
 
     return keep
 

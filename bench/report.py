@@ -29,6 +29,8 @@ BASELINES = (
 )
 MODEL_BASELINES = ("diffusers", "diffusers, compiled", "reference", "native, compiled")
 NO_GPU = "GPU: not measured yet."
+# JSON of other forms than cases, which no table of an op shows.
+NOT_OPS = {"threads", "models", "systems", "conv_tile_times"}
 
 
 def load(name: str) -> list[dict]:
@@ -71,7 +73,15 @@ def row(case: dict) -> str:
 def source(result: dict) -> str:
     """Where and with what a result was measured."""
     e = result["environment"]
-    return f"{e['device']} ({e['cpu_isa']}), torch {e['torch']}, commit {e['commit']}, {e['date']}"
+    text = f"{machine(result)}, commit {e['commit']}, {e['date']}"
+    return f"{text}, {result['source']}" if "source" in result else text
+
+
+def machine(result: dict) -> str:
+    """The device, and what its kernels were chosen or built for."""
+    e = result["environment"]
+    kernels = f"CUDA {e['cuda']}" if is_gpu(result) else e["cpu_isa"]
+    return f"{e['device']} ({kernels}), torch {e['torch']}"
 
 
 def is_gpu(result: dict) -> bool:
@@ -98,11 +108,13 @@ def model_rows(case: dict) -> list[str]:
                 per_frame = other["median_ms"] / returned / (native["median_ms"] / frames)
                 cell += f" ({returned} of {frames} frames; {per_frame:.2f}x per frame)"
             cells.append(cell)
-            peaks.append(f"{native['peak_mb'] / other['peak_mb']:.0%} of {name}")
+            if native["peak_mb"] is not None and other["peak_mb"]:
+                peaks.append(f"{native['peak_mb'] / other['peak_mb']:.0%} of {name}")
+        memory = "" if native["peak_mb"] is None else f"{native['peak_mb'] / 1024:.2f} GB: "
         rows.append(
             f"| {case['direction']} | {case['shape']} | {case['dtype']} | {allocation} "
             f"| {native['median_ms'] / 1e3:.2f} s | {'; '.join(cells)} "
-            f"| {native['peak_mb'] / 1024:.2f} GB: {', '.join(peaks)} "
+            f"| {memory}{', '.join(peaks)} "
             f"| {native['floor_fraction']:.0%} |"
         )
     return rows
@@ -175,18 +187,19 @@ def summary_rows(result: dict) -> list[str]:
 
 def summary() -> str:
     """One table for every device."""
-    names = sorted(
-        {path.stem for path in RESULTS.glob("*/*.json")} - {"threads", "models", *WHOLE_MODELS}
-    )
+    names = sorted({path.stem for path in RESULTS.glob("*/*.json")} - NOT_OPS - WHOLE_MODELS)
     by_device: dict[str, list[dict]] = {}
+    without_gpu = []
     for name in names:
-        for result in load(name):
+        results = load(name)
+        if not any(map(is_gpu, results)):
+            without_gpu.append(name)
+        for result in results:
             by_device.setdefault(result["environment"]["device"], []).append(result)
     lines = []
-    for device, results in by_device.items():
-        environment = results[0]["environment"]
+    for results in sorted(by_device.values(), key=lambda results: is_gpu(results[0])):
         lines += [
-            f"{device} ({environment['cpu_isa']}), torch {environment['torch']}:",
+            f"{machine(results[0])}:",
             "",
             "| op | direction | dtype | against eager | against torch.compile "
             "| against eager, default allocator |",
@@ -194,8 +207,9 @@ def summary() -> str:
             *(line for result in results for line in summary_rows(result)),
             "",
         ]
-    if all(device.startswith("cpu") for device in by_device):
-        lines += [NO_GPU, ""]
+    if without_gpu:
+        named = f"GPU: not measured yet: {', '.join(without_gpu)}."
+        lines += [NO_GPU if without_gpu == names else named, ""]
     return "\n".join(lines)
 
 

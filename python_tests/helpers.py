@@ -1,5 +1,7 @@
-"""What several test files share: the tolerance table and the comparison against a reference."""
+"""What several test files share: the tolerance table, the comparison against a reference, and what
+a call allocates."""
 
+import json
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +29,29 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, what: str, factor
     assert difference <= tolerance * scale, (
         f"{what}: {difference:.3g} > {tolerance:.3g} * {scale:.3g}"
     )
+
+
+def in_float64(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` for a reference in float64: on the CPU, since ops refuse float64 on a GPU; gradients
+    go back to where `tensor` is."""
+    return tensor.cpu().double()
+
+
+def peak_bytes(call, path):
+    """Most bytes that torch's allocator holds at once beyond those before the call.
+
+    The profiler records every allocation and release of that allocator, also those inside compiled
+    ops; buffers that a BLAS library takes for itself are not among them.
+    """
+    with torch.profiler.profile(profile_memory=True) as profile:
+        call()
+    profile.export_chrome_trace(str(path))
+    events = [e for e in json.loads(path.read_text())["traceEvents"] if e["name"] == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event["ts"]):
+        live += event["args"]["Bytes"]
+        peak = max(peak, live)
+    return peak
 
 
 @dataclass

@@ -1,10 +1,11 @@
 """PNG files are read back by another decoder; labels and error maps show what they say."""
 
-import av
 import pytest
 import torch
 
 from vtok_ext.data.picture import draw_label, error_map, write_png
+
+av = pytest.importorskip("av")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 7), (64, 33)])

@@ -2,7 +2,6 @@
 
 import errno
 
-import av
 import pytest
 import torch
 
@@ -16,6 +15,8 @@ from vtok_ext.data.video import (
     read_clip,
 )
 from vtok_ext.data.video import writer as writer_module
+
+av = pytest.importorskip("av")
 
 
 def encode(path, num_frames, *, movflags=None, size=(32, 48), codec="libx264", options=None):

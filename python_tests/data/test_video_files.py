@@ -2,11 +2,12 @@
 
 from fractions import Fraction
 
-import av
 import pytest
 import torch
 
 from vtok_ext.data.video import VideoReader, VideoWriter, read_clip
+
+av = pytest.importorskip("av")
 
 # Mean absolute difference, of 255, after H.264 at crf 16: measured up to 4.4 on these small, busy
 # pictures. A frame in the wrong place, turned, or of the wrong colours differs by 15 and more.

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import peak_bytes
 
 import vtok_ext as vt
+from vtok_ext import _native
 from vtok_ext.models.memory_rehearsal import free_bytes, predicted_bytes
 from vtok_ext.models.planning import MemoryPlan, plan_stream, predict_stream
+from vtok_ext.ops import _causal_conv3d_cuda
 
 SCRIPT = Path(__file__).with_name("measured_peak.py")
 # Large pictures, few channels: hundreds of MB of activations in a second or two.
@@ -121,17 +124,43 @@ def test_free_memory_is_something():
     assert 2**20 < free_bytes(torch.device("cpu")) < 2**50
 
 
+@torch.no_grad()
+def test_prediction_for_kernels_of_cuda(emulated_module, monkeypatch, tmp_path):
+    """Exact: copies of weights and partial sums are those that the emulated kernels are given."""
+    model = vt.create_model(NAME, **{**WIDE, "ch_mult": (1, 1)}).eval()
+    latent_size = model.token_grid(1, 16, 16)
+    monkeypatch.setattr(_causal_conv3d_cuda, "forced_splits", 3)
+
+    def push_three():
+        stream = model.stream_decoder(output="uint8")
+        for _ in range(3):
+            stream.push(torch.zeros(1, 4, *latent_size))
+
+    with _native.use_module(emulated_module):
+        predicted = predict_stream(model, "decode", (1, model.temporal_factor, 16, 16), None)
+        assert predicted == peak_bytes(push_three, tmp_path / "trace.json")
+    monkeypatch.setattr(_causal_conv3d_cuda, "forced_splits", None)
+    layer, x = vt.CausalConv3d(8, 8, 3), torch.zeros(1, 8, 3, 4, 4)
+    monkeypatch.setattr(_causal_conv3d_cuda, "_gemm_plan", lambda *_: (0, 5))
+    with _native.use_module(emulated_module):
+        # x and the weights in the order of the kernels, the result and its partial sums
+        expected = (1 + 1 + 5) * x.nbytes + layer.conv.weight.nbytes
+        assert predicted_bytes(layer, lambda: layer(x)) == expected
+
+
 @pytest.mark.cuda
 def test_prediction_on_a_gpu(model):
-    """Without the workspaces of kernels; torch counts what its allocator hands out."""
+    """The stream's state is part of the prediction, so that what is there before is the model and
+    what libraries keep after a first stream."""
     model = vt.create_model(NAME, ch=64).eval().cuda()
-    stream = model.stream_decoder(output="uint8")
     latent = torch.zeros(1, 4, 2, 32, 32, device="cuda")
-    stream.push(latent)
+    model.stream_decoder(output="uint8").push(latent)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    stream.push(latent)
+    stream = model.stream_decoder(output="uint8")
+    for _ in range(3):
+        stream.push(latent)
     measured = torch.cuda.max_memory_allocated() - before
     predicted = predict_stream(model, "decode", (1, 8, 256, 256), None)
     assert predicted == pytest.approx(measured, rel=0.15)

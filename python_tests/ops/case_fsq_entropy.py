@@ -2,6 +2,7 @@
 
 import torch
 from case_fsq import _make_fsq
+from helpers import in_float64
 from op_case import OpCase, Sample
 
 from vtok_ext.ops.fsq_entropy import fsq_entropy_loss, fsq_entropy_loss_reference
@@ -19,7 +20,7 @@ def _reference(clamp):
     def entropy_terms(z, levels, **kwargs):
         """The definition in float64: a dense float32 softmax is itself off by 1e-4, since its
         logits reach 1,000."""
-        result = fsq_entropy_loss_reference(z.double(), levels, clamp_per_sample=clamp, **kwargs)
+        result = fsq_entropy_loss_reference(in_float64(z), levels, clamp_per_sample=clamp, **kwargs)
         real = z.dtype if z.dtype == torch.float64 else torch.float32
         return (*(term.to(real) for term in result[1:4]), result.counts)
 

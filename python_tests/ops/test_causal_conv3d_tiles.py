@@ -3,7 +3,7 @@ forwards and for both gradients."""
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, in_float64
 
 import vtok_ext as vt
 from vtok_ext import _native
@@ -158,10 +158,10 @@ def test_slices_are_read_in_place(kernels):
 
 def test_tf32_rounds_and_float32_does_not(kernels, monkeypatch):
     x, weight = video(1, 16, 2, 4, 4).to(kernels.device), video(8, 16, 3, 3, 3).to(kernels.device)
-    exact = causal_conv3d_reference(x.double().cpu(), weight.double().cpu())
+    exact = causal_conv3d_reference(in_float64(x), in_float64(weight))
     errors = []
     for tf32 in (True, False):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
-        difference = vt.causal_conv3d(x, weight).double().cpu() - exact
+        difference = in_float64(vt.causal_conv3d(x, weight)) - exact
         errors.append((difference.abs().max() / exact.abs().max()).item())
     assert 1e-5 < errors[0] < 6e-4 and errors[1] < 2e-6

@@ -56,10 +56,10 @@ def test_indices_above_two_to_the_31(backend):
 def test_nan_and_infinity(backend):
     z = torch.zeros(5, 6)
     z[1, 2], z[2, 3], z[3, 4] = float("nan"), float("inf"), -float("inf")
-    codes, indices = vt.fsq(z.to(backend.device), [8] * 6)
+    codes, indices = (t.cpu() for t in vt.fsq(z.to(backend.device), [8] * 6))
     expected_codes, expected_indices = fsq_reference(z, [8] * 6)
     assert torch.equal(codes.isnan(), z.isnan())
-    assert torch.equal(codes.nan_to_num(), expected_codes.nan_to_num().to(codes.device))
+    assert torch.equal(codes.nan_to_num(), expected_codes.nan_to_num())
     assert indices.tolist() == expected_indices.tolist() and indices[1] == -1
     assert (indices[torch.tensor([0, 2, 3, 4])] >= 0).all()
 

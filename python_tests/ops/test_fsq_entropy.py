@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, peak_bytes
 
 import vtok_ext as vt
 from vtok_ext import _native
@@ -174,23 +174,6 @@ def test_the_binding_checks_shapes_that_protect_memory():
         module.fsq_entropy_factors(z, low, torch.zeros(1, 5, 6)[..., ::2], *tail)
     with pytest.raises(ValueError, match=r"partial_entropy must be contiguous \[2\]"):
         module.fsq_entropy_average_forward(torch.zeros(1025), torch.zeros(1), (1, 0))
-
-
-def peak_bytes(call, path):
-    """Most bytes that torch's allocator holds at once beyond those before the call.
-
-    The profiler records every allocation and release of that allocator, also those inside compiled
-    ops; buffers that a BLAS library takes for itself are not among them.
-    """
-    with torch.profiler.profile(profile_memory=True) as profile:
-        call()
-    profile.export_chrome_trace(str(path))
-    events = [e for e in json.loads(path.read_text())["traceEvents"] if e["name"] == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event["ts"]):
-        live += event["args"]["Bytes"]
-        peak = max(peak, live)
-    return peak
 
 
 @CLAMPS

@@ -2,10 +2,12 @@
 
 The real modules run on fake tensors; after every operation the bytes of all tensors still alive are
 added up. What is alive is decided by the code itself, skip connections, states and in-place writes
-included. Convolutions on the CPU are followed into their implementation, whose padded copies count.
+included. Convolutions are followed into their implementation: its copies of frames and weights and
+on a GPU its partial sums count.
 
 Not counted: parameters, what exists already, and scratch memory inside an operation, except that
-oneDNN holds a convolution's weights once more in its own order.
+oneDNN holds a convolution's weights once more in its own order. A GPU's allocator hands out
+multiples of 512 bytes, which is not counted either.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vtok_ext.layers import _frame_pass
-from vtok_ext.ops import _causal_conv3d_cpu
+from vtok_ext.ops import _causal_conv3d_cpu, _causal_conv3d_cuda
+from vtok_ext.ops._causal_conv3d_function import _runs_kernels
 from vtok_ext.ops._causal_conv3d_geometry import Geometry
 
 _ACCUMULATION = torch.ops.mkldnn._convolution_pointwise_.binary
@@ -41,14 +44,14 @@ class _LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if (
-            func is torch.ops.vtok_ext.causal_conv3d_forward.default
-            and args[0].device.type == "cpu"
-        ):
-            *tensors, geometry, silu, keep, _ = args
+        if func is _CONVOLUTION:
+            *tensors, geometry, silu, keep, may_split = args
+            run: Any = _causal_conv3d_cpu.forward
+            more: tuple[Any, ...] = (Geometry(*geometry), silu, keep)
+            if _runs_kernels(args[0]):
+                run, more = _causal_conv3d_cuda.forward, (*more, may_split)
             with self:
-                run: Any = _causal_conv3d_cpu.forward
-                return run(*tensors, Geometry(*geometry), silu, keep)
+                return run(*tensors, *more)
         if func is torch.ops.aten._local_scalar_dense.default:
             return 0.5  # the factor of a blend: no size depends on it
         if func is _ACCUMULATION:
@@ -91,17 +94,17 @@ def rehearsal(model: nn.Module) -> Iterator[_LiveBytes]:
     Args:
         model: its parameters and buffers are not counted.
     """
-    with torch.no_grad(), _passes_in_place(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+    with torch.no_grad(), _without_kernels(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
         known = [fake.from_tensor(t) for t in (*model.parameters(), *model.buffers())]
         with _LiveBytes(known) as live:
             yield live
 
 
 @contextmanager
-def _passes_in_place() -> Iterator[None]:
-    """Within it, `layers._frame_pass` takes tensors without memory.
+def _without_kernels() -> Iterator[None]:
+    """Within it, `layers._frame_pass` and convolutions on a GPU take tensors without memory.
 
-    Their addresses are made up, and the norm that writes into a buffer does nothing.
+    Their addresses are made up; the norm that writes into a buffer and kernels do nothing.
     """
 
     def address(tensor: Tensor) -> int:
@@ -110,6 +113,7 @@ def _passes_in_place() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_replaced(FakeTensor, "data_ptr", address))
         stack.enter_context(_replaced(_frame_pass, "norm_act_into", lambda *_: None))
+        stack.enter_context(_replaced(_causal_conv3d_cuda, "_launch", lambda *_: None))
         stack.enter_context(_replaced(_frame_pass, "TENSORS", {Tensor, FakeTensor}))
         yield
 

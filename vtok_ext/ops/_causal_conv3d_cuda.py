@@ -216,12 +216,17 @@ def _product(
     tile = tile if forced_tile is None else forced_tile
     splits = splits if forced_splits is None else forced_splits
     partial = out.new_empty(splits * out.numel(), dtype=torch.float32) if splits > 1 else None
-    _native.module().causal_conv3d_gemm(
+    _launch(
         *(source, state, weight, bias, residual, other, mix_factor, out, preactivation, partial),
         axes,
         (g.groups, replicate, silu, tf32, tile, splits),
-        _native.call_context(source),
     )
+
+
+def _launch(source: Tensor, *arguments: Any) -> None:
+    """Runs the kernel; a rehearsal on tensors without memory puts nothing in its place."""
+    context = _native.call_context(source)
+    _native.module().causal_conv3d_gemm(source, *arguments, context)
 
 
 @lru_cache(maxsize=4096)
