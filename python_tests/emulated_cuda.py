@@ -32,6 +32,8 @@ def load_emulated_module(repository: Path):
 def _build(repository: Path) -> str:
     tools = {name: shutil.which(name) for name in ("cmake", "c++")}
     missing = [name for name, path in tools.items() if path is None]
+    if not (repository / "CMakeLists.txt").is_file():
+        missing.append("the source of the kernels")
     if missing:
         message = f"the CUDA emulation needs {', '.join(missing)}"
         if os.environ.get("VTOK_REQUIRE_EMULATION") == "1":

@@ -1,10 +1,35 @@
 """What several test files share: the tolerance table, the comparison against a reference, and what
-a call allocates."""
+a call allocates, what a test needs of torch and of other libraries."""
 
 import json
 from dataclasses import dataclass
+from types import ModuleType
 
+import pytest
 import torch
+
+from vtok_ext.models._optional import require
+
+RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
+def needs_torch(release: tuple[int, int], reason: str) -> pytest.MarkDecorator:
+    """Skips a test with an older torch than `release`, such as (2, 6), because of `reason`."""
+    major, minor = release
+    return pytest.mark.skipif(RELEASE < release, reason=f"needs torch {major}.{minor}: {reason}")
+
+
+# See README.md, Install. Older versions break the graph at the first of our ops.
+needs_one_graph = needs_torch((2, 6), "torch.compile traces setup_context from then on")
+
+
+def import_or_skip(name: str) -> ModuleType:
+    """Returns transformers, peft or diffusers; skips without it, or with one not for this torch."""
+    try:
+        return require("tests", name)
+    except ImportError as error:
+        pytest.skip(str(error), allow_module_level=True)
+
 
 # Largest |difference| relative to the largest |reference value|, and why it is that large.
 TOLERANCES = {

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import import_or_skip
 
 from vtok_ext.data.video import VideoReader, VideoWriter
 
@@ -16,7 +17,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 @pytest.mark.slow  # importing diffusers in a process of its own takes most of it
 @pytest.mark.parametrize("kind", ["AutoencoderKLWan", "AutoencoderKLCogVideoX"])
 def test_example_of_a_patched_autoencoder(kind, tmp_path):
-    pytest.importorskip("diffusers")
+    import_or_skip("diffusers")
     clip, out = tmp_path / "clip.mp4", tmp_path / "out.mp4"
     source = (torch.rand(3, 10, 16, 16) * 255).to(torch.uint8)
     with VideoWriter(clip, height=16, width=16, fps=10) as writer:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import import_or_skip
 
 ROOT = Path(__file__).parent.parent
 NEEDS = {"diffusers": "diffusers"}
@@ -15,7 +16,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_snippets_run_and_do_what_their_comments_say(page):
     if page.stem in NEEDS:
-        pytest.importorskip(NEEDS[page.stem])
+        import_or_skip(NEEDS[page.stem])
     torch.manual_seed(0)
     scope = {}
     for snippet in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):

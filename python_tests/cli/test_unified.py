@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import import_or_skip
 from tiny_vtok import tiny, tiny_fsq, tiny_lm
 
 from vtok_ext.data.captioned import draw_scene, render
@@ -10,7 +11,7 @@ from vtok_ext.data.video import VideoWriter, read_clip
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    pytest.importorskip("transformers")
+    import_or_skip("transformers")
     models = {"continuous": tiny(stride=2), "fsq": tiny_fsq(stride=2), "lm": tiny_lm()}
     root = tmp_path_factory.mktemp("vtok")
     for name, model in models.items():

@@ -1,5 +1,5 @@
 """Everything here needs diffusers: the `[diffusers]` extra."""
 
-import pytest
+from helpers import import_or_skip
 
-pytest.importorskip("diffusers")
+import_or_skip("diffusers")

@@ -6,8 +6,9 @@ import io
 import pickle
 
 import pytest
+from helpers import import_or_skip
 
-diffusers = pytest.importorskip("diffusers")
+diffusers = import_or_skip("diffusers")
 
 import tiny  # noqa: E402
 import torch  # noqa: E402
@@ -209,7 +210,7 @@ LORA_TARGETS = {
 @pytest.mark.parametrize("name", LORA_TARGETS)
 def test_lora(name):
     """Adapters added before or behind patching compute and train as without it."""
-    peft = pytest.importorskip("peft")
+    peft = import_or_skip("peft")
     config = peft.LoraConfig(r=2, target_modules=LORA_TARGETS[name], init_lora_weights=False)
     clip = tiny.video(tiny.frames_for(name))
     results = []

@@ -3,8 +3,9 @@
 import json
 
 import pytest
+from helpers import import_or_skip
 
-diffusers = pytest.importorskip("diffusers")
+diffusers = import_or_skip("diffusers")
 
 import tiny  # noqa: E402
 import torch  # noqa: E402

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import needs_one_graph
 
 from vtok_ext.layers import (
     AlphaBlender,
@@ -147,6 +148,7 @@ def test_layers_keep_half_types(layer, dtype):
         assert layer(4)(x.float()).dtype == torch.bfloat16
 
 
+@needs_one_graph
 @pytest.mark.parametrize("build", [TemporalDownsample, TemporalUpsample, linear_layer])
 def test_layers_compile_without_a_break(build):
     layer = build(4)

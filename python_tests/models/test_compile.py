@@ -1,7 +1,9 @@
-"""torch.compile with fullgraph, traced by aot_eager: no C++ compilation, the same graph capture."""
+"""torch.compile, traced by aot_eager: no C++ compilation, the same graph capture. With fullgraph
+where torch can; older ones break the graph at our ops, and compute the same."""
 
 import pytest
 import torch
+from helpers import needs_one_graph
 
 # Operations are regrouped: values of order 3 differ by up to 6e-6.
 TOLERANCE = {"rtol": 1e-5, "atol": 3e-5}
@@ -21,6 +23,7 @@ def shallow(request, build):
     return build(request.param, ch_mult=(1, 2))
 
 
+@needs_one_graph
 def test_encode_and_decode_compile_without_a_break(shallow, clip):
     model = shallow
     video = clip(1, 5, 16, 16)
@@ -33,6 +36,7 @@ def test_encode_and_decode_compile_without_a_break(shallow, clip):
         assert torch.allclose(encode(video), model.encode_chunk(video), **TOLERANCE)
 
 
+@needs_one_graph
 @pytest.mark.parametrize("name", NAMES[1:3])
 def test_stateful_chunk_compiles(build, name):
     kl_model = build(name, ch_mult=(1, 2))
@@ -47,12 +51,13 @@ def test_stateful_chunk_compiles(build, name):
     assert all(torch.allclose(found[k], next_state[k], **TOLERANCE) for k in found)
 
 
-def test_training_step_compiles(build, clip):
+@pytest.mark.parametrize("fullgraph", [pytest.param(True, marks=needs_one_graph), False])
+def test_training_step_compiles(build, clip, fullgraph):
     model = build("vidtok_kl_causal_488_4chn", ch_mult=(1, 2)).train()
     video = clip(1, 5, 16, 16)
     step = torch.compile(
         lambda x: model(x, sample=False).reconstruction.square().mean(),
-        fullgraph=True,
+        fullgraph=fullgraph,
         backend="aot_eager",
     )
     loss = step(video)

@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, needs_one_graph, needs_torch
 
 import vtok_ext as vt
 from vtok_ext.models import CoordTok, CoordTokConfig, Encoding
@@ -280,14 +280,24 @@ def test_dtypes(tok, clip, dtype):
     assert (decoded - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-def test_autocast_and_compile(clip):
+@pytest.fixture
+def points():
+    """Ten points of `small()`."""
+    return torch.stack([torch.randint(size, (1, 10)) for size in (8, 4, 6)], -1)
+
+
+def test_autocast(clip, points):
     model = small().train()
-    points = torch.stack([torch.randint(size, (1, 10)) for size in (8, 4, 6)], -1)
     with torch.autocast("cpu", torch.bfloat16):
         output = model(clip(1, 8, 16, 24), points=points).reconstruction
     assert output.dtype == torch.bfloat16
     output.float().square().mean().backward()
     assert model.weight_tokens_yt.grad.isfinite().all()
+
+
+@needs_one_graph
+def test_compiles_as_one_graph(clip, points):
+    model = small().train()
     eager = model(clip(1, 8, 16, 24), points=points).reconstruction
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert_close(compiled(clip(1, 8, 16, 24), points=points).reconstruction, eager, "compiled")
@@ -340,9 +350,7 @@ def test_bad_configurations(fields, message):
         CoordTokConfig(**{**SMALL, **fields})
 
 
-@pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7), reason="older torch refuses it"
-)
+@needs_torch((2, 7), "older ones refuse to allow such numbers")
 @pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
 def test_checkpoint_with_a_numpy_score(tok, tmp_path, module):
     """`best_psnr` of a training script may be a number of NumPy 1 or 2."""

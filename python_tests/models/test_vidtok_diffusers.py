@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from helpers import import_or_skip
 
 import vtok_ext as vt
 from vtok_ext.models import VidTok
@@ -29,7 +30,7 @@ def model(request, build):
 
 @pytest.fixture(scope="module")
 def vae(model):
-    pytest.importorskip("diffusers")
+    import_or_skip("diffusers")
     return to_diffusers(model)
 
 
@@ -150,5 +151,5 @@ def test_from_diffusers_and_folders_written_by_it(model, vae, tmp_path, clip):
 
 def test_absent_diffusers_is_named(build, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
-    with pytest.raises(ImportError, match="diffusers with AutoencoderVidTok must be installed"):
+    with pytest.raises(ImportError, match="to_diffusers: diffusers must be installed"):
         to_diffusers(build(KL))

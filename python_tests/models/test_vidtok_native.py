@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import needs_one_graph
 from torch.profiler import ProfilerActivity, profile
 
 from vtok_ext.layers import _frame_pass
@@ -280,6 +281,7 @@ def test_residual_blocks_in_training_do_not_copy():
         assert found == {}, type(block).__name__
 
 
+@needs_one_graph
 @pytest.mark.parametrize(
     "name",
     [

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, import_or_skip
 from tiny_vtok import tiny, tiny_fsq
 
 import vtok_ext as vt
@@ -279,7 +279,7 @@ def test_training_entry_has_a_loss_and_gradients(clip):
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2"])
 def test_towers_of_transformers(kind, clip, tmp_path):
-    transformers = pytest.importorskip("transformers")
+    transformers = import_or_skip("transformers")
     sizes = {
         "hidden_size": 16,
         "intermediate_size": 16,

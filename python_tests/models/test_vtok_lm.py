@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, import_or_skip
 from tiny_vtok import SIZES, tiny, tiny_fsq
 from tiny_vtok import tiny_lm as unified
 
@@ -21,7 +21,7 @@ from vtok_ext.models.vtok_sequence import (
 )
 from vtok_ext.models.vtok_text import SPECIAL, WordTokenizer, load_text
 
-pytest.importorskip("transformers")
+import_or_skip("transformers")
 ASK = Turn(UNDERSTANDING, "what colour is the circle", "red")
 MAKE = Turn(GENERATION, "a red circle moves left")
 
@@ -163,7 +163,7 @@ def test_gap_between_teacher_forced_and_free_running(clip):
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "lora", "fsq"])
 def test_save_and_load_as_one_folder(clip, tmp_path, kind):
     if kind == "lora":
-        pytest.importorskip("peft")
+        import_or_skip("peft")
     options = {"lora_rank": 2} if kind == "lora" else {}
     tokenizer = tiny_fsq() if kind == "fsq" else None
     model = unified(tokenizer, "gpt2" if kind == "gpt2" else "llama", **options)
@@ -185,7 +185,7 @@ def test_save_and_load_as_one_folder(clip, tmp_path, kind):
 
 
 def test_lora_trains_adapters_only():
-    pytest.importorskip("peft")
+    import_or_skip("peft")
     model = unified(lora_rank=2)
     trained = [n for n, p in model.lm.named_parameters() if p.requires_grad]
     assert trained and all("lora" in name for name in trained)

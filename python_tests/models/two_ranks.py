@@ -1,5 +1,5 @@
-"""One of two processes: gradients of DDP and of FSDP2 against those of one process; see
-`test_vidtok_scale.py`. Prints {"ddp": largest relative difference, "fsdp": ..., ...} as JSON."""
+"""One of two processes: gradients of DDP or FSDP2 against those of one process; see
+`test_vidtok_scale.py`. Prints {"difference": largest relative difference, ...} as JSON."""
 
 import json
 import sys
@@ -8,8 +8,6 @@ from datetime import timedelta
 import torch
 from conftest import tiny
 from torch import distributed
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vtok_ext.training.blocks import sharding_units
@@ -26,9 +24,8 @@ def gradients(model) -> dict[str, torch.Tensor]:
     grads = {}
     for name, parameter in model.named_parameters():
         grad = parameter.grad
-        grads[name.removeprefix("module.")] = (
-            grad.full_tensor() if isinstance(grad, DTensor) else grad
-        )
+        is_sharded = hasattr(grad, "full_tensor")
+        grads[name.removeprefix("module.")] = grad.full_tensor() if is_sharded else grad
     return grads
 
 
@@ -43,6 +40,34 @@ def difference(found, expected) -> float:
     )
 
 
+def ddp(expected, mine) -> dict[str, float]:
+    model = DistributedDataParallel(tiny(NAME, **OPTIONS).train())
+    loss_of(model, mine).backward()
+    return {"difference": difference(gradients(model), expected)}
+
+
+def fsdp(expected, mine) -> dict[str, float]:
+    from torch.distributed.fsdp import fully_shard
+
+    model = tiny(NAME, **OPTIONS).train()
+    for unit in sharding_units(model):  # a unit reads its children's parameters
+        fully_shard(unit)
+    fully_shard(model)
+    loss_of(model, mine).backward()
+    report = {"difference": difference(gradients(model), expected)}
+    local = sum(p.to_local().numel() for p in model.parameters())
+    report["share"] = local / sum(grad.numel() for grad in expected.values())
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    before = float(loss_of(model, mine).detach())
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_of(model, mine).backward()
+        optimizer.step()
+    report["learns"] = float(loss_of(model, mine).detach()) < before
+    return report
+
+
 def main() -> None:
     distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
     rank = distributed.get_rank()
@@ -52,29 +77,7 @@ def main() -> None:
 
     alone = tiny(NAME, **OPTIONS).train()
     sum(loss_of(alone, clip[None]) / 2 for clip in clips).backward()
-    expected = gradients(alone)
-    report = {}
-
-    ddp = DistributedDataParallel(tiny(NAME, **OPTIONS).train())
-    loss_of(ddp, mine).backward()
-    report["ddp"] = difference(gradients(ddp), expected)
-
-    sharded = tiny(NAME, **OPTIONS).train()
-    for unit in sharding_units(sharded):  # a unit reads its children's parameters
-        fully_shard(unit)
-    fully_shard(sharded)
-    loss_of(sharded, mine).backward()
-    report["fsdp"] = difference(gradients(sharded), expected)
-    local = sum(p.to_local().numel() for p in sharded.parameters())
-    report["share"] = local / sum(p.numel() for p in alone.parameters())
-
-    optimizer = torch.optim.AdamW(sharded.parameters(), lr=1e-3)
-    before = float(loss_of(sharded, mine).detach())
-    for _ in range(3):
-        optimizer.zero_grad()
-        loss_of(sharded, mine).backward()
-        optimizer.step()
-    report["learns"] = float(loss_of(sharded, mine).detach()) < before
+    report = {"ddp": ddp, "fsdp": fsdp}[sys.argv[1]](gradients(alone), mine)
     distributed.destroy_process_group()
     print(json.dumps(report))
 

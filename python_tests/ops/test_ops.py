@@ -8,9 +8,8 @@ import multiprocessing
 import pytest
 import torch
 from cases import OP_CASES
-from helpers import STRIDES, assert_close
+from helpers import STRIDES, assert_close, needs_one_graph
 
-TORCH_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 SAMPLES = [
     pytest.param(
         case,
@@ -124,9 +123,7 @@ def test_raw_op_refuses_to_lose_gradients(case):
         getattr(torch.ops.vtok_ext, name)(first.requires_grad_(), *rest)
 
 
-@pytest.mark.skipif(
-    TORCH_VERSION < (2, 6), reason="torch.compile traces setup_context from torch 2.6 on"
-)
+@needs_one_graph
 @pytest.mark.parametrize("case, sample", FIRST)
 def test_compiles_as_one_graph(case, sample):
     torch._dynamo.reset()  # all cases share one code object, whose recompilations are limited

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import import_or_skip
 
 from vtok_ext.training.studies.report import write_report
 from vtok_ext.training.studies.runner import planned_runs, run_study
 from vtok_ext.training.studies.specification import load_study
 
-pytest.importorskip("transformers")
+import_or_skip("transformers")
 STUDIES = Path(__file__).parents[2] / "bench" / "studies"
 
 

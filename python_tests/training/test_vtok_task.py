@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from helpers import import_or_skip
 
 import vtok_ext as vt
 from vtok_ext.models.vtok_lm import VTokLM
@@ -47,7 +48,7 @@ def test_encoder_then_tokenizer_then_unified_model(tmp_path):
     ):
         assert torch.equal(ours, theirs)
     assert {"psnr", "rec_loss"} <= set(second.validation)
-    pytest.importorskip("transformers")
+    import_or_skip("transformers")
     third = run(
         "smoke_vtok_lm",
         tmp_path / "lm",
@@ -64,7 +65,7 @@ def test_encoder_then_tokenizer_then_unified_model(tmp_path):
 @pytest.mark.parametrize("name", ["smoke_vtok", "smoke_vtok_lm"])
 def test_resumed_run_has_the_numbers_of_a_whole_one(tmp_path, name):
     if name == "smoke_vtok_lm":
-        pytest.importorskip("transformers")
+        import_or_skip("transformers")
     run(name, tmp_path / "whole")
     # A constant learning rate: that of a shorter run must not end earlier.
     run(name, tmp_path / "whole2", "optimizer.schedule=constant")

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from vtok_ext.diffusers_vae._folder import EXTRA, VAE_CLASSES
+from vtok_ext.models._optional import require
 
 # File of diffusers, and the module here that replaces layers of it.
 _MODULES = {
@@ -48,22 +49,14 @@ def vae_class_name(op: str, vae: Any) -> str:
     """Returns the name of the class of `vae`; it is one of VAE_CLASSES, from diffusers or here.
 
     Raises:
-        ImportError: diffusers is not installed.
+        ImportError: diffusers is not installed, or not one for this torch.
         TypeError: another class.
     """
-    diffusers = require_diffusers(op)
+    diffusers = require(op, "diffusers")
     name = type(vae).__name__
     if name not in VAE_CLASSES or not isinstance(vae, getattr(diffusers, name, ())):
         raise TypeError(f"{op}: vae must be one of {', '.join(VAE_CLASSES)}, got {name}")
     return name
-
-
-def require_diffusers(op: str) -> ModuleType:
-    """Returns the module diffusers. Raises ImportError that names the extra where it is absent."""
-    try:
-        return importlib.import_module("diffusers")
-    except ImportError as error:
-        raise ImportError(f"{op}: diffusers must be installed ({EXTRA}), got {error}") from error
 
 
 def replacements_of(op: str, name: str) -> ModuleType:

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 from vtok_ext.diffusers_vae._folder import VAE_CLASSES, vae_class_of
 from vtok_ext.diffusers_vae._patching import patch as patch_layers
-from vtok_ext.diffusers_vae._patching import require_diffusers, vae_class_name
+from vtok_ext.diffusers_vae._patching import vae_class_name
 from vtok_ext.layers._state import State, owned
 from vtok_ext.layers.kl import kl_posterior
 from vtok_ext.models._config import ModelConfig
+from vtok_ext.models._optional import require
 from vtok_ext.models.base import VideoTokenizer
 from vtok_ext.models.grid import GridTokenizer
 from vtok_ext.models.vidtok_diffusers import from_diffusers
@@ -405,6 +406,6 @@ def load(folder: str | os.PathLike, patch: bool) -> VideoTokenizer:
             f"{op}: folder must hold one of {', '.join(VAE_CLASSES)} as diffusers saves it, got "
             f"{os.fspath(folder)!r}"
         )
-    kind = getattr(require_diffusers(op), class_name)
+    kind = getattr(require(op, "diffusers"), class_name)
     vae = kind.from_pretrained(os.fspath(folder), use_safetensors=True, local_files_only=True)
     return wrap((patch_layers(vae, False) if patch else vae).eval())

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -118,15 +119,21 @@ def read_generator_checkpoint(
     return weights
 
 
-def _harmless_types_allowed(version: tuple[int, ...]) -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def _harmless_types_allowed(version: tuple[int, ...]) -> Iterator[None]:
     """Lets a file hold NumPy numbers and an argparse.Namespace; rebuilding them runs nothing."""
-    if version < NUMPY_TORCH:
-        allow = getattr(torch.serialization, "safe_globals", None)  # since 2.5
-        return allow([argparse.Namespace]) if allow else contextlib.nullcontext()
-    kinds = [type(np.dtype(name)) for name in ("float64", "float32", "int64")]
-    rebuild = np.float64(0).__reduce__()[0]
-    names = [(rebuild, name) for name in NUMPY_SCALARS]
-    return torch.serialization.safe_globals([argparse.Namespace, np.dtype, *kinds, *names])
+    types: list[Any] = [argparse.Namespace]
+    if version >= NUMPY_TORCH:
+        kinds = [type(np.dtype(name)) for name in ("float64", "float32", "int64")]
+        rebuild = np.float64(0).__reduce__()[0]
+        types += [np.dtype, *kinds, *((rebuild, name) for name in NUMPY_SCALARS)]
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals(types)
+    try:
+        yield
+    finally:  # torch 2.4 has no torch.serialization.safe_globals(types)
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def _unpickle(path: str, trust_checkpoint: bool) -> Any:

@@ -61,10 +61,17 @@ def to_uint8(video: Tensor) -> Tensor:
 def pad_size(video: Tensor, multiple: int) -> Tensor:
     """Returns the video with its last row and column repeated up to multiples of `multiple`."""
     height, width = video.shape[3:]
-    bottom, right = -height % multiple, -width % multiple
+    return repeat_border(video, -height % multiple, -width % multiple)
+
+
+def repeat_border(video: Tensor, bottom: int, right: int) -> Tensor:
+    """Returns the video with its last row repeated `bottom` times, its last column `right`."""
     if not (bottom or right):
         return video
-    return F.pad(video, (0, right, 0, bottom, 0, 0), mode="replicate")
+    padding = (0, right, 0, bottom, 0, 0)
+    if video.dtype == torch.float16 and video.device.type == "cpu":  # not in torch 2.4; exact
+        return F.pad(video.float(), padding, mode="replicate").half()
+    return F.pad(video, padding, mode="replicate")
 
 
 def pad_tail(video: Tensor, factor: int, alone: int) -> Tensor:

@@ -176,9 +176,7 @@ class CoordTok(VideoTokenizer):
                 f"got {shape[1]}x{shape[2]}"
             )
         x = video_input.to_float(video, self.dtype)
-        bottom, right = limit[1] - shape[1], limit[2] - shape[2]
-        if bottom or right:
-            x = F.pad(x, (0, right, 0, bottom, 0, 0), mode="replicate")
+        x = video_input.repeat_border(x, limit[1] - shape[1], limit[2] - shape[2])
         if num_frames is None and shape[0] < limit[0]:
             num_frames = torch.full((x.shape[0],), shape[0], device=x.device)
         elif num_frames is not None:

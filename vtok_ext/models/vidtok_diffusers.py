@@ -23,6 +23,7 @@ import torch
 
 from vtok_ext.models import _persistence
 from vtok_ext.models._config import closest
+from vtok_ext.models._optional import require
 from vtok_ext.models.vidtok import VidTok
 from vtok_ext.models.vidtok_config import PRESETS, VidTokConfig
 
@@ -133,19 +134,18 @@ def to_diffusers(model: VidTok) -> Any:
     """Returns an AutoencoderVidTok with copies of the weights of `model`, in its mode and dtype.
 
     Raises:
-        ImportError: diffusers, or its AutoencoderVidTok, is not installed.
+        ImportError: diffusers, or its AutoencoderVidTok, is not installed, or not for this torch.
         ValueError: a model that AutoencoderVidTok does not compute.
     """
     fields = config_to_diffusers(model.config)
-    try:
-        from diffusers import AutoencoderVidTok
-    except ImportError as error:
+    diffusers = require("to_diffusers", "diffusers")
+    if not hasattr(diffusers, CLASS_NAME):
         raise ImportError(
-            f"to_diffusers: diffusers with {CLASS_NAME} must be installed (pip install "
-            f"'diffusers>={DIFFUSERS_VERSION}'), got {error}"
-        ) from error
+            f"to_diffusers: diffusers must be >= {DIFFUSERS_VERSION} (pip install "
+            f"'vtok_ext[diffusers]'), got {diffusers.__version__} without {CLASS_NAME}"
+        )
     first = next(model.parameters())
-    vae = AutoencoderVidTok(**fields).to(first.device)
+    vae = diffusers.AutoencoderVidTok(**fields).to(first.device)
     if first.dtype != torch.get_default_dtype():  # asking for the dtype it has makes it warn
         vae = vae.to(first.dtype)
     vae.load_state_dict(model.state_dict(), strict=True)

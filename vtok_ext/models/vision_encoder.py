@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtok_ext.layers.transformer import TransformerBlock
+from vtok_ext.models._optional import require
 from vtok_ext.models.sit_network import sincos_2d
 
 # How towers were normalised in training, as (mean, standard deviation) of values in [0, 1]. DINOv2
@@ -158,16 +159,16 @@ def load_tower(source: str) -> nn.Module:
     """Returns the vision tower in folder `source` or of that hub id, with its weights.
 
     Raises:
-        ImportError: transformers is not installed.
+        ImportError: transformers is not installed, or not one for this torch.
     """
-    transformers = _require_transformers("load_tower")
+    transformers = require("load_tower", "transformers")
     model = transformers.AutoModel.from_pretrained(source)
     return getattr(model, "vision_model", model)
 
 
 def tower_from_json(text: str) -> nn.Module:
     """Returns the tower of a `config_json`, with random weights. Raises ImportError, ValueError."""
-    transformers = _require_transformers("tower_from_json")
+    transformers = require("tower_from_json", "transformers")
     fields = json.loads(text)
     if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
         raise ValueError("tower_from_json: text must be a JSON object with model_type")
@@ -176,16 +177,6 @@ def tower_from_json(text: str) -> nn.Module:
     config = transformers.AutoConfig.for_model(kind, **fields)
     model = transformers.AutoModel.from_config(config)
     return getattr(model, "vision_model", model)
-
-
-def _require_transformers(op: str) -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError(
-            f"{op}: transformers must be installed (pip install 'vtok_ext[lm]'), got no module"
-        ) from error
-    return transformers
 
 
 def resized(images: Tensor, size: int) -> Tensor:

@@ -203,9 +203,7 @@ class VTokDecoder(nn.Module):
     def _padded(self, video: Tensor) -> Tensor:
         video = video_input.pad_tail(video, self.patch[0], 0)
         bottom, right = -video.shape[3] % self.patch[1], -video.shape[4] % self.patch[2]
-        if bottom or right:
-            video = F.pad(video, (0, right, 0, bottom, 0, 0), mode="replicate")
-        return video
+        return video_input.repeat_border(video, bottom, right)
 
 
 def _patches(video: Tensor, patch: tuple[int, ...]) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from vtok_ext.models._config import ModelConfig
+from vtok_ext.models._optional import require
 from vtok_ext.models.vtok_heads import HEADS
 
 # Of a language model that a few seconds on a CPU can train; `architecture` is its model_type in
@@ -80,17 +81,6 @@ class VTokLMConfig(ModelConfig):
         return self.predicted * min(1.0, step / self.predicted_steps)
 
 
-def require_transformers(op: str) -> Any:
-    """Returns the module transformers. Raises ImportError with the remedy when it is absent."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError(
-            f"{op}: transformers must be installed (pip install 'vtok_ext[lm]'), got no module"
-        ) from error
-    return transformers
-
-
 def tiny_lm_config(
     vocabulary: int, architecture: str = "llama", sizes: Mapping[str, Any] | None = None
 ) -> str:
@@ -101,7 +91,7 @@ def tiny_lm_config(
         architecture: model_type in transformers, such as "llama" or "gpt2".
         sizes: fields of its configuration to change.
     """
-    transformers = require_transformers("tiny_lm_config")
+    transformers = require("tiny_lm_config", "transformers")
     known = transformers.AutoConfig.for_model(architecture).to_dict()
     attributes = getattr(transformers.AutoConfig.for_model(architecture), "attribute_map", {})
     tiny = {k: v for k, v in TINY.items() if k in known and k not in attributes}
@@ -120,9 +110,9 @@ def build_lm(text: str) -> nn.Module:
     """Returns a causal language model with random weights, of a `config_json`.
 
     Raises:
-        ImportError: transformers is not installed.
+        ImportError: transformers is not installed, or not one for this torch.
     """
-    transformers = require_transformers("build_lm")
+    transformers = require("build_lm", "transformers")
     fields = json.loads(text)
     kind = fields.pop("model_type")
     fields.pop("auto_map", None)  # names code in a repository: only transformers' own is run
@@ -134,15 +124,10 @@ def add_lora(lm: nn.Module, rank: int, alpha: int, targets: Sequence[str]) -> No
     """Adds adapters to the linear layers that `targets` name, and freezes everything else.
 
     Raises:
-        ImportError: peft is not installed.
+        ImportError: peft is not installed, or not one for this torch.
         ValueError: no layer has such a name.
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError(
-            "add_lora: peft must be installed (pip install 'vtok_ext[lm]'), got no module"
-        ) from error
+    peft = require("add_lora", "peft")
     lm.requires_grad_(False)
     lora = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
     peft.inject_adapter_in_model(lora, lm)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from vtok_ext.models._optional import require
 from vtok_ext.models._persistence import MAX_CONFIG_BYTES, atomic_path
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<vision>", "</vision>")
@@ -134,6 +135,5 @@ def load_text(folder: str) -> WordTokenizer | HuggingFaceText:
         return WordTokenizer(words)
     if not (Path(folder) / _FOLDER).is_dir():
         raise FileNotFoundError(f"load_text: {folder} must hold {_FILE} or {_FOLDER}, got neither")
-    from transformers import AutoTokenizer
-
-    return HuggingFaceText(AutoTokenizer.from_pretrained(Path(folder) / _FOLDER))
+    transformers = require("load_text", "transformers")
+    return HuggingFaceText(transformers.AutoTokenizer.from_pretrained(Path(folder) / _FOLDER))

@@ -68,8 +68,18 @@ def _surround(
     elif temporal == "replicate":
         y = torch.cat([y[:, :, :1]] * front + [y], dim=2)
     else:
-        y = F.pad(y, (0, 0, 0, 0, front, 0))
-    return F.pad(y, (0, border[1], 0, border[0]))
+        y = _zero_pad(y, (0, 0, 0, 0, front, 0))
+    return _zero_pad(y, (0, border[1], 0, border[0]))
+
+
+def _zero_pad(y: Tensor, padding: tuple[int, ...]) -> Tensor:
+    """`F.pad(y, padding)`, which torch 2.4 refuses where a side of no length gets none."""
+    if y.numel() > 0:
+        return F.pad(y, padding)
+    shape = list(y.shape)
+    for i, (before, after) in enumerate(zip(padding[::2], padding[1::2], strict=True)):
+        shape[-1 - i] += before + after
+    return y.new_zeros(shape) + y.sum()  # a sum of nothing, which keeps y in the graph
 
 
 def _result_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vtok_ext.data.captioned import QUESTION_KINDS, CaptionedClips, caption_of, questions_of
 from vtok_ext.data.captioned.clips import FPS
 from vtok_ext.data.captioned.questions import vocabulary
+from vtok_ext.models._optional import require
 from vtok_ext.models.vtok import VTok
 from vtok_ext.models.vtok_lm import VTokLM
 from vtok_ext.models.vtok_lm_config import VTokLMConfig, config_json, tiny_lm_config
@@ -172,10 +173,9 @@ def build_unified(
         text = WordTokenizer(vocabulary())
         described = tiny_lm_config(len(text), language_model.architecture, language_model.sizes)
     else:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        text = HuggingFaceText(AutoTokenizer.from_pretrained(language_model.source))
-        lm = AutoModelForCausalLM.from_pretrained(language_model.source)
+        transformers = require("build_unified", "transformers")
+        text = HuggingFaceText(transformers.AutoTokenizer.from_pretrained(language_model.source))
+        lm = transformers.AutoModelForCausalLM.from_pretrained(language_model.source)
         if len(text) > lm.config.vocab_size:
             lm.resize_token_embeddings(len(text))
         described = config_json(lm.config)
