@@ -166,17 +166,34 @@ struct MemoryWord<16> {
 
 }  // namespace detail
 
-// The VectorType (1, 2, 4, 8 or 16 bytes) at `address`, which must be a multiple of its size.
+// A VectorType (1, 2, 4, 8 or 16 bytes) that is zeros unless it is loaded, from an address that is
+// a multiple of its size. Made for loads under a condition: a compiler joins the words of this, but
+// the elements of a Vector one by one.
+template <typename VectorType>
+struct VectorBits {
+  using Word = typename detail::MemoryWord<sizeof(VectorType)>::type;
+  Word word = {};
+
+  __device__ __forceinline__ void load(const void* address) {
+#ifdef VTOK_EMULATE_CUDA
+    emulation::check_alignment(address, sizeof(Word), "load_vector");
+#endif
+    word = *static_cast<const Word*>(address);
+  }
+
+  __device__ __forceinline__ VectorType vector() const {
+    VectorType result;
+    memcpy(&result, &word, sizeof result);
+    return result;
+  }
+};
+
+// The VectorType at `address`, as above.
 template <typename VectorType>
 __device__ __forceinline__ VectorType load_vector(const void* address) {
-  using Word = typename detail::MemoryWord<sizeof(VectorType)>::type;
-#ifdef VTOK_EMULATE_CUDA
-  emulation::check_alignment(address, sizeof(Word), "load_vector");
-#endif
-  const Word word = *static_cast<const Word*>(address);
-  VectorType vector;
-  memcpy(&vector, &word, sizeof vector);
-  return vector;
+  VectorBits<VectorType> bits;
+  bits.load(address);
+  return bits.vector();
 }
 
 template <typename VectorType>
