@@ -9,6 +9,7 @@
 // Source: VidTok (arXiv 2412.13061), section 3.2, and its release 1.1 for the segments.
 #pragma once
 
+#include "../core/quotient.h"
 #include "../core/vectorized.h"
 #include "temporal_resample.h"
 
@@ -91,13 +92,6 @@ VTOK_FUNCTION OutputRange output_range(const ResampleTiming& timing, int source)
   if (range.first < 0) range.first = 0;
   if (range.last >= timing.num_outputs) range.last = timing.num_outputs - 1;
   return range;
-}
-
-// a / b for numbers that are not negative. A GPU divides 64 bits in some 100 instructions, 32
-// in 20.
-VTOK_FUNCTION int64_t quotient_of(int64_t a, int64_t b) {
-  if ((a | b) >> 32 == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
-  return a / b;
 }
 
 struct ResampleOffsets {
