@@ -99,20 +99,19 @@ struct RowPart {
   }
 
   // Replaces x by (x - mean) * rstd. The error of rsqrtf is 2 ulp.
-  __device__ __forceinline__ void normalise(const KernelLayout& layout, float share, float& mean,
-                                            float& rstd) {
+  __device__ __forceinline__ void normalise(const KernelLayout& layout, float& mean, float& rstd) {
     mean = 0.0f;
     if (layout.subtract_mean) {
       float sum = 0.0f;
       for_each_value([&](int v, int i) { sum += values[v][i]; });
-      mean = sum_over_lanes<kLanes>(sum) * share;
+      mean = sum_over_lanes<kLanes>(sum) * layout.share;
     }
     for_each_value([&](int v, int i) { values[v][i] -= mean; });
     clear_absent(layout.channels);
     float squares = 0.0f;
     for_each_value(
         [&](int v, int i) { squares = multiply_add(values[v][i], values[v][i], squares); });
-    rstd = rsqrtf(sum_over_lanes<kLanes>(squares) * share + layout.eps);
+    rstd = rsqrtf(sum_over_lanes<kLanes>(squares) * layout.share + layout.eps);
     for_each_value([&](int v, int i) { values[v][i] *= rstd; });
   }
 };
@@ -182,7 +181,6 @@ __global__ void __launch_bounds__(kThreads, RowPart<T, kLanes, kVectors>::kForwa
   Part factors, summands;
   load_parameter(layout, weight, 1.0f, factors);
   load_parameter(layout, bias, 0.0f, summands);
-  const float share = 1.0f / static_cast<float>(layout.channels);
   const uint32_t num_rows = static_cast<uint32_t>(layout.rows.num_rows);
   const uint32_t step = gridDim.x * Part::kRowsPerBlock;
   // All lanes of a warp take every turn: the shuffles need them.
@@ -193,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, RowPart<T, kLanes, kVectors>::kForwa
     Part part;
     part.convert(Part::load_words(x + at.x, layout.channels), layout.channels);
     float mean, rstd;
-    part.normalise(layout, share, mean, rstd);
+    part.normalise(layout, mean, rstd);
     if (!exists) continue;
     if (stats != nullptr && threadIdx.x % kLanes == 0) store_statistics(stats, row, mean, rstd);
     Part::for_each_value([&](int v, int i) {
@@ -277,7 +275,6 @@ __global__ void __launch_bounds__(kThreads, RowPart<T, kLanes, kVectors>::kBackw
   load_parameter(layout, bias, 0.0f, summands);
   weight_sums.fill(0.0f);
   bias_sums.fill(0.0f);
-  const float share = 1.0f / static_cast<float>(layout.channels);
   const uint32_t num_rows = static_cast<uint32_t>(layout.rows.num_rows);
   const uint32_t step = gridDim.x * Part::kRowsPerBlock;
   for (uint32_t first = blockIdx.x * Part::kRowsPerBlock; first < num_rows; first += step) {
@@ -289,7 +286,7 @@ __global__ void __launch_bounds__(kThreads, RowPart<T, kLanes, kVectors>::kBackw
     load_row_gradient(layout, grad_y, at, exists, gradient);
     part.convert(words, layout.channels);
     float mean, rstd;
-    part.normalise(layout, share, mean, rstd);
+    part.normalise(layout, mean, rstd);
     float weighted_sum, projection;
     if (layout.act) {
       grad_normalised<true>(part, factors, summands, gradient, weight_sums, bias_sums, weighted_sum,
@@ -298,8 +295,8 @@ __global__ void __launch_bounds__(kThreads, RowPart<T, kLanes, kVectors>::kBackw
       grad_normalised<false>(part, factors, summands, gradient, weight_sums, bias_sums,
                              weighted_sum, projection);
     }
-    projection = sum_over_lanes<kLanes>(projection) * share;
-    weighted_sum = sum_over_lanes<kLanes>(weighted_sum) * share;
+    projection = sum_over_lanes<kLanes>(projection) * layout.share;
+    weighted_sum = sum_over_lanes<kLanes>(weighted_sum) * layout.share;
     const float weighted_mean = layout.subtract_mean ? weighted_sum : 0.0f;
     if (!exists || grad_x == nullptr) continue;
     // rstd * (grad_n - weighted_mean - n * projection)

@@ -35,6 +35,7 @@ struct KernelLayout {
   int64_t frame_stride;  // in elements of y
   int64_t rows_per_frame;
   int channels, num_groups;
+  float share;  // 1 / channels
   float eps;
   bool subtract_mean, act;
 };
@@ -47,6 +48,7 @@ inline KernelLayout kernel_layout(const NormActLayout& layout) {
   kernel.rows_per_frame = layout.rows_per_frame;
   kernel.channels = static_cast<int>(layout.channels);
   kernel.num_groups = static_cast<int>(layout.num_groups);
+  kernel.share = 1.0f / static_cast<float>(layout.channels);
   kernel.eps = static_cast<float>(layout.eps);
   kernel.subtract_mean = subtracts_mean(layout.kind);
   kernel.act = layout.act;
