@@ -22,7 +22,7 @@ constexpr int kSumSlices = 32;
 // Note [One wave of blocks]
 // A bfloat16 element moves 4 bytes forwards and 6 backwards; a Hopper GPU has 28 and 42
 // instructions to issue in the time that its memory takes for them. The kernels need about 20 and
-// 30, so that instructions matter as much as bytes. Two vectors per lane where a row has them halve
+// 33, so that instructions matter as much as bytes. Two vectors per lane where a row has them halve
 // the shuffles per element. The grid is as many blocks as the launch bounds keep resident (their
 // registers hold weight, bias and the sums of their gradients): one more would run alone after all
 // others.
@@ -34,8 +34,20 @@ struct RowPart {
   static constexpr int kBackwardBlocks = kVectors * kWidth > 8 ? 2 : 3;
   static_assert(kBackwardBlocks <= kMostBackwardBlocks, "the workspace has room for every block");
 
+  // Vectors of a row as they lie in memory, zeros where there is none. Loads alone: what follows
+  // need not wait for them before it loads as well.
+  template <typename U>
   struct Words {
-    Vector<T, kWidth> vectors[kVectors];
+    static constexpr int kPerWord = kWidth * sizeof(U) > 16 ? 16 / sizeof(U) : kWidth;
+    static constexpr int kWords = kWidth / kPerWord;
+    VectorBits<Vector<U, kPerWord>> bits[kVectors][kWords];
+
+    __device__ __forceinline__ void load(const U* row, int channels) {
+      for_each(channels, [&](int v, int channel) {
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) bits[v][w].load(row + channel + w * kPerWord);
+      });
+    }
   };
 
   float values[kVectors][kWidth];
@@ -51,14 +63,6 @@ struct RowPart {
     for (int v = 0; v < kVectors; ++v) {
       if (channel(v) < channels) function(v, channel(v));
     }
-  }
-
-  // Calls function(vector, channel) for every vector, with channel 0 for those that do not exist:
-  // loads from there need no branch.
-  template <typename Function>
-  __device__ __forceinline__ static void for_each_readable(int channels, const Function& function) {
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) function(v, channel(v) < channels ? channel(v) : 0);
   }
 
   // Calls function(vector, i) for every place of a value.
@@ -83,19 +87,20 @@ struct RowPart {
     });
   }
 
-  // Loads only: what follows need not wait for the values before it loads as well.
-  __device__ __forceinline__ static Words load_words(const T* row, int channels) {
-    Words words;
-    for_each_readable(channels, [&](int v, int channel) {
-      words.vectors[v] = load_vector<Vector<T, kWidth>>(row + channel);
-    });
-    return words;
-  }
-
-  __device__ __forceinline__ void convert(const Words& words, int channels) {
+  template <typename U>
+  __device__ __forceinline__ void convert(const Words<U>& words) {
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) vector_to_floats(words.vectors[v], values[v]);
-    clear_absent(channels);
+    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+      for (int w = 0; w < Words<U>::kWords; ++w) {
+        float part[Words<U>::kPerWord];
+        vector_to_floats(words.bits[v][w].vector(), part);
+#pragma unroll
+        for (int i = 0; i < Words<U>::kPerWord; ++i) {
+          values[v][w * Words<U>::kPerWord + i] = part[i];
+        }
+      }
+    }
   }
 
   // Replaces x by (x - mean) * rstd. The error of rsqrtf is 2 ulp.
@@ -123,9 +128,8 @@ __device__ __forceinline__ void load_parameter(const KernelLayout& layout, const
   part.fill(otherwise);
   if (array.data == nullptr) return;
   with_data(array, [&](const auto* data) {
-    Part::for_each_readable(layout.channels, [&](int v, int channel) {
-      load_single_floats(data, channel, part.values[v]);
-    });
+    Part::for_each(layout.channels,
+                   [&](int v, int channel) { load_single_floats(data, channel, part.values[v]); });
   });
 }
 
@@ -150,23 +154,23 @@ template <typename Part>
 __device__ __forceinline__ void load_row_gradient(const KernelLayout& layout,
                                                   const AnyArray& grad_y, const RowOffsets& at,
                                                   bool exists, Part& gradient) {
-  with_data(grad_y, [&](const auto* data) {
-    Part::for_each_readable(layout.channels, [&](int v, int channel) {
-      load_floats(data, at.y + channel, gradient.values[v]);
-    });
+  const int channels = exists ? layout.channels : 0;
+  with_data(grad_y, [&](auto* data) {
+    typename Part::template Words<std::remove_pointer_t<decltype(data)>> words;
+    words.load(data + at.y, channels);
+    gradient.convert(words);
   });
   int64_t offset = at.y;
 #pragma unroll 1
   for (int more = at.is_first_frame ? layout.front_copies : 0; more > 0; --more) {
     offset -= layout.frame_stride;
-    Part::for_each_readable(layout.channels, [&](int v, int channel) {
+    Part::for_each(channels, [&](int v, int channel) {
       float copy[Part::kWidth];
       load_floats(grad_y, offset + channel, copy);
 #pragma unroll
       for (int i = 0; i < Part::kWidth; ++i) gradient.values[v][i] += copy[i];
     });
   }
-  gradient.clear_absent(exists ? layout.channels : 0);
 }
 
 template <typename T, int kLanes, int kVectors>
@@ -188,8 +192,10 @@ __global__ void __launch_bounds__(kThreads, RowPart<T, kLanes, kVectors>::kForwa
     const uint32_t row = first + threadIdx.x / kLanes;
     const bool exists = row < num_rows;
     const RowOffsets at = row_offsets(layout.rows, exists ? row : num_rows - 1);
+    typename Part::template Words<T> words;
+    words.load(x + at.x, layout.channels);
     Part part;
-    part.convert(Part::load_words(x + at.x, layout.channels), layout.channels);
+    part.convert(words);
     float mean, rstd;
     part.normalise(layout, mean, rstd);
     if (!exists) continue;
@@ -281,10 +287,11 @@ __global__ void __launch_bounds__(kThreads, RowPart<T, kLanes, kVectors>::kBackw
     const uint32_t row = first + threadIdx.x / kLanes;
     const bool exists = row < num_rows;
     const RowOffsets at = row_offsets(layout.rows, exists ? row : num_rows - 1);
-    const auto words = Part::load_words(x + at.x, layout.channels);
+    typename Part::template Words<T> words;
+    words.load(x + at.x, layout.channels);
     Part part, gradient;
     load_row_gradient(layout, grad_y, at, exists, gradient);
-    part.convert(words, layout.channels);
+    part.convert(words);
     float mean, rstd;
     part.normalise(layout, mean, rstd);
     float weighted_sum, projection;
