@@ -17,7 +17,9 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
+#include "half.h"
 #include "stream.h"
 
 #ifdef VTOK_EMULATE_CUDA
@@ -164,17 +166,34 @@ struct MemoryWord<16> {
 
 }  // namespace detail
 
-// The VectorType (1, 2, 4, 8 or 16 bytes) at `address`, which must be a multiple of its size.
+// A VectorType (1, 2, 4, 8 or 16 bytes) that is zeros unless it is loaded, from an address that is
+// a multiple of its size. Made for loads under a condition: a compiler joins the words of this, but
+// the elements of a Vector one by one.
+template <typename VectorType>
+struct VectorBits {
+  using Word = typename detail::MemoryWord<sizeof(VectorType)>::type;
+  Word word = {};
+
+  __device__ __forceinline__ void load(const void* address) {
+#ifdef VTOK_EMULATE_CUDA
+    emulation::check_alignment(address, sizeof(Word), "load_vector");
+#endif
+    word = *static_cast<const Word*>(address);
+  }
+
+  __device__ __forceinline__ VectorType vector() const {
+    VectorType result;
+    memcpy(&result, &word, sizeof result);
+    return result;
+  }
+};
+
+// The VectorType at `address`, as above.
 template <typename VectorType>
 __device__ __forceinline__ VectorType load_vector(const void* address) {
-  using Word = typename detail::MemoryWord<sizeof(VectorType)>::type;
-#ifdef VTOK_EMULATE_CUDA
-  emulation::check_alignment(address, sizeof(Word), "load_vector");
-#endif
-  const Word word = *static_cast<const Word*>(address);
-  VectorType vector;
-  memcpy(&vector, &word, sizeof vector);
-  return vector;
+  VectorBits<VectorType> bits;
+  bits.load(address);
+  return bits.vector();
 }
 
 template <typename VectorType>
@@ -186,6 +205,32 @@ __device__ __forceinline__ void store_vector(void* address, const VectorType& ve
   Word word;
   memcpy(&word, &vector, sizeof word);
   *static_cast<Word*>(address) = word;
+}
+
+// The values of a vector in the arithmetic's type. Two bfloat16 are taken apart as one word, by one
+// instruction each, where element by element the upper one costs two.
+template <typename T, int N>
+__device__ __forceinline__ void vector_to_floats(const Vector<T, N>& vector, float (&values)[N]) {
+  if constexpr (std::is_same_v<T, bfloat16> && N % 2 == 0) {
+    uint32_t words[N / 2];
+    memcpy(words, &vector, sizeof vector);
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      values[2 * i] = bits_to_float(words[i] << 16);
+      values[2 * i + 1] = bits_to_float(words[i] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] = to_float(vector.values[i]);
+  }
+}
+
+template <typename T, int N>
+__device__ __forceinline__ Vector<T, N> vector_from_floats(const float (&values)[N]) {
+  Vector<T, N> vector;
+#pragma unroll
+  for (int i = 0; i < N; ++i) vector.values[i] = from_float<T>(values[i]);
+  return vector;
 }
 
 // Adds to global or shared memory. The order of additions is not defined: with floats the last bits

@@ -26,8 +26,12 @@ struct FsqChannel {
   int32_t half_width;  // levels / 2, integer division
   int32_t levels;
   int64_t basis;  // product of the levels of the channels before: channel 0 is least significant
+  float inverse_half_width;  // 1 / half_width
+  float slope;               // half / half_width
   // Values of z at which the level grows by one, ascending; +infinity beyond levels - 1 of them.
   float boundary[kFsqMaxCompared - 1];
+  // -boundary * 2^64, see Note [Steps by saturation] in fsq_cuda.cu.
+  float scaled_boundary[kFsqMaxCompared - 1];
 };
 
 // Sizes and strides (in elements) of the token dimensions, outermost first.

@@ -12,15 +12,14 @@ template <typename T>
 __device__ __forceinline__ void any_statistics(const KernelLayout& layout, const T* row,
                                                float& mean, float& rstd) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const float share = 1.0f / static_cast<float>(layout.channels);
   float sum = 0.0f, squares = 0.0f;
   for (int c = lane; c < layout.channels; c += 32) sum += to_float(row[c]);
-  mean = layout.subtract_mean ? sum_over_lanes<32>(sum) * share : 0.0f;
+  mean = layout.subtract_mean ? sum_over_lanes<32>(sum) * layout.share : 0.0f;
   for (int c = lane; c < layout.channels; c += 32) {
     const float deviation = to_float(row[c]) - mean;
     squares = multiply_add(deviation, deviation, squares);
   }
-  rstd = 1.0f / sqrtf(sum_over_lanes<32>(squares) * share + layout.eps);
+  rstd = 1.0f / sqrtf(sum_over_lanes<32>(squares) * layout.share + layout.eps);
 }
 
 template <typename T>
@@ -55,7 +54,6 @@ __global__ void __launch_bounds__(kAnyThreads)
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const uint32_t warp = blockIdx.x * kAnyWarps + threadIdx.x / 32;
   const uint32_t num_rows = static_cast<uint32_t>(layout.rows.num_rows);
-  const float share = 1.0f / static_cast<float>(layout.channels);
   float* sums = partials == nullptr ? nullptr : partials + int64_t{warp} * 2 * layout.channels;
   // Each lane reads and writes its own channels of `sums`: no other thread looks at them.
   for (int c = lane; sums != nullptr && c < layout.channels; c += 32) {
@@ -84,8 +82,8 @@ __global__ void __launch_bounds__(kAnyThreads)
         sums[layout.channels + c] += grad_u;
       }
     }
-    projection = sum_over_lanes<32>(projection) * share;
-    weighted_sum = layout.subtract_mean ? sum_over_lanes<32>(weighted_sum) * share : 0.0f;
+    projection = sum_over_lanes<32>(projection) * layout.share;
+    weighted_sum = layout.subtract_mean ? sum_over_lanes<32>(weighted_sum) * layout.share : 0.0f;
     for (int c = lane; grad_x != nullptr && c < layout.channels; c += 32) {
       const float grad_n = grad_normalised(c, n, grad_u);
       grad_x[int64_t{row} * layout.channels + c] =

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) running[i] = {0.0f, 0.0f, 0.0f};
     for (uint32_t row = place.begin + place.line; row < place.end; row += kRows * place.num_lines) {
-      float values[kRows][kWidth];
+      float values[kRows][kWidth] = {};
       int count = 0;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {

@@ -31,10 +31,11 @@ inline AnyArray any_array(const TensorView& view) {
 
 struct KernelLayout {
   NormActRows rows;
-  int64_t front_copies;  // copies of frame 0 in front of it
+  int front_copies;      // copies of frame 0 in front of it
   int64_t frame_stride;  // in elements of y
   int64_t rows_per_frame;
   int channels, num_groups;
+  float share;  // 1 / channels
   float eps;
   bool subtract_mean, act;
 };
@@ -42,11 +43,12 @@ struct KernelLayout {
 inline KernelLayout kernel_layout(const NormActLayout& layout) {
   KernelLayout kernel{};
   kernel.rows = layout.rows;
-  kernel.front_copies = layout.buffer.replicate ? layout.buffer.front : 0;
+  kernel.front_copies = layout.buffer.replicate ? static_cast<int>(layout.buffer.front) : 0;
   kernel.frame_stride = layout.buffer.frame_stride;
   kernel.rows_per_frame = layout.rows_per_frame;
   kernel.channels = static_cast<int>(layout.channels);
   kernel.num_groups = static_cast<int>(layout.num_groups);
+  kernel.share = 1.0f / static_cast<float>(layout.channels);
   kernel.eps = static_cast<float>(layout.eps);
   kernel.subtract_mean = subtracts_mean(layout.kind);
   kernel.act = layout.act;
@@ -56,12 +58,16 @@ inline KernelLayout kernel_layout(const NormActLayout& layout) {
 // N consecutive elements from `index` on, a multiple of N at an aligned address.
 template <typename T, int N>
 __device__ __forceinline__ void load_floats(const T* data, int64_t index, float (&values)[N]) {
-  constexpr int kPerWord = N * sizeof(T) > 16 ? static_cast<int>(16 / sizeof(T)) : N;
+  if constexpr (N * sizeof(T) <= 16) {
+    vector_to_floats(load_vector<Vector<T, N>>(data + index), values);
+  } else {
+    constexpr int kPerWord = 16 / sizeof(T);
 #pragma unroll
-  for (int first = 0; first < N; first += kPerWord) {
-    const auto word = load_vector<Vector<T, kPerWord>>(data + index + first);
+    for (int first = 0; first < N; first += kPerWord) {
+      const auto word = load_vector<Vector<T, kPerWord>>(data + index + first);
 #pragma unroll
-    for (int i = 0; i < kPerWord; ++i) values[first + i] = to_float(word.values[i]);
+      for (int i = 0; i < kPerWord; ++i) values[first + i] = to_float(word.values[i]);
+    }
   }
 }
 
@@ -77,26 +83,34 @@ __device__ __forceinline__ void store_floats(T* data, int64_t index, const float
   }
 }
 
+// N consecutive elements at any address.
+template <typename T, int N>
+__device__ __forceinline__ void load_single_floats(const T* data, int64_t index,
+                                                   float (&values)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) values[i] = to_float(data[index + i]);
+}
+
+// Calls function(data) with a pointer of the right type.
+template <typename Function>
+__device__ __forceinline__ void with_data(const AnyArray& array, const Function& function) {
+  switch (array.dtype) {
+    case DType::kFloat16: return function(static_cast<float16*>(array.data));
+    case DType::kBFloat16: return function(static_cast<bfloat16*>(array.data));
+    default: return function(static_cast<float*>(array.data));
+  }
+}
+
 template <int N>
 __device__ __forceinline__ void load_floats(const AnyArray& array, int64_t index,
                                             float (&values)[N]) {
-  switch (array.dtype) {
-    case DType::kFloat16:
-      return load_floats(static_cast<const float16*>(array.data), index, values);
-    case DType::kBFloat16:
-      return load_floats(static_cast<const bfloat16*>(array.data), index, values);
-    default: return load_floats(static_cast<const float*>(array.data), index, values);
-  }
+  with_data(array, [&](const auto* data) { load_floats(data, index, values); });
 }
 
 template <int N>
 __device__ __forceinline__ void store_floats(const AnyArray& array, int64_t index,
                                              const float (&values)[N]) {
-  switch (array.dtype) {
-    case DType::kFloat16: return store_floats(static_cast<float16*>(array.data), index, values);
-    case DType::kBFloat16: return store_floats(static_cast<bfloat16*>(array.data), index, values);
-    default: return store_floats(static_cast<float*>(array.data), index, values);
-  }
+  with_data(array, [&](auto* data) { store_floats(data, index, values); });
 }
 
 // One element; `otherwise` of an absent array.
@@ -114,7 +128,8 @@ __device__ __forceinline__ void store_result(const KernelLayout& layout, const A
                                              const float (&values)[N]) {
   store_floats(y, at.y + channel, values);
   if (!at.is_first_frame) return;
-  for (int64_t k = 1; k <= layout.front_copies; ++k) {
+#pragma unroll 1
+  for (int k = 1; k <= layout.front_copies; ++k) {
     store_floats(y, at.y - k * layout.frame_stride + channel, values);
   }
 }
@@ -126,7 +141,8 @@ __device__ __forceinline__ void load_gradient(const KernelLayout& layout, const 
                                               float (&values)[N]) {
   load_floats(grad_y, at.y + channel, values);
   if (!at.is_first_frame) return;
-  for (int64_t k = 1; k <= layout.front_copies; ++k) {
+#pragma unroll 1
+  for (int k = 1; k <= layout.front_copies; ++k) {
     float more[N];
     load_floats(grad_y, at.y - k * layout.frame_stride + channel, more);
 #pragma unroll

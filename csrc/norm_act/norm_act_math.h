@@ -7,6 +7,7 @@
 // Hendrycks & Gimpel 2016.
 #pragma once
 
+#include "../core/approximate.h"
 #include "../core/vectorized.h"
 #include "norm_act.h"
 
@@ -25,14 +26,14 @@ VTOK_FUNCTION Real multiply_add(Real a, Real b, Real c) {
 #endif
 }
 
-// 1 + e^-u with e^-u clamped to the range in which neither it nor 1 / (1 + e^-u) leaves the normal
-// numbers. Relative error of e^-u in ulp below 2 + |u| / 8, without fused multiply-add 2 + 0.6 |u|,
-// and 2 + 1.2 |u| on a GPU, where it is __expf. silu(u) inherits it for negative u only, where it
-// is multiplied by a small value. Half the instructions of exp_accurate, which decide the speed
-// here.
+// 1 + e^-u. Relative error of e^-u in ulp below 2 + |u| / 8, without fused multiply-add 2 + 0.6
+// |u|, and 4 + |u| on a GPU. silu(u) inherits it for negative u only, where it is multiplied by a
+// small value. Half the instructions of exp_accurate, which decide the speed here. A CPU clamps
+// e^-u to the range in which neither it nor 1 / (1 + e^-u) leaves the normal numbers; a GPU gives
+// infinity there, whose reciprocal 0 is as good.
 VTOK_FUNCTION float one_plus_exp_minus(float u) {
 #if defined(__CUDA_ARCH__)
-  return 1.0f + __expf(fminf(-u, 87.0f));
+  return 1.0f + exp2_approximate(u * -1.44269504f);
 #else
   // Clamped as integers: GCC makes compares and blends of a float minimum, which must keep NaN.
   const uint32_t bits = float_to_bits(u), magnitude = bits & 0x7fffffffu;
@@ -62,7 +63,7 @@ VTOK_FUNCTION double one_plus_exp_minus(double u) {
 template <typename Real>
 VTOK_FUNCTION Real quotient(Real a, Real b) {
 #if defined(__CUDA_ARCH__)
-  return __fdividef(a, b);
+  return a * reciprocal_approximate(b);
 #else
   return a / b;
 #endif
@@ -133,7 +134,8 @@ struct RowOffsets {
 
 VTOK_FUNCTION RowOffsets row_offsets(const NormActRows& rows, uint32_t row) {
   RowOffsets offsets{0, rows.y_offset, false};
-  for (int dim = rows.num_dims - 1; dim >= 0; --dim) {
+  for (int dim = kNormActMaxDims - 1; dim >= 0; --dim) {  // a constant count: nvcc unrolls it
+    if (dim >= rows.num_dims) continue;
     const uint32_t outer = dim == 0 ? 0 : divide_row(row, rows, dim);
     const uint32_t coordinate = row - outer * static_cast<uint32_t>(rows.sizes[dim]);
     offsets.x += int64_t{coordinate} * rows.x_strides[dim];

@@ -1,9 +1,11 @@
 // temporal_resample on CUDA. Memory bound: a thread owns kWidth neighbouring pixels (16 bytes where
 // the layout allows) and walks through kResampleFrames output frames, so that neighbouring threads
-// read neighbouring vectors of every frame, and the frames that two outputs share are read a second
-// time from L1. Offsets in [B, C, H, W] are computed once per thread, not once per frame. What a
-// frame depends on is integer arithmetic that all threads of a block share: about 50 instructions
-// per frame and vector, against the several hundred cycles that its 48 to 100 bytes take.
+// read neighbouring vectors of every frame. Forwards it loads what two output frames are made of
+// before it computes either: 48 to 128 bytes in flight per thread. Source frames that two outputs
+// share are read a second time from L1, those that two segments of outputs share from L2, because
+// the blocks of all segments of a piece of pixels are neighbours in the grid. Offsets in
+// [B, C, H, W] are computed once per thread. What a frame depends on is integer arithmetic that all
+// threads of a block share: some 15 instructions per source frame.
 //
 // The gradient of the factor: one partial sum per block, added by one more block in a fixed order;
 // bitwise repeatable, no atomics.
@@ -17,8 +19,8 @@ namespace {
 
 constexpr int kThreads = kResampleThreads;
 constexpr int kWarp = 32;
+constexpr int kAhead = 2;  // output frames that are loaded before one is computed
 constexpr int64_t kMaxBlocks = 0x7fffffff;
-constexpr int64_t kMaxSegments = 65535;  // grid.y
 
 // Data pointers of a call by ResampleTensor; null where absent.
 template <typename T>
@@ -38,88 +40,179 @@ void set(Pointers<T>& pointers, ResampleTensor tensor, const TensorView& view) {
   if (view.data != nullptr) pointers.data[tensor] = const_cast<T*>(view.data_as<T>());
 }
 
+// Segments of kResampleFrames output frames, and the one of this block; its threads take the
+// `piece`-th kThreads vectors of pixels.
+struct Place {
+  int segment, num_segments;
+  int64_t piece;
+
+  __device__ __forceinline__ explicit Place(const ResampleLayout& layout)
+      : num_segments((layout.timing.num_outputs + kResampleFrames - 1) / kResampleFrames) {
+    piece = blockIdx.x / static_cast<unsigned>(num_segments);
+    segment = static_cast<int>(blockIdx.x) - static_cast<int>(piece) * num_segments;
+  }
+};
+
+// The pixels of one thread in the tensors [kFirst, kEnd), at frame 0.
+template <typename T>
+struct PixelPointers {
+  T* data[kNumResampleTensors];
+
+  template <int kFirst, int kEnd>
+  __device__ __forceinline__ static PixelPointers at(const ResampleLayout& layout,
+                                                     const Pointers<T>& pointers, int64_t pixel) {
+    const ResampleOffsets offsets = pixel_offsets<kFirst, kEnd>(layout, pixel);
+    PixelPointers result;
+#pragma unroll
+    for (int tensor = kFirst; tensor < kEnd; ++tensor) {
+      T* const data = pointers.data[tensor];
+      result.data[tensor] = data == nullptr ? nullptr : data + offsets.of[tensor];
+    }
+    return result;
+  }
+
+  __device__ __forceinline__ T* frame(const ResampleLayout& layout, ResampleTensor tensor,
+                                      int number) const {
+    return data[tensor] + number * layout.frame_strides[tensor];
+  }
+
+  // Of a source frame, or of its gradient (null if nobody needs it).
+  template <bool kIsGradient>
+  __device__ __forceinline__ T* source(const ResampleLayout& layout, int number) const {
+    constexpr int kShift = kIsGradient ? kResampleGradX - kResampleX : 0;
+    const SourceFrame at = source_frame(layout, number, kIsGradient);
+    T* pointer = at.tensor == kResampleX + kShift         ? data[kResampleX + kShift]
+                 : at.tensor == kResampleCarried + kShift ? data[kResampleCarried + kShift]
+                                                          : data[kResampleFront + kShift];
+    return pointer == nullptr ? nullptr : pointer + at.offset;
+  }
+};
+
 // kWidth values in the arithmetic's type.
 template <int kWidth>
 struct Values {
-  float values[kWidth] = {};
+  float values[kWidth];
+
+  // Zeros, or weight * vector: products are not added to zeros.
+  __device__ __forceinline__ Values() {
+#pragma unroll
+    for (float& value : values) value = 0.0f;
+  }
+  template <typename T>
+  __device__ __forceinline__ Values(float weight, const Vector<T, kWidth>& vector) {
+    vector_to_floats(vector, values);
+#pragma unroll
+    for (float& value : values) value *= weight;
+  }
 
   template <typename T>
-  __device__ __forceinline__ void add(float weight, const T* address) {
-    const auto loaded = load_vector<Vector<T, kWidth>>(address);
+  __device__ __forceinline__ void add(float weight, const Vector<T, kWidth>& vector) {
+    float more[kWidth];
+    vector_to_floats(vector, more);
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) values[i] += weight * to_float(loaded.values[i]);
+    for (int i = 0; i < kWidth; ++i) values[i] = __fmaf_rn(weight, more[i], values[i]);
   }
 
   template <typename T>
   __device__ __forceinline__ void store(T* address) const {
-    Vector<T, kWidth> result;
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) result.values[i] = from_float<T>(values[i]);
-    store_vector(address, result);
+    store_vector(address, vector_from_floats<T>(values));
   }
 };
 
-// scale * value[t] of a thread's pixels.
-template <typename T, int kWidth>
-__device__ __forceinline__ Values<kWidth> resample(const ResampleLayout& layout,
-                                                   const Pointers<T>& pointers,
-                                                   const ResampleOffsets& at, int t, float scale) {
-  Values<kWidth> value;
-  const SourceTaps<float> taps = source_taps<float>(layout.timing, t);
-#pragma unroll
-  for (int k = 0; k < 3; ++k) {
-    if (k >= taps.count) break;
-    const SourceFrame source = source_frame(layout, taps.frame[k], false);
-    value.add(scale * taps.weight[k],
-              pointers.data[source.tensor] + at.of[source.tensor] + source.offset);
-  }
-  return value;
-}
+// What value[t] is made of: up to kTaps source frames.
+template <typename T, int kWidth, int kTaps>
+struct Sources {
+  VectorBits<Vector<T, kWidth>> bits[kTaps];
+  float weights[kTaps];
+  int count;
 
-template <typename T, int kWidth>
+  __device__ __forceinline__ void load(const ResampleLayout& layout, const ResampleTiming& timing,
+                                       const PixelPointers<T>& pixels, int t) {
+    const SourceTaps<float> taps = source_taps<float>(timing, t);
+    count = taps.count;
+#pragma unroll
+    for (int k = 0; k < kTaps; ++k) {
+      weights[k] = taps.weight[k];
+      if (k >= taps.count) continue;
+      bits[k].load(pixels.template source<false>(layout, taps.frame[k]));
+    }
+  }
+
+  // scale * value[t]
+  __device__ __forceinline__ Values<kWidth> sum(float scale) const {
+    if (count == 0) return Values<kWidth>();
+    Values<kWidth> value(scale * weights[0], bits[0].vector());
+#pragma unroll
+    for (int k = 1; k < kTaps; ++k) {
+      if (k < count) value.add(scale * weights[k], bits[k].vector());
+    }
+    return value;
+  }
+};
+
+// Source frames of an output frame at most.
+template <ResampleMode kMode>
+constexpr int kNumTaps = kMode == ResampleMode::kMeanOfThree ? 3
+                         : kMode == ResampleMode::kLinear    ? 2
+                                                             : 1;
+
+template <typename T, int kWidth, ResampleMode kMode>
 __global__ void __launch_bounds__(kThreads)
     temporal_resample_forward_kernel(const ResampleLayout layout,
                                      const Pointers<T> pointers,          // [B, C, T, H, W] each
                                      const float* __restrict__ factor) {  // []
-  const int64_t pixel = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kWidth;
+  const Place place(layout);
+  const int64_t pixel = (place.piece * kThreads + threadIdx.x) * kWidth;
   if (pixel >= layout.num_pixels) return;
-  const ResampleOffsets at = pixel_offsets(layout, pixel);
+  const auto pixels =
+      PixelPointers<T>::template at<kResampleX, kResampleOut + 1>(layout, pointers, pixel);
   const float alpha = layout.is_blend ? sigmoid_accurate(*factor) : 1.0f;
-  const int first = static_cast<int>(blockIdx.y) * kResampleFrames;
-  const int end = first + kResampleFrames;
-  for (int t = first; t < end && t < layout.timing.num_outputs; ++t) {
-    Values<kWidth> value = resample<T, kWidth>(layout, pointers, at, t, alpha);
-    if (layout.is_blend) {
-      value.add(1.0f - alpha, pointers.data[kResampleY] + at.of[kResampleY] +
-                                  t * layout.frame_strides[kResampleY]);
+  ResampleTiming timing = layout.timing;
+  timing.mode = kMode;  // known to the compiler
+  const int first = place.segment * kResampleFrames;
+  const int last = first + kResampleFrames;
+  const int end = last < timing.num_outputs ? last : timing.num_outputs;
+#pragma unroll 1
+  for (int t = first; t < end; t += kAhead) {
+    Sources<T, kWidth, kNumTaps<kMode>> sources[kAhead];
+    VectorBits<Vector<T, kWidth>> y[kAhead];
+    int frames[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      frames[i] = t + i < end ? t + i : end - 1;  // the last frame may be written twice
+      sources[i].load(layout, timing, pixels, frames[i]);
+      if (layout.is_blend) y[i].load(pixels.frame(layout, kResampleY, frames[i]));
     }
-    value.store(pointers.data[kResampleOut] + at.of[kResampleOut] +
-                t * layout.frame_strides[kResampleOut]);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      Values<kWidth> value = sources[i].sum(alpha);
+      if (layout.is_blend) value.add(1.0f - alpha, y[i].vector());
+      value.store(pixels.frame(layout, kResampleOut, frames[i]));
+    }
   }
 }
 
 // Writes grad_y[t] and returns the pixels' sum of grad * (value[t] - y[t]).
 template <typename T, int kWidth>
 __device__ __forceinline__ float output_gradient(const ResampleLayout& layout,
-                                                 const Pointers<T>& pointers,
-                                                 const ResampleOffsets& at, int t, float alpha,
+                                                 const PixelPointers<T>& pixels, int t, float alpha,
                                                  bool needs_sum) {
-  Values<kWidth> grad;
-  grad.add(1.0f, pointers.data[kResampleOut] + at.of[kResampleOut] +
-                     t * layout.frame_strides[kResampleOut]);
+  using Word = Vector<T, kWidth>;
+  const auto grad_word = load_vector<Word>(pixels.frame(layout, kResampleOut, t));
   float sum = 0.0f;
   if (needs_sum) {
-    Values<kWidth> difference = resample<T, kWidth>(layout, pointers, at, t, 1.0f);
-    difference.add(-1.0f, pointers.data[kResampleY] + at.of[kResampleY] +
-                              t * layout.frame_strides[kResampleY]);
+    Sources<T, kWidth, 3> sources;
+    sources.load(layout, layout.timing, pixels, t);
+    const auto y = load_vector<Word>(pixels.frame(layout, kResampleY, t));
+    Values<kWidth> difference = sources.sum(1.0f);
+    difference.add(-1.0f, y);
+    float grad[kWidth];
+    vector_to_floats(grad_word, grad);
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) sum += grad.values[i] * difference.values[i];
+    for (int i = 0; i < kWidth; ++i) sum = __fmaf_rn(grad[i], difference.values[i], sum);
   }
-  if (pointers.data[kResampleGradY] != nullptr) {
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) grad.values[i] *= 1.0f - alpha;
-    grad.store(pointers.data[kResampleGradY] + at.of[kResampleGradY] +
-               t * layout.frame_strides[kResampleGradY]);
+  if (pixels.data[kResampleGradY] != nullptr) {
+    Values<kWidth>(1.0f - alpha, grad_word).store(pixels.frame(layout, kResampleGradY, t));
   }
   return sum;
 }
@@ -127,21 +220,19 @@ __device__ __forceinline__ float output_gradient(const ResampleLayout& layout,
 // Writes the gradient of one source frame: the output frames that it feeds, weighted.
 template <typename T, int kWidth>
 __device__ __forceinline__ void source_gradient(const ResampleLayout& layout,
-                                                const Pointers<T>& pointers,
-                                                const ResampleOffsets& at, int source,
+                                                const PixelPointers<T>& pixels, int source,
                                                 float alpha) {
-  const SourceFrame target = source_frame(layout, source, true);
-  T* data = pointers.data[target.tensor];
-  if (data == nullptr) return;
+  T* const target = pixels.template source<true>(layout, source);
+  if (target == nullptr) return;
   const OutputRange range = output_range(layout.timing, source);
   Values<kWidth> value;
   for (int t = range.first; t <= range.last; ++t) {
     const float weight = source_weight<float>(layout.timing, t, source);
     if (weight == 0.0f) continue;
-    value.add(alpha * weight, pointers.data[kResampleOut] + at.of[kResampleOut] +
-                                  t * layout.frame_strides[kResampleOut]);
+    value.add(alpha * weight,
+              load_vector<Vector<T, kWidth>>(pixels.frame(layout, kResampleOut, t)));
   }
-  value.store(data + at.of[target.tensor] + target.offset);
+  value.store(target);
 }
 
 // First of the source frames that segment `segment` of `num_segments` writes: an equal share each,
@@ -158,22 +249,23 @@ __global__ void __launch_bounds__(kThreads)
                                       const float* __restrict__ factor,  // []
                                       float* __restrict__ partials) {    // [blocks]
   VTOK_SHARED(float, warp_sums, kThreads / kWarp);
-  const int64_t pixel = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kWidth;
+  const Place place(layout);
+  const int64_t pixel = (place.piece * kThreads + threadIdx.x) * kWidth;
   float sum = 0.0f;
   if (pixel < layout.num_pixels) {
-    const ResampleOffsets at = pixel_offsets(layout, pixel);
+    const auto pixels =
+        PixelPointers<T>::template at<0, kNumResampleTensors>(layout, pointers, pixel);
     const float alpha = layout.is_blend ? sigmoid_accurate(*factor) : 1.0f;
-    const int segment = static_cast<int>(blockIdx.y);
-    const int end = segment_source(layout.timing, segment + 1, static_cast<int>(gridDim.y));
+    const int end = segment_source(layout.timing, place.segment + 1, place.num_segments);
     if (layout.is_blend) {
-      const int first = segment * kResampleFrames;
+      const int first = place.segment * kResampleFrames;
       for (int t = first; t < first + kResampleFrames && t < layout.timing.num_outputs; ++t) {
-        sum += output_gradient<T, kWidth>(layout, pointers, at, t, alpha, partials != nullptr);
+        sum += output_gradient<T, kWidth>(layout, pixels, t, alpha, partials != nullptr);
       }
     }
-    for (int source = segment_source(layout.timing, segment, static_cast<int>(gridDim.y));
+    for (int source = segment_source(layout.timing, place.segment, place.num_segments);
          source < end; ++source) {
-      source_gradient<T, kWidth>(layout, pointers, at, source, alpha);
+      source_gradient<T, kWidth>(layout, pixels, source, alpha);
     }
   }
   if (partials == nullptr) return;
@@ -185,7 +277,7 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x != 0) return;
   float total = 0.0f;
   for (int warp = 0; warp < kThreads / kWarp; ++warp) total += warp_sums[warp];
-  partials[int64_t{blockIdx.y} * gridDim.x + blockIdx.x] = total;
+  partials[blockIdx.x] = total;
 }
 
 // One block adds the partial sums: each thread its share in order, then pairwise.
@@ -226,9 +318,29 @@ bool is_vector(const ResampleLayout& layout, const Pointers<T>& pointers, int wi
 dim3 grid_of(const ResampleLayout& layout, int width) {
   const int64_t blocks = (layout.num_pixels / width + kThreads - 1) / kThreads;
   const int64_t segments = (layout.timing.num_outputs + kResampleFrames - 1) / kResampleFrames;
-  VTOK_CHECK_VALUE(blocks <= kMaxBlocks && segments <= kMaxSegments,
+  VTOK_CHECK_VALUE(blocks <= kMaxBlocks / segments,
                    "temporal_resample: x has too many elements for one launch");
-  return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(segments));
+  return dim3(static_cast<unsigned>(blocks * segments));
+}
+
+template <typename T, int kWidth>
+void launch_forward(const ResampleForward& params, const Pointers<T>& pointers, Stream stream) {
+  const float* factor = params.layout.is_blend ? params.factor.data_as<float>() : nullptr;
+  const auto launch = [&](auto mode) {
+    constexpr ResampleMode kMode = decltype(mode)::value;
+    VTOK_LAUNCH((temporal_resample_forward_kernel<T, kWidth, kMode>),
+                grid_of(params.layout, kWidth), dim3(kThreads), 0, stream, params.layout, pointers,
+                factor);
+  };
+  using std::integral_constant;
+  switch (params.layout.timing.mode) {
+    case ResampleMode::kMeanOfThree:
+      return launch(integral_constant<ResampleMode, ResampleMode::kMeanOfThree>{});
+    case ResampleMode::kNearest:
+      return launch(integral_constant<ResampleMode, ResampleMode::kNearest>{});
+    case ResampleMode::kLinear:
+      return launch(integral_constant<ResampleMode, ResampleMode::kLinear>{});
+  }
 }
 
 template <typename T, int kWidth>
@@ -241,7 +353,7 @@ void launch_backward(const ResampleBackward& params, const Pointers<T>& pointers
               params.layout, pointers, factor, partials);
   if (!needs_sum) return;
   VTOK_LAUNCH(temporal_resample_factor_kernel, dim3(1), dim3(kThreads), 0, stream,
-              static_cast<const float*>(partials), int64_t{grid.x} * grid.y, factor,
+              static_cast<const float*>(partials), int64_t{grid.x}, factor,
               params.grad_factor.data_as<float>());
 }
 
@@ -258,13 +370,10 @@ void temporal_resample_forward_cuda(const ResampleForward& params, Stream stream
     set(pointers, kResampleFront, params.front);
     set(pointers, kResampleY, params.y);
     set(pointers, kResampleOut, params.out);
-    const float* factor = params.layout.is_blend ? params.factor.data_as<float>() : nullptr;
     if (is_vector(params.layout, pointers, kWidth)) {
-      VTOK_LAUNCH((temporal_resample_forward_kernel<T, kWidth>), grid_of(params.layout, kWidth),
-                  dim3(kThreads), 0, stream, params.layout, pointers, factor);
+      launch_forward<T, kWidth>(params, pointers, stream);
     } else {
-      VTOK_LAUNCH((temporal_resample_forward_kernel<T, 1>), grid_of(params.layout, 1),
-                  dim3(kThreads), 0, stream, params.layout, pointers, factor);
+      launch_forward<T, 1>(params, pointers, stream);
     }
   });
 }

@@ -9,6 +9,7 @@
 // Source: VidTok (arXiv 2412.13061), section 3.2, and its release 1.1 for the segments.
 #pragma once
 
+#include "../core/quotient.h"
 #include "../core/vectorized.h"
 #include "temporal_resample.h"
 
@@ -97,20 +98,22 @@ struct ResampleOffsets {
   int64_t of[kNumResampleTensors];
 };
 
-// Element offsets of pixel `pixel`, at frame 0.
+// Element offsets of pixel `pixel`, at frame 0, in the tensors [kFirst, kEnd).
+template <int kFirst = 0, int kEnd = kNumResampleTensors>
 VTOK_FUNCTION ResampleOffsets pixel_offsets(const ResampleLayout& layout, int64_t pixel) {
   ResampleOffsets offsets{};
-  int64_t rest = pixel / layout.run.size;
+  int64_t rest = quotient_of(pixel, layout.run.size);
   const int64_t column = pixel - rest * layout.run.size;
-  for (int tensor = 0; tensor < kNumResampleTensors; ++tensor) {
+  for (int tensor = kFirst; tensor < kEnd; ++tensor) {
     offsets.of[tensor] = column * layout.run.strides[tensor];
   }
-  for (int dim = layout.num_outer - 1; dim >= 0; --dim) {
+  for (int dim = kResampleMaxDims - 1; dim >= 0; --dim) {  // a constant count: nvcc unrolls it
+    if (dim >= layout.num_outer) continue;
     const ResampleDim& outer = layout.outer[dim];
-    const int64_t next = dim == 0 ? 0 : rest / outer.size;
+    const int64_t next = dim == 0 ? 0 : quotient_of(rest, outer.size);
     const int64_t position = rest - next * outer.size;
     rest = next;
-    for (int tensor = 0; tensor < kNumResampleTensors; ++tensor) {
+    for (int tensor = kFirst; tensor < kEnd; ++tensor) {
       offsets.of[tensor] += position * outer.strides[tensor];
     }
   }
@@ -123,19 +126,16 @@ struct SourceFrame {
   int64_t offset;  // of its frame in that tensor
 };
 
+// Every branch names its tensor: its stride, and what a caller selects by it, is no array access.
 VTOK_FUNCTION SourceFrame source_frame(const ResampleLayout& layout, int source, bool is_gradient) {
   const int shift = is_gradient ? kResampleGradX - kResampleX : 0;
-  int tensor = kResampleX;
-  int frame = source - layout.timing.num_carried;
-  if (source < 0) {
-    tensor = kResampleFront;
-    frame = -1 - source;
-  } else if (frame < 0) {
-    tensor = kResampleCarried;
-    frame = source;
-  }
-  return {static_cast<ResampleTensor>(tensor + shift),
-          frame * layout.frame_strides[tensor + shift]};
+  const auto frame_of = [&](ResampleTensor tensor, int64_t frame) {
+    return SourceFrame{static_cast<ResampleTensor>(tensor + shift),
+                       frame * layout.frame_strides[tensor + shift]};
+  };
+  const int frame = source - layout.timing.num_carried;
+  if (frame >= 0) return frame_of(kResampleX, frame);
+  return source >= 0 ? frame_of(kResampleCarried, source) : frame_of(kResampleFront, -1 - source);
 }
 
 }  // namespace vtok

@@ -2,12 +2,14 @@
 every instruction set."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from emulated_cuda import EmulatedCuda
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vtok_ext as vt
@@ -275,6 +277,36 @@ def test_equal_bits_on_every_instruction_set(emulated_module):
         emulated = vt.fsq(z, [7, 5, 26, 27, 255, 256])
     assert all(torch.equal(a, b) for a, b in zip(native, emulated, strict=True))
     assert len({json.dumps(results) for results in found.values()}) == 1 and "baseline" in found
+
+
+def _boundaries(levels):
+    """Where the level grows, in float32 as csrc/fsq/fsq_channel.h computes them."""
+    half, offset = (levels - 1) * 1.001 / 2, 0.5 * (levels % 2 == 0)
+    bounded = torch.arange(levels - 1, dtype=torch.float64) + 0.5 - levels // 2 + offset
+    return ((bounded / half).atanh() - math.atanh(offset / half)).float()
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4, 5, 6])
+@pytest.mark.parametrize("packed", [True, False])
+def test_steps_by_saturation_are_the_boundaries(channels, packed, emulated_module):
+    """Note [Steps by saturation] in csrc/fsq/fsq_cuda.cu, at every boundary and its neighbours, and
+    codes of every number of levels, which the CUDA kernels do not divide for."""
+    infinity = torch.tensor(float("inf"))
+    special = torch.tensor([0.0, -0.0, 1e-42, 3e38, -3e38, infinity, -infinity, float("nan")])
+    for levels in (*range(2, 18), 26, 27, 99, 255, 256):
+        exact = _boundaries(levels) if levels <= 16 else torch.linspace(-6, 6, 2000)
+        beside = [exact.nextafter(infinity), exact.nextafter(-infinity)]
+        z = torch.cat([exact, *beside, special])
+        z = torch.stack([z.roll(d) for d in range(channels)], -1 if packed else 0).contiguous()
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            call = (z.to(dtype), [levels] * channels)
+            native = vt.fsq(*call, channel_dim=-1 if packed else 0)
+            with EmulatedCuda(emulated_module, "", f"{levels} {channels}"):
+                emulated = vt.fsq(*call, channel_dim=-1 if packed else 0)
+            assert torch.equal(native[1], emulated[1])
+            bits = torch.int32 if dtype == torch.float32 else torch.int16
+            a, b = (t[0].nan_to_num(77.0).view(bits) for t in (native, emulated))
+            assert torch.equal(a, b), f"{levels} levels, {dtype}"
 
 
 def test_references_run_without_the_compiled_kernels():

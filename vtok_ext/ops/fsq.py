@@ -242,8 +242,8 @@ def fsq(
         TypeError: z or levels of an unsupported dtype.
 
     float32, float16 and bfloat16 on cpu and cuda, float64 on cpu; half types are computed in
-    float32. Deterministic, and bitwise equal on every CPU and GPU. Differentiable once; supports
-    vmap.
+    float32. Deterministic; codes and indices are bitwise equal on every CPU and GPU, gradients on
+    every CPU. Differentiable once; supports vmap.
 
     Source: Mentzer et al. 2023, section 3; VidTok's regulariser.
     """
