@@ -54,7 +54,8 @@ def test_a_run_that_is_cut_off_leaves_what_it_measured(tmp_path):
 
 
 def _without_bench():
-    return {k: v for k, v in os.environ.items() if not k.startswith("VTOK_BENCH")}
+    """The environment without settings of benchmarks, and of the pytest that runs this test."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("VTOK_BENCH", "PYTEST_"))}
 
 
 # The second convolution failed, the last case was cut off.

@@ -2,7 +2,8 @@
 //
 //   a block owns Tile::rows positions x Tile::columns channels and walks along k in steps of 64
 //   bytes; `stages` of them are under way through cp.async, whose predicate writes the zeros of
-//   padding. Without aligned vectors (3 channels, say) values are loaded one by one instead.
+//   padding. Without aligned vectors (3 channels in each of several groups, say) values are loaded
+//   one by one instead.
 //
 // Note [Bits do not depend on the tile]
 // Each output adds its products in the order of k, in instructions of one shape, whatever the tile
