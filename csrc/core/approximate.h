@@ -1,7 +1,6 @@
 // Approximate elementary functions for results that need not have the same bits everywhere: on a
 // GPU one instruction of the special function unit each, elsewhere the accurate function. __expf
-// and
-// __fdividef cost four instructions more apiece, for subnormal numbers that no caller sees.
+// and __fdividef cost four instructions more apiece, for subnormal numbers that no caller sees.
 #pragma once
 
 #include <cmath>
