@@ -200,14 +200,16 @@ def device_name(device: str) -> str:
     return "-".join(name.lower().replace("(r)", "").split())
 
 
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent.parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
 def environment(device: str) -> dict[str, Any]:
     """What a reader needs to judge the numbers."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()
+    commit = _git("rev-parse", "--short", "HEAD") or "unknown"
+    if _git("status", "--porcelain", "--untracked-files=no", "--", "csrc", "vtok_ext"):
+        commit += " with changes"
     info = vt.build_info()
     return {
         "device": device_name(device),
@@ -216,7 +218,7 @@ def environment(device: str) -> dict[str, Any]:
         "vtok_ext": info["version"],
         "cpu_isa": info["cpu_isa"],
         "cuda": torch.version.cuda,
-        "commit": commit or "unknown",
+        "commit": commit,
         "date": date.today().isoformat(),
     }
 

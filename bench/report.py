@@ -30,7 +30,7 @@ BASELINES = (
 MODEL_BASELINES = ("diffusers", "diffusers, compiled", "reference", "native, compiled")
 NO_GPU = "GPU: not measured yet."
 # JSON of other forms than cases, which no table of an op shows.
-NOT_OPS = {"threads", "models", "systems", "conv_tile_times"}
+NOT_OPS = {"threads", "models", "models_256", "systems", "conv_tile_times"}
 
 
 def load(name: str) -> list[dict]:
@@ -126,8 +126,9 @@ def table(name: str) -> str:
     results = load(name)
     for result in results:
         head = ["direction", "shape", "dtype", "native", "faster than", "of copy speed"]
-        rows = [row(case) for case in result["cases"] if name != "models"]
-        if name == "models":
+        is_models = name.startswith("models")
+        rows = [row(case) for case in result["cases"] if not is_models]
+        if is_models:
             head[3:] = ["allocator", *head[3:5], "peak memory", "of the arithmetic limit"]
             rows = [line for case in result["cases"] for line in model_rows(case)]
         elif name == "causal_conv3d":
@@ -216,7 +217,7 @@ def summary() -> str:
 def vae_table(name: str) -> str:
     """The Markdown of `bench_diffusers`: autoencoders as they are and patched."""
     lines = []
-    results = [result for which in (name, f"{name}_real") for result in load(which)]
+    results = load(name)
     for result in results:
         lines += [
             f"{source(result)}:",

@@ -103,6 +103,21 @@ def test_folded_upsampling(upsample, temporal, groups, batch, monkeypatch):
     assert torch.allclose(chunked, whole, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"dilation": 2}, {"groups": 2}])
+@pytest.mark.parametrize("size", [2, 6, 20])
+def test_heavy_weights(size, options, dtype):
+    """96 channels on pictures so small that a weight is moved as little as can be: see the Note."""
+    x = video(1, 96, 3, size, size, dtype=dtype)
+    weight = video(96, 96 // options.get("groups", 1), 3, 3, 3, dtype=dtype, seed=1) / 50
+    bias = video(96, dtype=dtype, seed=2)
+    got = vt.causal_conv3d(x, weight, bias, **options)
+    want = causal_conv3d_reference(x.double(), weight.double(), bias.double(), **options)
+    assert got.is_contiguous(memory_format=LAYOUT)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert (got - want).abs().max() <= tolerance * want.abs().max()
+
+
 def run_in_chunks(x, weight, bias, plan, outputs, **options):
     """Results of one stream, concatenated; `outputs` holds tensors of the output's shape."""
     state, chunks, first, done = None, [], 0, 0

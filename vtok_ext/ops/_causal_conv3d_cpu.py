@@ -32,6 +32,21 @@ _LAYOUT = torch.channels_last_3d
 # which selects oneDNN and pays from about 16 channels on. bfloat16 always takes oneDNN.
 SMALL_ELEMENTS = 20480
 DOUBLING_PAYS_CHANNELS = 16
+
+# Note [Heavy weights on the CPU]
+# oneDNN reorders a weight at every call, and torch does so once more for channels_last_3d memory.
+# Where the weight has many times as many values as the frames, that takes longer than the products.
+# From HEAVY_WEIGHT times on (and three times that in bfloat16), reordering the frames to contiguous
+# memory instead is quicker, and from GEMM_WEIGHT times on, im2col and GEMM in float32, which read
+# the weight as it is. Measured, two cores, float32, 3x3x3, ms as they are / contiguous / im2col:
+#     1024 channels, 3x4x4 (576 times) 69 / 38 / 8; 4x8x8 (108) 85 / 52 / 37
+#     640 channels, 3x8x8 (90) 33 / 17 / 8
+#     512 channels, 3x4x4 (288) 6.3 / 2.8 / 2.0; 3x8x8 (72) 7.6 / 4.2 / 5.4; 7x8x8 (31) 14 / 12
+#         / 23; 5x18x18 (9) 29 / 21
+#     256 channels, 4x8x8 (27) 1.5 / 1.3 / 2.6; 4x16x16 (7) 4.4 / 4.6 / 10
+HEAVY_WEIGHT = 8
+GEMM_WEIGHT = 80
+
 # Adding up taps at every call pays from about so many values per channel on. Measured, two cores,
 # time without folding / with it: 5x16x16, 512 channels in space 0.4; 5x32x32 in space 1.05 and in
 # time 0.9; 10x64x64, 256 channels 1.3 in space and in time.
@@ -252,9 +267,19 @@ def _convolve(
     padding: tuple[int, int, int],
     g: Geometry,
 ) -> Tensor:
-    """Returns the convolution with equal padding; see Note [Small batches on the CPU]."""
+    """Returns the convolution with equal padding, in any layout.
+
+    See Note [Small batches on the CPU] and Note [Heavy weights on the CPU].
+    """
     stride, dilation = g.stride, g.dilation
-    if frames.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    is_single = frames.dtype == torch.float32
+    if weight.numel() > HEAVY_WEIGHT * (1 if is_single else 3) * frames.numel():
+        frames = frames.contiguous()
+        is_plain = g.groups == 1 and all(n == 1 for n in dilation)
+        if is_single and is_plain and weight.numel() > GEMM_WEIGHT * frames.numel():
+            kernel = list(weight.shape[2:])
+            return torch.ops.aten.slow_conv3d(frames, weight, kernel, bias, stride, padding)
+    if is_single and torch.backends.mkldnn.is_available():
         return torch.mkldnn_convolution(frames, weight, bias, padding, stride, dilation, g.groups)
     return torch.convolution(frames, weight, bias, stride, padding, dilation, False, [0], g.groups)
 
