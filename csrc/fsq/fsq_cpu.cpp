@@ -10,6 +10,7 @@
 #include "../core/dispatch.h"
 #include "../core/isa.h"
 #include "../core/parallel.h"
+#include "../core/stream_copy.h"
 #include "fsq.h"
 #include "fsq_math.h"
 
@@ -24,6 +25,10 @@ constexpr int kGroup = 16;
 // Elements (tokens x channels) below which a second thread costs more than it gains (about 5 us of
 // work).
 constexpr int64_t kGrainElements = 16384;
+// Bytes of codes or gradients from which planar runs go past the caches, which would not hold them
+// together with what is read. Measured, two cores with 32 MB: float32 of 15.7 MB 1.5 times as fast
+// forwards and 1.1 times with backward, of 63 MB 1.1 and 1.0; of 3.9 MB 0.8.
+constexpr int64_t kStreamBytes = 8 << 20;
 
 // Element offsets of a run of tokens along the innermost dimension.
 struct Run {
@@ -59,6 +64,11 @@ static void for_each_run(const FsqTokens& tokens, int64_t begin, int64_t end,
 static int64_t token_grain(const FsqLayout& layout) {
   const int64_t tokens = kGrainElements / layout.channels;
   return (tokens + kBlock - 1) / kBlock * kBlock;
+}
+
+template <typename T>
+static bool streams_planar(const FsqLayout& layout) {
+  return layout.tokens.num_tokens * layout.channels * int64_t{sizeof(T)} >= kStreamBytes;
 }
 
 static bool is_packed(const FsqLayout& layout) {
@@ -167,6 +177,8 @@ static void prefetch_run(const T* run, int count) {
 template <bool kUnit, typename T, typename Index>
 static void forward_strided(const FsqLayout& layout, const T* z, T* codes, Index* indices,
                             int count) {
+  const bool streams = kUnit && streams_planar<T>(layout);
+  alignas(64) T staged[kBlock];
   const int inner = layout.tokens.num_dims - 1;
   const int64_t index_stride = layout.tokens.index_strides[inner];
   alignas(64) Index sum[kBlock];
@@ -177,12 +189,18 @@ static void forward_strided(const FsqLayout& layout, const T* z, T* codes, Index
       prefetch_run(z + (d + 1) * layout.z_channel_stride, count);
     }
     dispatch_method<real<T>>(layout, d, d + 1, [&](auto method) {
+      T* channel_codes = codes + d * layout.code_channel_stride;
       has_nan |= forward_channel<decltype(method), kUnit>(
           layout.channel[d], z + d * layout.z_channel_stride, layout.tokens.z_strides[inner],
-          codes + d * layout.code_channel_stride, layout.tokens.code_strides[inner], sum, count);
+          streams ? staged : channel_codes, layout.tokens.code_strides[inner], sum, count);
+      if (streams) stream_copy(channel_codes, staged, count * int64_t{sizeof(T)});
     });
   }
-  for (int i = 0; i < count; ++i) indices[i * index_stride] = sum[i];
+  if (streams && index_stride == 1) {
+    stream_copy(indices, sum, count * int64_t{sizeof(Index)});
+  } else {
+    for (int i = 0; i < count; ++i) indices[i * index_stride] = sum[i];
+  }
   if (has_nan) mark_nan(layout, z, indices, count);
 }
 
@@ -259,6 +277,7 @@ void fsq_forward(const FsqForward& params) {
       parallel_for(layout.tokens.num_tokens, token_grain(layout), params.num_threads,
                    [&](int64_t begin, int64_t end) {
                      for_each_run(layout.tokens, begin, end, run_forward);
+                     stream_copy_fence();
                    });
     });
   });
@@ -269,18 +288,22 @@ static void backward_strided(const FsqLayout& layout, const T* z, const T* grad_
                              int count) {
   using Real = real<T>;
   const int inner = layout.tokens.num_dims - 1;
+  const bool streams = kUnit && streams_planar<T>(layout);
+  alignas(64) T staged[kBlock];
   const int64_t z_stride = kUnit ? 1 : layout.tokens.z_strides[inner];
   const int64_t grad_stride = kUnit ? 1 : layout.tokens.code_strides[inner];
   for (int d = 0; d < layout.channels; ++d) {
     const FsqConstants<Real> c = fsq_constants<Real>(layout.channel[d]);
     const T* z_channel = z + d * layout.z_channel_stride;
     const T* grad_channel = grad_codes + d * layout.code_channel_stride;
-    T* out_channel = grad_z + d * layout.code_channel_stride;
+    T* channel_grad_z = grad_z + d * layout.code_channel_stride;
+    T* out_channel = streams ? staged : channel_grad_z;
 #pragma GCC ivdep
     for (int i = 0; i < count; ++i) {
       const Real grad = load(grad_channel + i * grad_stride);
       store(out_channel + i * grad_stride, grad * fsq_slope(load(z_channel + i * z_stride), c));
     }
+    if (streams) stream_copy(channel_grad_z, staged, count * int64_t{sizeof(T)});
   }
 }
 
@@ -322,9 +345,11 @@ void fsq_backward(const FsqBackward& params) {
                                 run.count);
       }
     };
-    parallel_for(
-        layout.tokens.num_tokens, token_grain(layout), params.num_threads,
-        [&](int64_t begin, int64_t end) { for_each_run(layout.tokens, begin, end, run_backward); });
+    parallel_for(layout.tokens.num_tokens, token_grain(layout), params.num_threads,
+                 [&](int64_t begin, int64_t end) {
+                   for_each_run(layout.tokens, begin, end, run_backward);
+                   stream_copy_fence();
+                 });
   });
 }
 

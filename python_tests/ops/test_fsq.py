@@ -40,6 +40,25 @@ def test_every_level_is_reachable_and_comes_back(levels, backend):
         assert torch.equal(vt.fsq_codes_to_indices(rounded, [levels]), indices)
 
 
+@pytest.mark.parametrize("left", [0, 1])
+def test_planar_results_larger_than_caches(left):
+    """From 8 MB on they go past the caches, in whole lines: what lies before and after must too."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(3, 5, 7, 150, 153, generator=generator)[..., left : left + 151]
+    z[1, 2, 3, 4, 5] = float("nan")
+    z.requires_grad_()
+    grad = torch.randn(z.shape, generator=generator)
+    codes, indices = vt.fsq(z, [8, 8, 8, 5, 5], channel_dim=1)
+    assert codes.nbytes >= 8 << 20
+    codes.backward(grad)
+    packed = z.detach().movedim(1, -1).contiguous().requires_grad_()
+    packed_codes, packed_indices = vt.fsq(packed, [8, 8, 8, 5, 5])
+    packed_codes.backward(grad.movedim(1, -1).contiguous())
+    assert torch.equal(indices, packed_indices)
+    for planar, other in ((codes, packed_codes), (z.grad, packed.grad)):
+        torch.testing.assert_close(planar, other.movedim(-1, 1), rtol=0, atol=0, equal_nan=True)
+
+
 def test_first_channel_is_least_significant():
     low, high = -9.0, 9.0
     z = torch.tensor([[high, low, low], [low, high, low], [low, low, high]])
