@@ -2,6 +2,9 @@
 a call allocates, what a test needs of torch and of other libraries."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -29,6 +32,30 @@ def import_or_skip(name: str) -> ModuleType:
         return require("tests", name)
     except ImportError as error:
         pytest.skip(str(error), allow_module_level=True)
+
+
+def start_torchrun(*arguments, **variables: str) -> subprocess.Popen:
+    """Returns a started torchrun of two processes of one thread, which meet at a free port.
+
+    Args:
+        arguments: what comes after the options of that.
+        variables: of the environment, beside those of this process.
+    """
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [sys.executable, *command, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def torchrun(*arguments, **variables: str) -> subprocess.CompletedProcess:
+    """Returns what has become of `start_torchrun`."""
+    process = start_torchrun(*arguments, **variables)
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 # Largest |difference| relative to the largest |reference value|, and why it is that large.

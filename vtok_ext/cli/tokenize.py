@@ -1,4 +1,8 @@
-"""`vtok tokenize`: videos to shards of latents or tokens, alone or in every process of torchrun."""
+"""`vtok tokenize`: videos to shards of latents or tokens, alone or in every process of torchrun.
+
+A shard is made by one process without a word to the others, so that its bytes do not depend on
+their number. Rank 0 looks what is missing and divides that, which is fair after a kill too.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vtok_ext.data.atomic_output import output_file
+from vtok_ext.data.atomic_output import output_file, remove_partials
 from vtok_ext.data.latent_shards import MANIFEST, Shard, write_manifest
 from vtok_ext.data.tokenizing import (
     TokenizeSettings,
@@ -17,7 +21,13 @@ from vtok_ext.data.tokenizing import (
     warmup_latents,
 )
 from vtok_ext.data.video_list import VideoItem, list_videos
-from vtok_ext.training.distributed import process_group, rank, wait_for_all, world_size
+from vtok_ext.training.distributed import (
+    on_rank_0,
+    process_group,
+    rank,
+    wait_for_all,
+    world_size,
+)
 
 from .console import Console
 from .model_source import load_model_for, resolve_device
@@ -53,7 +63,7 @@ class TokenizeOptions:
 def run_tokenize(options: TokenizeOptions, *, as_json: bool) -> None:
     """Returns None when all shards and the manifest are written."""
     start = time.monotonic()
-    with process_group(resolve_device(options.device)) as place:
+    with process_group(resolve_device(options.device), patient=True) as place:
         console = Console(as_json or rank() != 0)
         videos, procedural = _videos(options, console)
         model, _ = load_model_for(
@@ -66,14 +76,17 @@ def run_tokenize(options: TokenizeOptions, *, as_json: bool) -> None:
         )
         settings = _settings(options, model)
         digest = settings.hash(model.model_id, videos)
-        if rank() == 0:
-            _begin(options, settings, model.model_id, digest)
-        wait_for_all()
         num_shards = -(-len(videos) // settings.videos_per_shard)
-        own = range(rank(), num_shards, world_size())
-        missing = [n for n in own if Shard(options.out, n).read(digest) is None]
+
+        def begin() -> list[int]:
+            _begin(options, settings, model.model_id, digest)
+            shards = (Shard(options.out, n) for n in range(num_shards))
+            return [shard.number for shard in shards if shard.read(digest) is None]
+
+        missing = on_rank_0(begin)
+        own = missing[rank() :: world_size()]
         total = sum(min(settings.videos_per_shard, len(videos) - n * settings.videos_per_shard)
-                    for n in missing)  # fmt: skip
+                    for n in own)  # fmt: skip
         with console.progress("tokenizing", total) as progress:
             done = 0
 
@@ -82,7 +95,7 @@ def run_tokenize(options: TokenizeOptions, *, as_json: bool) -> None:
                 done += 1
                 progress.update(done, f"{done} videos of this process")
 
-            for number in missing:
+            for number in own:
                 tokenize_shard(
                     model,
                     videos,
@@ -94,11 +107,15 @@ def run_tokenize(options: TokenizeOptions, *, as_json: bool) -> None:
                     on_video=count,
                 )
         wait_for_all()
-        if rank() == 0:
+
+        def finish() -> dict[str, Any]:
             facts = {**_model_facts(model), **_begun(settings, model.model_id, digest)}
-            manifest = write_manifest(options.out, facts, num_shards)
-            _show(manifest, options, len(own) - len(missing), time.monotonic() - start, console)
-        wait_for_all()
+            return write_manifest(options.out, facts, num_shards)
+
+        manifest = on_rank_0(finish)
+        if rank() == 0:
+            found = num_shards - len(missing)
+            _show(manifest, options, found, time.monotonic() - start, console)
 
 
 def _videos(options: TokenizeOptions, console: Console) -> tuple[list[VideoItem], bool]:
@@ -140,6 +157,7 @@ def _begun(settings: TokenizeSettings, model_id: str, digest: str) -> dict[str, 
 def _begin(options: TokenizeOptions, settings: TokenizeSettings, model_id: str, digest: str):
     """Makes the folder, or checks that it holds what this call would make."""
     path = options.out / _BEGUN
+    remove_partials(path)  # of a process that was killed before it had begun
     if path.exists() or (options.out.exists() and any(options.out.iterdir())):
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if not options.resume:

@@ -6,6 +6,7 @@ never meets a half-written result and a failure (full disk, Ctrl-C) leaves nothi
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import uuid
@@ -20,6 +21,16 @@ def temporary_sibling(path: Path) -> Path:
     The suffix is kept because encoders choose a container by it.
     """
     return path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
+
+
+def remove_partials(path: Path) -> None:
+    """Returns None after removing what killed processes left of their tries to write `path`.
+
+    Args:
+        path: a file that nobody else is writing now; itself it stays.
+    """
+    for partial in path.parent.glob(f".{glob.escape(path.stem)}.*.partial{path.suffix}"):
+        partial.unlink(missing_ok=True)
 
 
 def check_output_file(path: Path, op: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vtok_ext.data.atomic_output import output_file
+from vtok_ext.data.atomic_output import output_file, remove_partials
 from vtok_ext.models.latent_statistics import Latent, LatentStatistics
 
 FORMAT = "vtok_ext.latents"
@@ -53,6 +53,8 @@ class Shard:
     ) -> None:
         """Returns None when both files are there; a kill leaves an incomplete or a complete shard.
 
+        What earlier kills left of this shard is removed; nobody else may write it at the same time.
+
         Args:
             tensors: of all entries, by key.
             entries: facts of each latent, JSON values; see `tokenizing`.
@@ -62,6 +64,8 @@ class Shard:
         from safetensors.torch import save_file
 
         self.tensors.parent.mkdir(parents=True, exist_ok=True)
+        for path in (self.tensors, self.entries):
+            remove_partials(path)
         self.entries.unlink(missing_ok=True)  # of other settings: it must not vouch for new tensors
         with output_file(self.tensors, "tokenize") as partial:
             save_file(tensors, partial, {"format": FORMAT})
@@ -119,6 +123,7 @@ def write_manifest(folder: Path, facts: dict[str, Any], num_shards: int) -> dict
         "unreadable": unreadable,
         "shards": shards,
     }
+    remove_partials(folder / MANIFEST)
     with output_file(folder / MANIFEST, "tokenize") as partial:
         partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest
