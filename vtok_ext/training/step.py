@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vtok_ext.training.checkpoint import random_generators, set_random_generators
-from vtok_ext.training.distributed import mean_over_ranks, rank, world_size
+from vtok_ext.training.distributed import gathered, mean_over_ranks, rank, world_size
 from vtok_ext.training.gradients import clip_gradients, divide_gradients
 from vtok_ext.training.parallel import gradients_shared, is_sharded, local
 from vtok_ext.training.sentinel import first_bad_layer, is_finite, last_bad_gradient
@@ -75,7 +75,7 @@ class Stepper:
             return self._leave_out(dict(zip(mean, values, strict=True)), num_samples)
         if names:
             _restore(buffers)
-            where = self._search(batches, generators, names)
+            where = _most_exact(gathered(self._search(batches, generators, names)))
             _restore(buffers)
             set_random_generators(generators, training.device)
             self._zero_gradients()
@@ -146,8 +146,8 @@ class Stepper:
 
     def _search(
         self, batches: list[MicroBatch], generators: dict[str, Any], names: list[str]
-    ) -> str:
-        """Returns in words where the first value of a step was not finite."""
+    ) -> tuple[int, str]:
+        """Returns where the first value of a step was not finite: how inexact that is, in words."""
         task = self.task
         networks = {"" if n == task.exported else n: m for n, m in task.networks.items()}
         gradient = last_bad_gradient(task.networks[task.exported])
@@ -161,14 +161,20 @@ class Stepper:
                     found = found or first_bad_layer(networks, probe)
         task.train_mode()
         if found is not None:
-            return f"layer {found}"
+            return 0, f"layer {found}"
         for prefix, module in task.modules.items():
             for name, parameter in module.named_parameters():
                 if not is_finite(local(parameter)):
-                    return f"the weight {prefix}.{name}"
+                    return 1, f"the weight {prefix}.{name}"
         if gradient is not None:
-            return f"the gradient of {gradient}, while all layers were finite"
-        return f"{', '.join(names)}, while all layers of this process were finite"
+            return 2, f"the gradient of {gradient}, while all layers were finite"
+        return 3, f"{', '.join(names)}, while all layers were finite"
+
+
+def _most_exact(found: list[tuple[int, str]]) -> str:
+    """Returns the words of the process that knows best: the others may have got its gradients."""
+    number, (_, where) = min(enumerate(found), key=lambda item: item[1][0])
+    return where if len(found) == 1 else f"{where} (process {number})"
 
 
 def _backward(factor: float, loss: Tensor) -> None:

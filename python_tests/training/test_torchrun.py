@@ -1,0 +1,52 @@
+"""Two processes of torchrun: one that fails alone, and the end of a job in the middle of a run."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from helpers import start_torchrun, torchrun
+from tiny_recipe import OVERRIDES, tiny
+
+from vtok_ext.training.checkpoint import latest_checkpoint
+from vtok_ext.training.loop import train
+from vtok_ext.training.run_log import read_log
+
+FAULTY = Path(__file__).with_name("faulty_process.py")
+
+
+def test_a_nan_of_one_process_stops_both_and_is_named_by_both(tmp_path):
+    """The other has it too, in its averaged gradients, but not in a layer."""
+    done = torchrun(FAULTY, tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = [json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in (0, 1)]
+    where = "layer decoder.mid.block_1.norm2 (process 1)"
+    for result in results:
+        assert f"step 3 must be finite, got NaN or inf first in {where}" in result["error"]
+        assert "step-00000002" in result["error"]
+        assert result["draws"][0] == result["draws"][1]
+    assert results[0]["draws"] != results[1]["draws"]
+    assert latest_checkpoint(tmp_path / "run" / "checkpoints", pytest.fail).step == 2
+    assert read_log(tmp_path / "run" / "log.jsonl")[-1]["where"] == where
+
+
+def test_sigterm_to_torchrun_saves_and_the_run_goes_on(tmp_path):
+    """As a scheduler ends a job: every process gets the signal, at a step of its own."""
+    endless = ["run.steps=100000", "run.checkpoint_every=100000", "run.validate_every=100000"]
+    recipe = [*endless, "run.batch_size=1"]
+    call = ["train", "smoke_kl", *OVERRIDES, *recipe, "-o", tmp_path, "--device", "cpu"]
+    process = start_torchrun("-m", "vtok_ext.cli", *call)
+    deadline = time.monotonic() + 90
+    while len(read_log(tmp_path / "log.jsonl")) < 4 and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and "--resume auto goes on" in errors
+    found = latest_checkpoint(tmp_path / "checkpoints", pytest.fail)
+    steps = [line["step"] for line in read_log(tmp_path / "log.jsonl") if line["kind"] == "train"]
+    assert found.world_size == 2 and steps == list(range(1, found.step + 1)) and len(steps) >= 4
+    one = tiny(*recipe, "run.accumulate=2", f"run.steps={found.step + 1}")
+    result = train(one, tmp_path, resume="auto", warn=lambda line: None)
+    assert (result.resumed_from, result.step) == (found.step, found.step + 1)
