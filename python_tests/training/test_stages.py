@@ -5,6 +5,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_recipe import OVERRIDES
 
+from vtok_ext.data.procedural import procedural_clip
+from vtok_ext.data.video import VideoWriter
 from vtok_ext.training.checkpoint import read_tensors, verify_checkpoint
 from vtok_ext.training.loop import train
 from vtok_ext.training.recipe_file import load_recipe, load_stages
@@ -81,7 +83,9 @@ def test_released_files_are_recipes(released):
     assert (optimizer.lr, optimizer.ema_decay, optimizer.clip) == (2e-5, 0.99, 20.0)
     assert (run.precision, run.batch_size, run.checkpoint_activations) == ("bfloat16", 3, True)
     assert (run.checkpoint_every, run.validate_every, run.sample_every) == (2500, 2000, 5000)
-    assert recipe.data.num_frames == 5
+    assert recipe.data.num_frames == 5 and run.accumulate == 1
+    released.write_text(RELEASED.replace("max_epochs", "accumulate_grad_batches: 2, max_epochs"))
+    assert load_recipe(released, PATHS).run.accumulate == 2
 
 
 def test_released_clips_follow_the_published_rule(released):
@@ -100,6 +104,27 @@ def test_released_files_train(released, tmp_path):
     assert result.step == 1 and result.model.is_dir()
 
 
+def test_released_files_train_with_nothing_but_their_paths_and_sizes_filled_in(tmp_path):
+    """Lists of videos below other roots, the published rule of sampling, bfloat16."""
+    text = RELEASED.replace("disc_type: 3d", "disc_type: 2d")  # as in all released files
+    for i, count in ((1, 4), (2, 8)):
+        root = tmp_path / f"root {i}"
+        root.mkdir()
+        names = [f"{n}.mp4" for n in range(count)]
+        for n, name in enumerate(names):
+            with VideoWriter(root / name, height=32, width=40, fps=30) as writer:
+                writer.write(procedural_clip(9, 32, 40, seed=n))
+        (tmp_path / f"list {i}.csv").write_text("\n".join(["videos", *names]))
+        own = f"data_dir: {root}, meta_path: {tmp_path / f'list {i}.csv'}"
+        text = text.replace(
+            f"data_dir: DATA_DIR_{i}", own if i == 2 else own.replace(", ", "\n        ")
+        )
+    text = text.replace("INPUT_HEIGHT_1", "32").replace("INPUT_WIDTH_1", "32")
+    (tmp_path / "released.yaml").write_text(text.replace("max_epochs: 1000", "max_steps: 2"))
+    result = train(load_recipe(tmp_path / "released.yaml"), tmp_path / "run", warn=pytest.fail)
+    assert result.step == 1 and result.model.is_dir() and result.validation["psnr"] > 0
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -107,6 +132,7 @@ def test_released_files_train(released, tmp_path):
         ("fix_decoder: false", "fix_decoder: true", "fix_decoder must be false"),
         ("disc_type", "disc_typ", r"got 'disc_typ'; did you mean 'disc_type'"),
         ("dims: 3", "dims: 2", r"loss_config.params.dims must be 3, got 2"),
+        ("ema_decay: 0.99", "ckpt_path: a.ckpt", r"ckpt_path must be absent: .*, got 'a.ckpt'"),
         ("bf16-mixed", "bf16-true", r"precision must be one of .*, got 'bf16-true'"),
     ],
 )

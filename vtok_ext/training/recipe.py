@@ -79,8 +79,10 @@ class DataRecipe:
         sampling: "timestamps", or "reference" for the published rule (needs one rate).
         crop, zoom, flip: see `Augmentation`.
         scan: read every video's index at the start, so that unusable ones are named at once.
-        damage_log: file that gets a line for every video found damaged while training.
+        damage_log: file that gets a line for every video found damaged while training; null for
+            damaged.txt in the folder of the run.
         validation_folder: of held-out videos, in the same forms, where `folder` is given.
+        validation_root: where its paths begin; null for `root`.
         validation_fps: their rate, from their beginning; null for their own frames.
         validation_clips: how many held-out clips are measured; 0 for none.
         num_workers: processes that prepare clips; 0 for the training process itself.
@@ -103,6 +105,7 @@ class DataRecipe:
     scan: bool = True
     damage_log: str | None = None
     validation_folder: str | None = None
+    validation_root: str | None = None
     validation_fps: float | None = None
     validation_clips: int = 8
     num_workers: int = 0

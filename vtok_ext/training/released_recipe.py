@@ -69,6 +69,12 @@ def released_recipe(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     network = _section(params, "encoder_config", "params")
     if network.get("fix_decoder"):
         raise _error("fix_decoder", "false, nothing can be trained then", True)
+    if params.get("ckpt_path"):
+        raise _error(
+            "model.params.ckpt_path",
+            "absent: model.name=null model.weights=FOLDER trains on what vtok convert made of it",
+            params["ckpt_path"],
+        )
     trainer = _section(values, "lightning", "trainer")
     lr = float(model.get("base_learning_rate", 1e-5))
     return {
@@ -117,20 +123,22 @@ def _loss(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def _data(values: Mapping[str, Any]) -> dict[str, Any]:
     params = _section(values, "data", "params")
-    train, held_out = (_section(params, part, "params") for part in ("train", "validation"))
+    parts = [_section(params, part, "params") for part in ("train", "validation")]
+    train, held_out = parts
     clips = _section(train, "video_params")
     found = {_CLIP_FIELDS[name]: value for name, value in clips.items() if name in _CLIP_FIELDS}
-    # A list of videos lies in `meta_path`, its paths begin in `data_dir`.
-    listed = train.get("meta_path") is not None
+    # A list of videos lies in `meta_path`, its paths begin in `data_dir`; each part has its own.
+    roots = [p.get("data_dir") if p.get("meta_path") is not None else None for p in parts]
     rate, held_out_rate = (_section(p, "video_params").get("sample_fps") for p in (train, held_out))
     return {
         **found,
         "folder": train.get("meta_path", train.get("data_dir")),
-        "root": train.get("data_dir") if listed else None,
+        "root": roots[0],
         "fps": [] if rate is None else [float(rate)],
         "sampling": "timestamps" if rate is None else "reference",
         "fraction": float(train.get("data_frac", 1.0)),
         "validation_folder": held_out.get("meta_path", held_out.get("data_dir")),
+        "validation_root": roots[1],
         "validation_fps": None if held_out_rate is None else float(held_out_rate),
         "num_workers": params.get("num_workers", 0),
     }
@@ -147,6 +155,7 @@ def _run(values: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str, Any
     return {
         "steps": batches_of_global_steps(steps) if steps > 0 else _PUBLISHED_BATCHES,
         "batch_size": _section(values, "data", "params").get("batch_size", 1),
+        "accumulate": trainer.get("accumulate_grad_batches", 1),
         "precision": _PRECISIONS[precision],
         "validate_every": trainer.get("val_check_interval", 2000),
         "checkpoint_every": batches_of_global_steps(saving.get("every_n_train_steps", 5000)),

@@ -106,5 +106,6 @@ def held_out_clips(recipe: DataRecipe, warn: Callable[[str], None]) -> VideoClip
     """Returns the clips at the beginning of each held-out video, see `DataRecipe`."""
     rule = "timestamps" if recipe.validation_fps is None else recipe.sampling
     sampling = FrameSampling(recipe.num_frames, recipe.validation_fps, rule, "first")
-    videos = list_videos(str(recipe.validation_folder), root=recipe.root, warn=warn)
+    root = recipe.root if recipe.validation_root is None else recipe.validation_root
+    videos = list_videos(str(recipe.validation_folder), root=root, warn=warn)
     return VideoClips(videos, sampling, [(recipe.num_frames, recipe.height, recipe.width)])
