@@ -4,6 +4,7 @@
     OUT/log.jsonl       every step's loss terms, validations, checkpoints
     OUT/checkpoints/    see `checkpoint`
     OUT/samples/        see `sample_pictures`
+    OUT/damaged.txt     videos that could not be read when their turn came, if there are any
     OUT/model/          the trained tokenizer, its moving averages if there are any
 
 A run that was killed at any moment and is resumed gives, with the same number of processes and
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 
 from vtok_ext.data.atomic_output import output_file
+from vtok_ext.data.clips import VideoClips
 from vtok_ext.training import checkpoint as checkpoints
 from vtok_ext.training.clip_checks import check_clips, clips_of
 from vtok_ext.training.clip_order import ClipOrder, buckets_of, step_batches
@@ -135,6 +137,8 @@ class _Run:
         for line in self.training.task.notes():
             warn(line)
         self.clips, self.held_out = self.training.task.data(warn)
+        if isinstance(self.clips, VideoClips) and self.clips.damage_log is None:
+            self.clips.damage_log = out / "damaged.txt"
         self.validation: dict[str, float] = {}
         self.saved: Path | None = None
         if found is not None:
@@ -255,11 +259,22 @@ class _Run:
 
     def close(self) -> None:
         """Ends what goes on in the background; after an error it may be what failed."""
+        self._tell_damage()
         self.log.close()
         try:
             self.writer.wait()
         except (OSError, ValueError) as error:
             self.warn(str(error))
+
+    def _tell_damage(self) -> None:
+        """Says how many videos could not be read when their turn came."""
+        path = self.clips.damage_log if isinstance(self.clips, VideoClips) else None
+        if path is not None and path.is_file():
+            damaged = set(path.read_text(encoding="utf-8").splitlines())  # every worker has a line
+            self.warn(
+                f"{len(damaged)} videos could not be read while training and others stood in for "
+                f"them; {path} names them"
+            )
 
     def _check(self, parts: list[Any]) -> None:
         """Looks at the first batch."""

@@ -81,6 +81,9 @@ def build_clips(
     for source in sources:
         for line in source.unreadable:
             warn(f"left out: {line}")
+        if source.unreadable:
+            number = len(source.unreadable)
+            warn(f"left out: {number} of {number + len(source)} videos")
     return clips, [sources[-1][0, i] for i in range(wanted)]
 
 

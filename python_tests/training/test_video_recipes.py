@@ -1,0 +1,99 @@
+"""Recipes of video files: the data section as a whole, and files that break while training."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+from tiny_recipe import tiny
+
+from vtok_ext.data.procedural import procedural_clip
+from vtok_ext.data.video import VideoWriter
+from vtok_ext.training.loop import train
+from vtok_ext.training.run_log import read_log
+from vtok_ext.training.setup import build_clips
+
+PLAIN = ["loss.discriminator=none", "loss.perceptual_weight=0", "run.validate_every=99"]
+
+
+def write(path, num_frames, height, width):
+    frames = procedural_clip(num_frames, height, width, seed=num_frames)
+    with VideoWriter(path, height=height, width=width, time_base=Fraction(1, 30)) as writer:
+        writer.write(frames, list(range(num_frames)))
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A published list of 5 wide and 3 tall videos and one that is none; held-out ones apart."""
+    (tmp_path / "train").mkdir()
+    (tmp_path / "held_out").mkdir()
+    for i in range(8):
+        write(tmp_path / "train" / f"{i}.mp4", 14 + i, *((32, 48) if i < 5 else (48, 32)))
+    (tmp_path / "train" / "x.mp4").write_bytes(b"none")
+    write(tmp_path / "held_out" / "0.mp4", 9, 32, 32)
+    names = [f"{i}.mp4" for i in range(8)] + ["x.mp4"]
+    (tmp_path / "train.csv").write_text("\n".join(["videos", *names]))
+    (tmp_path / "held_out.csv").write_text("videos\n0.mp4\n")
+    return tmp_path
+
+
+def recipe(source, *overrides):
+    return tiny(
+        *PLAIN,
+        f"data.folder={source / 'train.csv'}",
+        f"data.root={source / 'train'}",
+        f"data.validation_folder={source / 'held_out.csv'}",
+        f"data.validation_root={source / 'held_out'}",
+        "data.buckets=[[5,16,24],[5,24,16]]",
+        "data.fps=[10,30]",
+        "data.crop=random",
+        "data.zoom=1.3",
+        "data.flip=true",
+        "run.batch_size=1",
+        *overrides,
+    )
+
+
+def losses(out):
+    return [line["loss"] for line in read_log(out / "log.jsonl") if line["kind"] == "train"]
+
+
+def test_every_option_of_the_data_reaches_the_clips(source):
+    warnings = []
+    clips, held_out = build_clips(recipe(source).data, 0, warnings.append)
+    assert clips.bucket_of == [0] * 5 + [1] * 3
+    assert [tuple(clips[0, i].shape) for i in (0, 7)] == [(3, 5, 16, 24), (3, 5, 24, 16)]
+    assert clips.samplings[0].fps == (10.0, 30.0)
+    assert (clips.augmentation.zoom, clips.augmentation.flip) == (1.3, True)
+    assert not torch.equal(clips[0, 0], clips[1, 0])
+    assert [tuple(clip.shape) for clip in held_out] == [(3, 5, 16, 16)]
+    assert "x.mp4" in warnings[0] and warnings[1] == "left out: 1 of 9 videos"
+
+
+def test_a_run_goes_on_in_the_middle_of_an_epoch(source):
+    """With other numbers of workers too."""
+    train(recipe(source, "run.steps=6"), source / "whole", warn=lambda line: None)
+    train(recipe(source, "run.steps=3"), source / "parts", warn=lambda line: None)
+    rest = recipe(source, "run.steps=6", "data.num_workers=2")
+    train(rest, source / "parts", resume="auto", warn=lambda line: None)
+    assert len(set(losses(source / "whole"))) == 6
+    assert losses(source / "parts") == losses(source / "whole")
+
+
+def test_files_that_break_while_training_are_counted_and_listed(source):
+    def damage(progress):
+        if progress.step == 1:
+            for i in (0, 1):
+                (source / "train" / f"{i}.mp4").write_bytes(b"gone")
+
+    warnings = []
+    result = train(
+        recipe(source, "run.steps=16", "data.num_workers=1"),
+        source / "run",
+        warn=warnings.append,
+        on_step=damage,
+    )
+    assert result.step == 16  # two epochs
+    lines = (source / "run" / "damaged.txt").read_text().splitlines()
+    assert {line.partition(":")[0] for line in lines} == {"0.mp4", "1.mp4"}
+    assert warnings[-1].startswith("2 videos could not be read while training")
+    assert str(source / "run" / "damaged.txt") in warnings[-1]
