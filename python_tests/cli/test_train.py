@@ -39,7 +39,7 @@ def test_folder_of_videos(vtok, tmp_path, make_video):
     done = vtok("train", "smoke_kl", *SMALL, *both, "-o", tmp_path / "run", "--device", "cpu")
     assert done.code == 0, done.err
     assert "left out" in done.err and "b.mp4 has 3 of 5 frames" in done.err
-    assert "psnr" in done.out
+    assert "psnr" in done.out and " clips/s" in done.err
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,14 @@ def test_bad_input_is_one_line(vtok, tmp_path, arguments, message):
     failed = vtok("train", *arguments, "-o", tmp_path / "run", "--device", "cpu")
     assert failed.code == 2 and message in failed.err and failed.err.count("\n") <= 2
     assert not (tmp_path / "run").exists()
+
+
+def test_absent_weights_of_lpips_are_never_left_out_in_silence(vtok, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    published = ["loss.perceptual_network=published", "loss.perceptual_weight=1"]
+    failed = vtok("train", "smoke_fsq", *SMALL, *published, "-o", tmp_path / "run")
+    assert failed.code == 2 and "backbone must be a file, got none at" in failed.err
+    assert str(tmp_path / "cache") in failed.err and not (tmp_path / "run").exists()
 
 
 def test_dry_run_shows_and_leaves_a_picture_only(vtok, tmp_path):

@@ -1,5 +1,8 @@
 """A training run that kills itself: python killed_run.py OUT KILL_AT [recipe overrides].
 
+Under torchrun process 1 alone does so, the first time. OUT may be two folders, A:B: then the same
+run is made in B when that in A has ended.
+
 KILL_AT: "never"; "step N" after the log line of step N; "state N" while the checkpoint of step N is
 being written; "rename N" when it is complete but not yet in place.
 """
@@ -16,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_recipe import tiny
 
 from vtok_ext.training import checkpoint, checkpoint_storage, loop
+from vtok_ext.training.distributed import process_group
 from vtok_ext.training.run_log import RunLog
 
 
@@ -50,7 +54,10 @@ def arm(kind: str, number: int) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     out, kill_at, *overrides = sys.argv[1:]
-    if kill_at != "never":
+    chosen = (os.environ.get("RANK", "1"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if kill_at != "never" and chosen == ("1", "0"):
         kind, number = kill_at.split()
         arm(kind, int(number))
-    loop.train(tiny(*overrides), Path(out), resume="auto")
+    with process_group(torch.device("cpu")):
+        for folder in out.split(":"):
+            loop.train(tiny(*overrides), Path(folder), resume="auto")

@@ -8,7 +8,8 @@ import torch
 from tiny_recipe import tiny
 
 import vtok_ext as vt
-from vtok_ext.training.blocks import BLOCKS, compile_blocks, recompute_activations
+from vtok_ext.layers import FSQ
+from vtok_ext.training.blocks import BLOCKS, blocks, compile_blocks, recompute_activations
 from vtok_ext.training.checkpoint import latest_checkpoint, read_shapes, read_tensors
 from vtok_ext.training.gradients import clip_gradients
 from vtok_ext.training.loop import train
@@ -112,6 +113,22 @@ def test_frozen_encoder_stays_and_the_decoder_learns():
     assert not training.task.model.encoder.training and training.task.model.decoder.training
 
 
+def test_the_quantizer_anneals_by_the_step(monkeypatch):
+    """Of the run, in each of its micro-batches."""
+    seen, weight = [], FSQ.annealed_entropy_weight
+
+    def record(quantizer, step):
+        seen.append(step)
+        return weight(quantizer, step)
+
+    monkeypatch.setattr(FSQ, "annealed_entropy_weight", record)
+    recipe = tiny(*PLAIN, "run.accumulate=2", base="smoke_fsq")
+    training = build_training(recipe, torch.device("cpu"))
+    for batch in clip_batches(3, batch_size=4):
+        Stepper(training)(list(batch.chunk(2)))
+    assert seen == [0, 0, 1, 1, 2, 2]
+
+
 def test_bfloat16_trains():
     # Not 3d: torch 2.13's bfloat16 conv3d gives NaN weight gradients at these sizes on some CPUs.
     recipe = tiny("run.precision=bfloat16", "loss.discriminator=2d", "data.height=32",
@@ -156,6 +173,12 @@ def test_recomputed_and_compiled_blocks_compute_the_same(change):
         found.append(Stepper(training)(clip_batches(1)))
     assert count == sum(isinstance(m, BLOCKS) for m in training.task.model.modules()) > 5
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_the_switch_compiles_every_block_of_every_network():
+    training = build_training(tiny(*PLAIN, "run.compile=true"), torch.device("cpu"))
+    found = blocks(training.task.model)
+    assert len(found) > 5 and all(block._compiled_call_impl is not None for block in found)
 
 
 def test_recomputing_keeps_less():

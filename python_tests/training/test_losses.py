@@ -116,6 +116,14 @@ def test_lecam_penalises_only_the_wrong_side():
     torch.testing.assert_close(lecam.real_mean, torch.tensor(-(1 - 0.999**2)).double())
 
 
+def test_discriminator_losses_penalise_both_sides_by_half():
+    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 1.0])
+    torch.testing.assert_close(discriminator_loss(real, fake), torch.tensor(0.5 * (0.25 + 1.0)))
+    soft = torch.nn.functional.softplus
+    expected = 0.5 * (soft(-real).mean() + soft(fake).mean())
+    torch.testing.assert_close(discriminator_loss(real, fake, "vanilla"), expected)
+
+
 def test_generator_losses_differ_in_what_they_average():
     logits = torch.tensor([[4.0, -4.0], [1.0, 1.0]]).view(2, 1, 1, 2)
     expected = torch.nn.functional.softplus(-torch.tensor([0.0, 1.0])).mean()

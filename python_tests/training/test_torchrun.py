@@ -6,7 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import start_torchrun, torchrun
+from safetensors.torch import load_file
 from tiny_recipe import OVERRIDES, tiny
 
 from vtok_ext.training.checkpoint import latest_checkpoint
@@ -14,6 +16,8 @@ from vtok_ext.training.loop import train
 from vtok_ext.training.run_log import read_log
 
 FAULTY = Path(__file__).with_name("faulty_process.py")
+KILLED = Path(__file__).with_name("killed_run.py")
+SHORT = ["run.steps=4", "run.checkpoint_every=1", "run.validate_every=9", "run.batch_size=1"]
 
 
 def test_a_nan_of_one_process_stops_both_and_is_named_by_both(tmp_path):
@@ -29,6 +33,27 @@ def test_a_nan_of_one_process_stops_both_and_is_named_by_both(tmp_path):
     assert results[0]["draws"] != results[1]["draws"]
     assert latest_checkpoint(tmp_path / "run" / "checkpoints", pytest.fail).step == 2
     assert read_log(tmp_path / "run" / "log.jsonl")[-1]["where"] == where
+
+
+@pytest.mark.slow
+def test_a_killed_process_and_a_restart_change_no_number(tmp_path):
+    """Killed while both write the checkpoint of step 2; the losses are those of a whole run."""
+    folders = f"{tmp_path / 'killed'}:{tmp_path / 'whole'}"
+    restarted = torchrun(
+        *("--max-restarts", 1, KILLED, folders, "state 2", *SHORT),
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
+    )
+    assert restarted.returncode == 0, restarted.stderr
+    assert "failed (exitcode: -9) local_rank: 1" in restarted.stderr
+    curves = [read_log(tmp_path / name / "log.jsonl") for name in ("killed", "whole")]
+    for line in [line for curve in curves for line in curve]:
+        line.pop("clips_per_s", None)
+    assert curves[0] == curves[1]
+    steps = [line["step"] for line in curves[0] if line["kind"] == "train"]
+    assert steps == list(range(1, 5)) and "d_weight" in str(curves[0])
+    weights = [load_file(tmp_path / n / "model/model.safetensors") for n in ("killed", "whole")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert not list((tmp_path / "killed" / "checkpoints").glob(".partial*"))
 
 
 def test_sigterm_to_torchrun_saves_and_the_run_goes_on(tmp_path):
