@@ -53,6 +53,7 @@ def test_clips_of_videos(vtok, videos, saved_models, tmp_path):
     assert latents.manifest["model_id"] == model.model_id and latents[0].shape == (4, 2, 2, 2)
     entry = latents.entries[2]
     assert entry["timestamps"] == read_clip(videos / "b.mp4")[1][5:10]
+    assert entry["fps"] == 30.0 == LatentDataset(out).entries[0]["fps"]
     assert entry["original_size"] == [32, 40] and entry["size"] == entry["padded_size"] == [16, 16]
     window = fit(read_clip(videos / "b.mp4")[0][:, 5:10], 16, 16)
     with torch.no_grad():

@@ -144,8 +144,8 @@ class LatentDataset:
 
     Attributes:
         manifest: what made the data set: `model_id`, `kind`, `temporal_factor`, ...
-        entries: facts of every latent: video, timestamps in `time_base`, num_frames, size, padded
-            size, fields of the video.
+        entries: facts of every latent: video, timestamps in `time_base`, fps (their mean rate, None
+            for a single frame), num_frames, size, padded size, fields of the video.
 
     Raises:
         FileNotFoundError, ValueError: no such data set, an incomplete one, or one whose videos lack

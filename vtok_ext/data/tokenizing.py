@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,7 @@ def _facts(video: VideoItem, clip: _Clip, model: Any) -> dict[str, Any]:
         "video": video.name,
         "timestamps": clip.timestamps,
         "time_base": clip.time_base,
+        "fps": _rate(clip),
         "num_frames": num_frames,
         "padded_frames": None if f is None else alone - (alone - num_frames) // f * f,
         "original_size": list(clip.original_size),
@@ -221,6 +223,12 @@ def _facts(video: VideoItem, clip: _Clip, model: Any) -> dict[str, Any]:
         "padded_size": padded,
         "fields": video.fields,
     }
+
+
+def _rate(clip: _Clip) -> float | None:
+    """Returns the mean number of frames per second, None for a single frame."""
+    ticks = clip.timestamps[-1] - clip.timestamps[0]
+    return (len(clip.timestamps) - 1) / float(ticks * Fraction(clip.time_base)) if ticks else None
 
 
 @torch.no_grad()
