@@ -47,8 +47,11 @@ if __name__ == "__main__":
     build, loop.build_training = loop.build_training, build_with_fault
     with process_group(CPU):
         result = {"draws": draws_after_restoring(out / "generators")}
-        try:
-            loop.train(tiny("run.batch_size=1", "run.checkpoint_every=9"), out / "run")
-        except NonFiniteLossError as error:
-            result["error"] = str(error)
+        for parallel in ("ddp", "fsdp"):
+            rare = ["run.checkpoint_every=9", "run.validate_every=9"]
+            recipe = tiny(f"run.parallel={parallel}", "run.batch_size=1", *rare)
+            try:
+                loop.train(recipe, out / parallel)
+            except NonFiniteLossError as error:
+                result[parallel] = str(error)
         (out / f"result-{rank()}.json").write_text(json.dumps(result))

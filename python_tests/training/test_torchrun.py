@@ -21,18 +21,19 @@ SHORT = ["run.steps=4", "run.checkpoint_every=1", "run.validate_every=9", "run.b
 
 
 def test_a_nan_of_one_process_stops_both_and_is_named_by_both(tmp_path):
-    """The other has it too, in its averaged gradients, but not in a layer."""
+    """The other has it too, in its averaged gradients. Each has random generators of its own."""
     done = torchrun(FAULTY, tmp_path)
     assert done.returncode == 0, done.stderr
     results = [json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in (0, 1)]
     where = "layer decoder.mid.block_1.norm2 (process 1)"
-    for result in results:
-        assert f"step 3 must be finite, got NaN or inf first in {where}" in result["error"]
-        assert "step-00000002" in result["error"]
-        assert result["draws"][0] == result["draws"][1]
-    assert results[0]["draws"] != results[1]["draws"]
-    assert latest_checkpoint(tmp_path / "run" / "checkpoints", pytest.fail).step == 2
-    assert read_log(tmp_path / "run" / "log.jsonl")[-1]["where"] == where
+    for parallel in ("ddp", "fsdp"):
+        for result in results:
+            assert f"step 3 must be finite, got NaN or inf first in {where}" in result[parallel]
+            assert "step-00000002" in result[parallel]
+        assert latest_checkpoint(tmp_path / parallel / "checkpoints", pytest.fail).step == 2
+        assert read_log(tmp_path / parallel / "log.jsonl")[-1]["where"] == where
+    draws = [result["draws"] for result in results]
+    assert draws[0][0] == draws[0][1] != draws[1][0] == draws[1][1]
 
 
 @pytest.mark.slow

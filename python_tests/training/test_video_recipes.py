@@ -77,6 +77,10 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(source):
     train(rest, source / "parts", resume="auto", warn=lambda line: None)
     assert len(set(losses(source / "whole"))) == 6
     assert losses(source / "parts") == losses(source / "whole")
+    warnings = []
+    changed = recipe(source, "run.steps=7", "run.batch_size=2", "run.accumulate=1")
+    train(changed, source / "parts", resume="auto", warn=warnings.append)
+    assert any("had 1 clips of a bucket and has 2 now" in line for line in warnings)
 
 
 def test_files_that_break_while_training_are_counted_and_listed(source):

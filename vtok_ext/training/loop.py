@@ -177,17 +177,20 @@ class _Run:
         checkpoints.read_tensors(found, into)
         self.training.adopt(into, numbers)
         self.saved = found.folder
-        old, new = (
-            recipe["run"]["batch_size"] * recipe["run"]["accumulate"] * processes
-            for recipe, processes in (
-                (numbers["recipe"], found.world_size),
-                (self.recipe.to_dict(), world_size()),
-            )
-        )
+        runs = (numbers["recipe"]["run"], self.recipe.to_dict()["run"])
+        sizes = (found.world_size, world_size())
+        # Clips of a micro-batch, over all processes.
+        old_part, new_part = (r["batch_size"] * n for r, n in zip(runs, sizes, strict=True))
+        old, new = old_part * runs[0]["accumulate"], new_part * runs[1]["accumulate"]
         if old != new:
             self.warn(
                 f"a step had {old} samples and has {new} now: the order of samples goes on at "
                 f"number {self.training.samples}"
+            )
+        if old_part != new_part and buckets_of(self.clips):
+            self.warn(
+                f"a micro-batch of all processes had {old_part} clips of a bucket and has "
+                f"{new_part} now: other clips share a batch, and this epoch may repeat some"
             )
 
     def _open_log(self) -> RunLog:
