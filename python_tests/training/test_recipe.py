@@ -49,6 +49,7 @@ def test_file_and_overrides(tmp_path):
         ("task=tokeniser", r"task must be one of .*, got 'tokeniser'; did you mean 'tokenizer'"),
         ("run", r"an override must be section.key=value, got 'run'"),
         ("run=3", r"run must be a section, got 3"),
+        ("data.validation_size=[8]", r"data.validation_size must be \[\], or .*, got \[8\]"),
         ("data.validation_folder=x", r"data.validation_folder must be null without data.folder"),
     ],
 )

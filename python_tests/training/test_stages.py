@@ -10,6 +10,7 @@ from vtok_ext.data.video import VideoWriter
 from vtok_ext.training.checkpoint import read_tensors, verify_checkpoint
 from vtok_ext.training.loop import train
 from vtok_ext.training.recipe_file import load_recipe, load_stages
+from vtok_ext.training.setup import held_out_clips
 from vtok_ext.training.stages import stage_recipes
 
 # What the released files say, in their layout.
@@ -120,8 +121,14 @@ def test_released_files_train_with_nothing_but_their_paths_and_sizes_filled_in(t
             f"data_dir: DATA_DIR_{i}", own if i == 2 else own.replace(", ", "\n        ")
         )
     text = text.replace("INPUT_HEIGHT_1", "32").replace("INPUT_WIDTH_1", "32")
+    text = text.replace(
+        "start_index: 0", "video_params: {input_height: 16, input_width: 24, sample_fps: 8}"
+    )
     (tmp_path / "released.yaml").write_text(text.replace("max_epochs: 1000", "max_steps: 2"))
-    result = train(load_recipe(tmp_path / "released.yaml"), tmp_path / "run", warn=pytest.fail)
+    recipe = load_recipe(tmp_path / "released.yaml")
+    held_out = held_out_clips(recipe.data, pytest.fail)
+    assert len(held_out) == 8 and held_out[0, 0].shape == (3, 5, 16, 24)
+    result = train(recipe, tmp_path / "run", warn=pytest.fail)
     assert result.step == 1 and result.model.is_dir() and result.validation["psnr"] > 0
 
 

@@ -83,6 +83,7 @@ class DataRecipe:
             damaged.txt in the folder of the run.
         validation_folder: of held-out videos, in the same forms, where `folder` is given.
         validation_root: where its paths begin; null for `root`.
+        validation_size: their [H, W]; [] for that of the training clips.
         validation_fps: their rate, from their beginning; null for their own frames.
         validation_clips: how many held-out clips are measured; 0 for none.
         num_workers: processes that prepare clips; 0 for the training process itself.
@@ -106,6 +107,7 @@ class DataRecipe:
     damage_log: str | None = None
     validation_folder: str | None = None
     validation_root: str | None = None
+    validation_size: list[int] = field(default_factory=list)
     validation_fps: float | None = None
     validation_clips: int = 8
     num_workers: int = 0
@@ -120,6 +122,9 @@ class DataRecipe:
             "null without data.folder",
             self.validation_folder,
         )
+        size = self.validation_size
+        ok = not size or (len(size) == 2 and min(size) >= 1 and self.validation_folder is not None)
+        _require(ok, "data.validation_size", "[], or [H, W] with data.validation_folder", size)
         _require(len(self.fps) <= 2, "data.fps", "[], [rate] or [low, high]", self.fps)
 
     def all_buckets(self) -> list[tuple[int, int, int]]:

@@ -130,6 +130,7 @@ def _data(values: Mapping[str, Any]) -> dict[str, Any]:
     # A list of videos lies in `meta_path`, its paths begin in `data_dir`; each part has its own.
     roots = [p.get("data_dir") if p.get("meta_path") is not None else None for p in parts]
     rate, held_out_rate = (_section(p, "video_params").get("sample_fps") for p in (train, held_out))
+    size = [_section(held_out, "video_params").get(f"input_{side}") for side in ("height", "width")]
     return {
         **found,
         "folder": train.get("meta_path", train.get("data_dir")),
@@ -139,6 +140,8 @@ def _data(values: Mapping[str, Any]) -> dict[str, Any]:
         "fraction": float(train.get("data_frac", 1.0)),
         "validation_folder": held_out.get("meta_path", held_out.get("data_dir")),
         "validation_root": roots[1],
+        # Placeholders left as they are mean the size of the training clips.
+        "validation_size": size if all(isinstance(side, int) for side in size) else [],
         "validation_fps": None if held_out_rate is None else float(held_out_rate),
         "num_workers": params.get("num_workers", 0),
     }

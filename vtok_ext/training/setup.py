@@ -111,4 +111,5 @@ def held_out_clips(recipe: DataRecipe, warn: Callable[[str], None]) -> VideoClip
     sampling = FrameSampling(recipe.num_frames, recipe.validation_fps, rule, "first")
     root = recipe.root if recipe.validation_root is None else recipe.validation_root
     videos = list_videos(str(recipe.validation_folder), root=root, warn=warn)
-    return VideoClips(videos, sampling, [(recipe.num_frames, recipe.height, recipe.width)])
+    height, width = recipe.validation_size or (recipe.height, recipe.width)
+    return VideoClips(videos, sampling, [(recipe.num_frames, height, width)])
