@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok_ext.layers.linear import Linear, linear
+
 MLP_RATIO = 4
 
 
@@ -51,8 +53,8 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Returns a tensor as x [B, N, D]."""
@@ -71,17 +73,17 @@ class MemoryAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
-        self.out_proj = nn.Linear(dim, dim, bias=False)
+        self.out_proj = Linear(dim, dim, bias=False)
         nn.init.xavier_uniform_(self.in_proj_weight)
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
         """Returns a tensor as x [B, N, D]."""
         if memory is x:
-            query, key, value = F.linear(x, self.in_proj_weight).chunk(3, dim=-1)
+            query, key, value = linear(x, self.in_proj_weight).chunk(3, dim=-1)
         else:
             dim = x.shape[-1]
-            query = F.linear(x, self.in_proj_weight[:dim])
-            key, value = F.linear(memory, self.in_proj_weight[dim:]).chunk(2, dim=-1)
+            query = linear(x, self.in_proj_weight[:dim])
+            key, value = linear(memory, self.in_proj_weight[dim:]).chunk(2, dim=-1)
         return self.out_proj(_attend(query, key, value, self.num_heads, mask))
 
 
@@ -91,8 +93,8 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, approximate: str = "none") -> None:
         super().__init__()
         self.approximate = approximate
-        self.fc1 = nn.Linear(dim, MLP_RATIO * dim)
-        self.fc2 = nn.Linear(MLP_RATIO * dim, dim)
+        self.fc1 = Linear(dim, MLP_RATIO * dim)
+        self.fc2 = Linear(MLP_RATIO * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns a tensor as x [..., D]."""
@@ -129,10 +131,10 @@ class QueryBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim, eps=eps)
         # Linear layers at positions 0 and 3 of the sequence, as in the released weights.
         self.mlp = nn.Sequential(
-            nn.Linear(dim, MLP_RATIO * dim),
+            Linear(dim, MLP_RATIO * dim),
             nn.GELU(),
             nn.Identity(),
-            nn.Linear(MLP_RATIO * dim, dim),
+            Linear(MLP_RATIO * dim, dim),
         )
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok_ext.layers.linear import Linear
 from vtok_ext.layers.transformer import QueryBlock, TransformerBlock
 from vtok_ext.models.coordtok_config import PLANE_AXES, CoordTokConfig
 
@@ -101,7 +102,7 @@ class Encoder(nn.Module):
         for plane in PLANE_AXES:
             patch, channels = config.plane_patch(plane), config.latent_channels
             self.add_module(f"patch_embeds_{plane}", PatchEmbedding(channels, dim, patch))
-            self.add_module(f"projectors_{plane}", nn.Linear(dim, math.prod(patch) * channels))
+            self.add_module(f"projectors_{plane}", Linear(dim, math.prod(patch) * channels))
         self.transformer = QueryTransformer(dim, config.enc_num_layers, config.enc_num_heads)
 
     def forward(self, video: Tensor, queries: Planes, num_frames: Tensor | None = None) -> Planes:
@@ -177,7 +178,7 @@ class Decoder(nn.Module):
     def __init__(self, config: CoordTokConfig) -> None:
         super().__init__()
         self.transformer = PointTransformer(config)
-        self.projector = nn.Linear(config.dec_embed_dim, 3 * math.prod(config.dec_patch_size))
+        self.projector = Linear(config.dec_embed_dim, 3 * math.prod(config.dec_patch_size))
 
     def forward(self, features: Tensor, rows: Tensor) -> Tensor:
         """Returns the patches: frames, rows, columns, colours, in row-major order."""
