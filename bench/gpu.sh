@@ -109,6 +109,7 @@ stage_bench() {
   bench residual_pool 30 || status=1
   bench causal_conv3d 120 VTOK_BENCH_SIZES=256 || status=1
   bench models 90 VTOK_BENCH_SIZES=256 VTOK_BENCH_TRAIN_SIZES=256 VTOK_BENCH_ROUNDS=3 || status=1
+  bench coordtok 60 VTOK_BENCH_FRAMES=128 VTOK_BENCH_ROUNDS=3 || status=1
   bench diffusers 60 || status=1
   return "$status"
 }

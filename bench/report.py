@@ -27,10 +27,17 @@ BASELINES = (
     "diffusers",
     "gemm",
 )
-MODEL_BASELINES = ("diffusers", "diffusers, compiled", "reference", "native, compiled")
+MODEL_BASELINES = (
+    "diffusers",
+    "diffusers, compiled",
+    "reference",
+    "reference, attention written out",
+    "native, compiled",
+)
 NO_GPU = "GPU: not measured yet."
 # JSON of other forms than cases, which no table of an op shows.
-NOT_OPS = {"threads", "models", "models_256", "systems", "conv_tile_times"}
+MODELS = {"models", "models_256", "coordtok"}
+NOT_OPS = {"threads", "systems", "conv_tile_times", "max_batch", *MODELS}
 
 
 def load(name: str) -> list[dict]:
@@ -126,7 +133,7 @@ def table(name: str) -> str:
     results = load(name)
     for result in results:
         head = ["direction", "shape", "dtype", "native", "faster than", "of copy speed"]
-        is_models = name.startswith("models")
+        is_models = name in MODELS
         rows = [row(case) for case in result["cases"] if not is_models]
         if is_models:
             head[3:] = ["allocator", *head[3:5], "peak memory", "of the arithmetic limit"]
