@@ -275,6 +275,47 @@ def seam_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def max_batch_table(name: str) -> str:
+    """The Markdown of `vtok bench max-batch --json`: batches and what a clip takes, by length."""
+    lines = []
+    for path in sorted(RESULTS.glob(f"*/{name}.json")):
+        result = json.loads(path.read_text())
+        by_model: dict[str, list[dict]] = {}
+        for row in result["rows"]:
+            title = row["model"] + (", encoder recomputed" if row["recompute_encoder"] else "")
+            by_model.setdefault(title, []).append(row)
+        lengths = [row["frames"] for row in result["rows"][: len(next(iter(by_model.values())))]]
+        head = ["model", *(f"{length} frames" for length in lengths)]
+        head.append(f"{lengths[-1]} against {lengths[1]}")
+        lines += [
+            f"{result['memory_gib']:g} GiB, {result['precision']}, {result['size']}x"
+            f"{result['size']}, operations as on {path.parent.name}, torch {result['torch']}; "
+            + ("checked on a GPU:" if is_checked(result) else "predicted, not checked on a GPU:"),
+            "",
+            f"| {' | '.join(head)} |",
+            "|---" * len(head) + "|",
+            *(max_batch_row(title, rows) for title, rows in by_model.items()),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def is_checked(result: dict) -> bool:
+    """Whether every prediction stands beside a peak measured on a GPU."""
+    return all("measured_per_clip_gib" in row for row in result["rows"])
+
+
+def max_batch_row(title: str, rows: list[dict]) -> str:
+    """One line: the largest batch, activations of a clip, and how these grow with the clip."""
+    cells = []
+    for row in rows:
+        measured = row.get("measured_per_clip_gib")
+        seen = "" if measured is None else f", measured {measured:.2f}"
+        cells.append(f"{row['largest_batch']} ({row['per_clip_gib']:.2f} GiB{seen})")
+    growth = rows[-1]["per_clip_gib"] / rows[1]["per_clip_gib"]
+    return f"| {title} | {' | '.join(cells)} | {growth:.2f}x |"
+
+
 # Benchmarks with a form of their own; "_real" is the same at published widths.
 WHOLE_MODELS = {"diffusers", "diffusers_real", "diffusers_seams"}
 
@@ -285,6 +326,8 @@ def block(name: str) -> str:
         return summary()
     if name == "diffusers_seams":
         return seam_table(name)
+    if name == "max_batch":
+        return max_batch_table(name)
     return vae_table(name) if name in WHOLE_MODELS else table(name)
 
 

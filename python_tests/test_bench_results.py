@@ -123,3 +123,51 @@ def test_ops_without_a_gpu_are_named(tmp_path, monkeypatch):
             (tmp_path / device / f"{name}.json").write_text(text)
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     assert "GPU: not measured yet: alpha_blend." in report.summary()
+
+
+def test_largest_batches_are_those_of_this_code():
+    """The JSON of `vtok bench max-batch` is what the code predicts today, by one of its models."""
+    from vtok_ext.cli.max_batch import GIB, training_step
+    from vtok_ext.training.training_memory import predict_training_memory
+
+    (path,) = report.RESULTS.glob("cpu-*/max_batch.json")
+    result = json.loads(path.read_text())
+    rows = [row for row in result["rows"] if row["model"] == "coordtok_small_128"]
+    assert {row["frames"] for row in rows} == {16, 32, 64, 128}
+    for row in (rows[0], rows[-1]):
+        options = {"recompute_encoder": row["recompute_encoder"]}
+        build, step, _ = training_step(row["model"], row["frames"], result["size"], **options)
+        memory = predict_training_memory(build, step, precision=result["precision"])
+        # Releases of PyTorch save a little more or less.
+        assert memory.per_clip / GIB == pytest.approx(row["per_clip_gib"], rel=0.05)
+        assert memory.largest_batch(int(result["memory_gib"] * GIB)) == pytest.approx(
+            row["largest_batch"], rel=0.05
+        )
+
+
+def test_coordtok_grows_as_little_as_the_table_says():
+    (path,) = report.RESULTS.glob("cpu-*/max_batch.json")
+    found = {}
+    for row in json.loads(path.read_text())["rows"]:
+        if row["model"] == "coordtok_large_128":
+            found[row["recompute_encoder"], row["frames"]] = row["per_clip_gib"]
+    assert found[False, 128] <= 1.4 * found[False, 32]
+    assert found[True, 128] <= 1.1 * found[True, 32]
+
+
+def test_table_of_largest_batches(tmp_path, monkeypatch):
+    row = {"model": "a", "recompute_encoder": False, "largest_batch": 4}
+    rows = [{**row, "frames": n, "per_clip_gib": n / 16} for n in (16, 32)]
+    rows += [{**r, "recompute_encoder": True, "largest_batch": 5} for r in rows]
+    facts = {"memory_gib": 80.0, "precision": "bfloat16", "size": 128, "torch": "2.13.0"}
+    (tmp_path / "cpu").mkdir()
+    path = tmp_path / "cpu" / "max_batch.json"
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    path.write_text(json.dumps({**facts, "rows": rows}))
+    text = report.block("max_batch")
+    assert "80 GiB, bfloat16, 128x128" in text and "predicted, not checked on a GPU:" in text
+    assert "| a, encoder recomputed | 5 (1.00 GiB) | 5 (2.00 GiB) | 1.00x |" in text
+    checked = [{**r, "measured_per_clip_gib": 1.5} for r in rows]
+    path.write_text(json.dumps({**facts, "rows": checked}))
+    text = report.block("max_batch")
+    assert "checked on a GPU:" in text and "| 4 (2.00 GiB, measured 1.50)" in text

@@ -13,6 +13,15 @@ def test_table_and_json(vtok):
     assert "coordtok_small_128" in out and "predicted from what autograd saves" in out
 
 
+def test_a_recomputed_encoder_takes_less(vtok):
+    arguments = ["bench", "max-batch", "coordtok_small_128", "--frames", "16", "--size", "32"]
+    report = vtok(*arguments, "--recompute-encoder", "--json").json
+    kept, recomputed = report["rows"]
+    assert (kept["recompute_encoder"], recomputed["recompute_encoder"]) == (False, True)
+    assert recomputed["per_clip_gib"] < kept["per_clip_gib"]
+    assert "coordtok_small_128, encoder recomputed" in vtok(*arguments, "--recompute-encoder").out
+
+
 def test_causal_models_take_a_frame_more(vtok):
     name = "vidtok_kl_causal_488_4chn"
     report = vtok("bench", "max-batch", name, "--frames", "16", "--size", "64", "--json").json

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vtok_ext as vt
 from vtok_ext.cli.max_batch import NUM_POINTS, training_step
-from vtok_ext.training.blocks import recompute_activations
+from vtok_ext.models.memory_rehearsal import _LiveBytes
 from vtok_ext.training.training_memory import (
     TrainingMemory,
     predict_training_memory,
@@ -70,15 +71,40 @@ def test_coordtok_hardly_grows_with_the_clip():
 def test_coordtok_grows_less_with_a_recomputed_encoder():
     found = []
     for frames in (32, 128):
-        build, step, _ = training_step("coordtok_large_128", frames, 128)
-
-        def recomputing(build=build):
-            model = build()
-            recompute_activations(model.encoder)
-            return model
-
-        found.append(predict_training_memory(recomputing, step).per_clip)
+        build, step, _ = training_step("coordtok_large_128", frames, 128, recompute_encoder=True)
+        found.append(predict_training_memory(build, step).per_clip)
     assert found[0] < found[1] <= 1.1 * found[0]
+
+
+@pytest.mark.parametrize(("recompute_encoder", "limit"), [(False, 1.4), (True, 1.1)])
+def test_peak_of_forward_and_backward_hardly_grows_with_the_clip(recompute_encoder, limit):
+    """All tensors alive at once, also those that autograd does not save, beyond weights, their
+    gradients and the clips."""
+    found = []
+    for frames in (32, 128):
+        build, step, _ = training_step(
+            "coordtok_large_128", frames, 128, recompute_encoder=recompute_encoder
+        )
+        found.append(peak_of_step(build, step))
+    assert found[0] < found[1] <= limit * found[0]
+
+
+class Live(_LiveBytes):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self._count(result, 0)
+        return result
+
+
+def peak_of_step(build, step) -> int:
+    with FakeTensorMode():
+        model = build().train()
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        known = [*model.parameters(), *(p.grad for p in model.parameters())]
+        with Live(known) as live:
+            step(model, 8).backward()
+    return live.peak
 
 
 def test_decoder_activations_do_not_depend_on_the_clip():

@@ -2,7 +2,8 @@
 
 The table of CoordTok's figure 1a (arXiv 2411.14762) for the tokenizers of this package. A step is
 the forward and backward pass of the pixel loss, without perceptual and adversarial networks:
-CoordTok encodes the clip and decodes 1,024 points, the others encode and decode all of it.
+CoordTok encodes the clip and decodes 1,024 points, the others encode and decode all of it; its
+encoder can be recomputed in the backward pass, as by `model.recompute_encoder` of a recipe.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from vtok_ext.training.blocks import recompute_activations
 from vtok_ext.training.training_memory import predict_training_memory
 
 from .console import Console
@@ -30,10 +32,12 @@ def run_max_batch(
     size: int,
     memory_gib: float,
     precision: str,
+    recompute_encoder: bool,
     check: bool,
     as_json: bool,
 ) -> None:
-    """Returns None after printing the table.
+    """Returns None after printing the table; with `recompute_encoder` CoordTok has two rows for
+    each length.
 
     Raises:
         ValueError: an unknown model, a length, size or budget that is not positive, or `check`
@@ -45,30 +49,43 @@ def run_max_batch(
     if check and not torch.cuda.is_available():
         raise ValueError("bench max-batch: --check must have a CUDA GPU, got none")
     console = Console(as_json)
-    jobs = [(name, length) for name in systems for length in lengths]
+    jobs = [
+        (name, length, again)
+        for name in systems
+        for again in ((False, True) if recompute_encoder and _has_points(name) else (False,))
+        for length in lengths
+    ]
     rows = []
     with console.progress("counting", len(jobs)) as progress:
-        for done, (name, length) in enumerate(jobs, 1):
-            rows.append(_row(name, length, size, memory_gib, precision, check))
+        for done, (name, length, again) in enumerate(jobs, 1):
+            rows.append(_row(name, length, size, memory_gib, precision, again, check))
             progress.update(done, name)
     report = {
         "memory_gib": memory_gib,
         "precision": precision,
         "size": size,
         "num_points": NUM_POINTS,
+        "torch": torch.__version__,
         "rows": rows,
     }
     console.result(report, _table(report))
 
 
 def _row(
-    name: str, length: int, size: int, memory_gib: float, precision: str, check: bool
+    name: str,
+    length: int,
+    size: int,
+    memory_gib: float,
+    precision: str,
+    recompute_encoder: bool,
+    check: bool,
 ) -> dict[str, Any]:
-    build, step, frames = training_step(name, length, size)
+    build, step, frames = training_step(name, length, size, recompute_encoder=recompute_encoder)
     memory = predict_training_memory(build, step, precision=precision)
     row = {
         "model": name,
         "frames": frames,
+        "recompute_encoder": recompute_encoder,
         "state_gib": memory.state / GIB,
         "constant_gib": memory.constant / GIB,
         "per_clip_gib": memory.per_clip / GIB,
@@ -79,8 +96,12 @@ def _row(
     return row
 
 
+def _has_points(name: str) -> bool:
+    return name.startswith("coordtok")
+
+
 def training_step(
-    name: str, length: int, size: int
+    name: str, length: int, size: int, *, recompute_encoder: bool = False
 ) -> tuple[Callable[[], torch.nn.Module], Callable[[Any, int], torch.Tensor], int]:
     """Returns how to build a model, its step of (model, batch), and the frames of its clips.
 
@@ -88,11 +109,18 @@ def training_step(
         name: of `vt.list_models()`.
         length: frames wanted; a causal model takes one more than a multiple of its factor.
         size: height and width.
+        recompute_encoder: of a CoordTok, in the backward pass.
     """
     import vtok_ext as vt
 
-    if name.startswith("coordtok"):
+    if _has_points(name):
         overrides = {"video_shape": (length, size, size)}
+
+        def build() -> torch.nn.Module:
+            built: Any = vt.create_model(name, **overrides)
+            if recompute_encoder:
+                recompute_activations(built.encoder)
+            return built
 
         def points_step(model: Any, batch: int) -> torch.Tensor:
             device = next(model.parameters()).device
@@ -101,7 +129,7 @@ def training_step(
             points = torch.zeros(batch, NUM_POINTS, 3, dtype=torch.int64, device=device)
             return model(video, points=points).reconstruction.float().square().mean()
 
-        return lambda: vt.create_model(name, **overrides), points_step, length
+        return build, points_step, length
     with torch.device("meta"):
         model = vt.create_model(name)
     f = model.temporal_factor or 1
@@ -139,7 +167,8 @@ def _table(report: dict[str, Any]) -> list[str]:
     titles = ["model", "frames", "batch", "per clip", "kept once", "weights, Adam"]
     lines = [titles + (["measured per clip"] if checked else [])]
     for row in report["rows"]:
-        line = [row["model"], str(row["frames"]), str(row["largest_batch"])]
+        again = ", encoder recomputed" if row["recompute_encoder"] else ""
+        line = [row["model"] + again, str(row["frames"]), str(row["largest_batch"])]
         line += [f"{row[key]:.2f} GiB" for key in ("per_clip_gib", "constant_gib", "state_gib")]
         if checked:
             line.append(f"{row['measured_per_clip_gib']:.2f} GiB")

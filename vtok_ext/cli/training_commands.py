@@ -70,6 +70,12 @@ def max_batch(
     size: Annotated[int, typer.Option(help="Height and width of the clips.")] = 128,
     memory: Annotated[float, typer.Option(help="Memory budget in GiB.")] = 24.0,
     precision: Annotated[str, typer.Option(help="float32, or bfloat16 for autocast.")] = "bfloat16",
+    recompute_encoder: Annotated[
+        bool,
+        typer.Option(
+            "--recompute-encoder", help="CoordTok once more, recomputing its encoder backwards."
+        ),
+    ] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Run steps on the GPU and compare its peak.")
     ] = False,
@@ -84,6 +90,7 @@ def max_batch(
         size=size,
         memory_gib=memory,
         precision=precision,
+        recompute_encoder=recompute_encoder,
         check=check,
         as_json=as_json,
     )
