@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from vtok_ext.layers.linear import Linear, linear
 
@@ -93,6 +94,13 @@ def test_all_else_is_pytorchs():
     assert linear(x[:0], weight, bias).shape == (0, 192)
     with pytest.raises(RuntimeError):
         linear(x, weight[:, 1:], bias)
+
+
+def test_counters_of_products_see_them():
+    layer, x = Linear(96, 192), torch.randn(128, 96, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        layer(x).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 128 * 96 * 192
 
 
 def test_compiles_as_one_graph():
