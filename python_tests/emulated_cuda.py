@@ -50,8 +50,9 @@ def _build(repository: Path) -> str:
 def _build_in(folder: Path, repository: Path, tools: dict[str, str]) -> str:
     configure = [tools["cmake"], "-S", repository, "-B", folder, "-DVTOK_EMULATE_CUDA=ON"]
     configure.append(f"-DPython_EXECUTABLE={sys.executable}")
-    if shutil.which("ninja"):
-        configure += ["-G", "Ninja"]
+    if ninja := shutil.which("ninja"):
+        # By name: the ninja of the environment that configured this folder may be gone.
+        configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     for command in (configure, [tools["cmake"], "--build", folder, "--target", "_C", "-j", "2"]):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
