@@ -81,9 +81,10 @@ __device__ __forceinline__ ConvBlock conv_block(const ConvGemm& params, int dept
 }
 
 // Grid: (tiles of positions x tiles of columns x groups, 1, splits). Columns vary fastest, so that
-// blocks that run together read the same rows.
+// blocks that run together read the same rows. The 1 lets ptxas take the registers it needs: left
+// to itself it spilled one to fit another block.
 template <ConvMath kMath, int kTileIndex, ConvLoads kLoads>
-__global__ void __launch_bounds__(ConvTileTraits<kTileIndex>::kThreads)
+__global__ void __launch_bounds__(ConvTileTraits<kTileIndex>::kThreads, 1)
     causal_conv3d_gemm_kernel(const ConvGemm params) {
   using T = typename ConvElement<kMath>::type;
   using Traits = ConvTileTraits<kTileIndex>;
