@@ -83,8 +83,8 @@ def test_overfit_says_whether_the_model_learned(vtok, tmp_path):
     failed = vtok("train", *arguments)
     assert failed.code == 1 and "FAILED: every output is" in failed.out
     assert len(list((tmp_path / "overfit").glob("clip-*.png"))) == 4
-    refused = vtok("train", "smoke_coordtok", "--overfit", "2", "-o", tmp_path, "--device", "cpu")
-    assert refused.code == 2 and "--overfit must have a recipe of a VidTok" in refused.err
+    refused = vtok("train", "smoke_vtok_encoder", "--overfit", "2", "-o", tmp_path)
+    assert refused.code == 2 and "must have a recipe that trains a tokenizer" in refused.err
 
 
 def test_stages_in_one_command(vtok, tmp_path):

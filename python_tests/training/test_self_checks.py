@@ -12,8 +12,9 @@ from vtok_ext.training.clip_checks import check_clips, clips_of, frame_order
 from vtok_ext.training.dry_run import dry_run
 from vtok_ext.training.log_sinks import WandbSink
 from vtok_ext.training.loop import train
-from vtok_ext.training.overfit_check import OverfitCheck, four_clips
-from vtok_ext.training.setup import build_training
+from vtok_ext.training.overfit_check import OverfitCheck, four_clips, overfit_check
+from vtok_ext.training.recipe_file import load_recipe
+from vtok_ext.training.setup import build_task, build_training
 from vtok_ext.training.task import MicroBatch
 from vtok_ext.training.training_memory import saved_bytes
 
@@ -104,6 +105,35 @@ class _Same:
 
     def __getitem__(self, place):
         return procedural_clip(1, 8, 8)
+
+
+def waves(frames, size):
+    """Four clips that any tokenizer can learn: waves of other phases and directions."""
+    t, y, x = torch.meshgrid(*map(torch.arange, (frames, size, size)), indexing="ij")
+    phase = torch.arange(4.0).view(4, 1, 1, 1, 1) * 1.6 + torch.arange(3.0).view(3, 1, 1, 1)
+    slope = torch.tensor([1.0, -1.0, 1.0, -1.0]).view(4, 1, 1, 1, 1) * y / size
+    waves = torch.sin(phase + 4 * slope + 3.2 * x / size + 1.6 * t / frames)
+    return ((waves + 1) * 127.5).to(torch.uint8)
+
+
+SIZE_16 = ["data.num_frames=5", "data.height=16", "data.width=16"]
+VTOK = ["clips=clips", "model.overrides.image_size=16", "model.overrides.stride=1"]
+
+
+@pytest.mark.parametrize(
+    "recipe, overrides, steps",
+    [
+        ("promag_base", [*SIZE_16, "model.overrides.ch=8", "loss.discriminator=none"], 80),
+        pytest.param("smoke_coordtok", [], 800, marks=pytest.mark.slow),
+        pytest.param("smoke_vtok", [*SIZE_16, *VTOK], 1500, marks=pytest.mark.slow),
+    ],
+)
+def test_every_kind_of_tokenizer_learns_four_clips(recipe, overrides, steps):
+    torch.manual_seed(0)
+    task = build_task(load_recipe(recipe, overrides), CPU)
+    data = task.recipe.data
+    check = overfit_check(task, waves(data.num_frames, data.height), steps)
+    assert check.steps == steps and check.passed, check.psnr
 
 
 def test_samples_and_logs_on_schedule(tmp_path, monkeypatch):

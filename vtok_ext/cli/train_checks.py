@@ -14,9 +14,9 @@ from vtok_ext.training.overfit import OverfitProgress
 from vtok_ext.training.overfit_check import (
     MARGIN_DB,
     OverfitCheck,
+    check_can_overfit,
     four_clips,
     overfit_check,
-    overfitted_model,
 )
 from vtok_ext.training.sample_pictures import reconstruction_video, write_samples
 from vtok_ext.training.setup import build_task
@@ -90,7 +90,7 @@ def run_overfit(
     """
     torch.manual_seed(recipe.run.seed)
     task = build_task(recipe, device)
-    overfitted_model(task)  # before clips are read
+    check_can_overfit(task)  # before clips are read
     clips, _ = task.data(console.warn)
     chosen = four_clips(clips)
     with console.progress("overfitting", 1.0) as progress:

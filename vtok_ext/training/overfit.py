@@ -84,13 +84,54 @@ def overfit_clip(
     _check_limits(max_steps, max_seconds, min_steps)
     model.train()
     center_latent(model, video)
-    optimizers = muon_and_adamw(model, _MUON_LR, _ADAM_LR)
-    peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+
+    def loss_of(step: int) -> torch.Tensor:
+        with torch.autocast(
+            video.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None
+        ):
+            reconstruction = model(video, compute_loss=False).reconstruction
+        return (reconstruction.float() - video).square().mean()
+
+    result = learn_by_heart(
+        loss_of,
+        muon_and_adamw(model, _MUON_LR, _ADAM_LR),
+        max_steps=max_steps,
+        max_seconds=max_seconds,
+        min_steps=min_steps,
+        on_step=on_step,
+    )
+    model.eval()
+    return result
+
+
+def learn_by_heart(
+    loss_of: Callable[[int], torch.Tensor],
+    optimizers: list[torch.optim.Optimizer],
+    *,
+    max_steps: int | None,
+    max_seconds: float | None = None,
+    min_steps: int = 1,
+    on_step: Callable[[OverfitProgress], None] | None = None,
+) -> OverfitResult:
+    """Returns the course of a training on the same clips in every step.
+
+    Args:
+        loss_of: called with the steps done before; a mean squared error of videos in [-1, 1], or
+            what is like one.
+        optimizers: at their top learning rates, which rise to there and fall to zero.
+        max_steps, max_seconds, min_steps, on_step: see `overfit_clip`.
+
+    Raises:
+        RuntimeError: the loss is not finite.
+    """
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    parameters = [p for group in groups for p in group["params"]]
+    peaks = [group["lr"] for group in groups]
     start = time.monotonic()
     step, fraction = 0, 0.0
     while fraction < 1:
         _set_learning_rates(optimizers, peaks, step, fraction)
-        loss = _step(model, video, optimizers, autocast_dtype)
+        loss = _step(loss_of(step), parameters, optimizers)
         step += 1
         of_time = (time.monotonic() - start) / (max_seconds or math.inf)
         of_steps = step / (max_steps or math.inf)
@@ -100,7 +141,6 @@ def overfit_clip(
         if on_step is not None:
             # Videos span 2, so the peak signal is 4 in squared units.
             on_step(OverfitProgress(step, fraction, -10 * math.log10(loss / 4 + 1e-8)))
-    model.eval()
     return OverfitResult(step, time.monotonic() - start, loss)
 
 
@@ -168,21 +208,15 @@ def _set_learning_rates(
 
 
 def _step(
-    model: VidTok,
-    video: torch.Tensor,
+    loss: torch.Tensor,
+    parameters: list[nn.Parameter],
     optimizers: list[torch.optim.Optimizer],
-    autocast_dtype: torch.dtype | None,
 ) -> float:
-    """Returns the mean squared error before this step's update."""
-    with torch.autocast(
-        video.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None
-    ):
-        reconstruction = model(video, compute_loss=False).reconstruction
-    loss = (reconstruction.float() - video).square().mean()
+    """Returns the loss before this step's update."""
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), _GRADIENT_CLIP)
+    nn.utils.clip_grad_norm_(parameters, _GRADIENT_CLIP)
     for optimizer in optimizers:
         optimizer.step()
     return loss.item()

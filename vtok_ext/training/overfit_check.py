@@ -16,14 +16,26 @@ from torch import Tensor
 
 from vtok_ext.metrics import psnr
 from vtok_ext.models.vidtok import VidTok
-from vtok_ext.training.overfit import OverfitProgress, overfit_clip
+from vtok_ext.training.optimizers import tokenizer_optimizers
+from vtok_ext.training.overfit import (
+    OverfitProgress,
+    OverfitResult,
+    learn_by_heart,
+    overfit_clip,
+)
+from vtok_ext.training.point_clips import PointClips
+from vtok_ext.training.recipe import OptimizerRecipe
 from vtok_ext.training.task import AUTOCAST_DTYPES, Task
+from vtok_ext.training.tokenizer_task import TokenizerTask
 
 NUM_CLIPS = 4
 MARGIN_DB = 6.0
 # Clips that are closer than this to each other cannot be told apart by a margin of 6 dB unless the
 # reconstruction is better than most: the check would blame the model for the data.
 _LARGEST_LIKENESS_DB = 22.0
+# Convolutions learn faster with Muon, transformers are left to AdamW.
+_CONVOLUTIONS = OptimizerRecipe(lr=2e-3, muon_lr=0.01, betas=[0.9, 0.99], weight_decay=0.0)
+_TRANSFORMERS = OptimizerRecipe(lr=3e-3, betas=[0.9, 0.99], weight_decay=0.0)
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,7 @@ def four_clips(clips: Any) -> Tensor:
     Raises:
         ValueError: two of them are too much alike to be told apart.
     """
+    clips = clips.clips if isinstance(clips, PointClips) else clips  # all frames of each
     places = (divmod(n, len(clips)) for n in range(NUM_CLIPS))
     found = torch.stack([clips[place] for place in places])
     for a, b, value in _pairs(found.float() / 127.5 - 1):
@@ -85,14 +98,13 @@ def _pairs(videos: Tensor) -> list[tuple[int, int, float]]:
     ]
 
 
-def overfitted_model(task: Task) -> VidTok:
-    """Returns the model of a task that can be overfitted. Raises ValueError if it cannot."""
-    model: Any = task.networks[task.exported]
-    if not isinstance(model, VidTok):
+def check_can_overfit(task: Task) -> None:
+    """Raises ValueError if a task trains no tokenizer from the start."""
+    if type(task).overfit_loss is Task.overfit_loss:
         raise ValueError(
-            f"train: --overfit must have a recipe of a VidTok, got one of {type(model).__name__}"
+            "train: --overfit must have a recipe that trains a tokenizer from the start, got task "
+            f"{task.recipe.task!r}"
         )
-    return model
 
 
 def overfit_check(
@@ -103,11 +115,11 @@ def overfit_check(
 ) -> OverfitCheck:
     """Returns how well the model of a task learns four clips by heart; the model is changed.
 
-    The training is that of `overfit_clip`: the recipe's losses are made for large data sets and
-    would take thousands of steps for this.
+    Not the recipe's losses, which are made for large data sets and would take thousands of steps
+    for this, but `overfit_clip` for a VidTok and `Task.overfit_loss` for others.
 
     Args:
-        task: whose model is a VidTok.
+        task: that trains a tokenizer.
         clips: [4, 3, T, H, W] uint8.
         steps: optimiser steps.
         on_step: called after every step.
@@ -115,10 +127,10 @@ def overfit_check(
     Raises:
         ValueError: a task that trains something else.
     """
-    model = overfitted_model(task)
+    check_can_overfit(task)
+    model: Any = task.networks[task.exported]
     videos = clips.to(task.device).float() / 127.5 - 1
-    dtype = AUTOCAST_DTYPES[task.recipe.run.precision]
-    result = overfit_clip(model, videos, max_steps=steps, autocast_dtype=dtype, on_step=on_step)
+    result = _train(task, model, videos, steps, on_step)
     with torch.no_grad():
         outputs = torch.cat([model(video[None]).reconstruction for video in videos]).float()
     matrix = [
@@ -126,3 +138,26 @@ def overfit_check(
         for a in range(NUM_CLIPS)
     ]
     return OverfitCheck(matrix, result.steps, result.seconds, videos, outputs)
+
+
+def _train(
+    task: Task,
+    model: Any,
+    videos: Tensor,  # [4, 3, T, H, W]
+    steps: int,
+    on_step: Callable[[OverfitProgress], None] | None,
+) -> OverfitResult:
+    """Returns the course of the training; leaves the model in evaluation mode."""
+    if isinstance(model, VidTok):
+        dtype = AUTOCAST_DTYPES[task.recipe.run.precision]
+        return overfit_clip(model, videos, max_steps=steps, autocast_dtype=dtype, on_step=on_step)
+    settings = _CONVOLUTIONS if isinstance(task, TokenizerTask) else _TRANSFORMERS
+    task.train_mode()
+    result = learn_by_heart(
+        lambda step: task.overfit_loss(videos, step),
+        list(tokenizer_optimizers(model, settings, []).values()),
+        max_steps=steps,
+        on_step=on_step,
+    )
+    task.eval_mode()
+    return result

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vtok_ext.metrics import psnr
 from vtok_ext.models.coordtok import CoordTok
+from vtok_ext.models.coordtok_sampling import video_patches
 from vtok_ext.training.blocks import recompute_activations
 from vtok_ext.training.coordtok_loss import PointLoss, PointLossConfig, draw_points
 from vtok_ext.training.point_clips import PointClips
@@ -182,6 +183,17 @@ class PointTask(Task):
         video, num_frames = to_video(batch.data["video"]), batch.data["num_frames"]
         with self.autocast():
             self.model(video, points=self._points(batch), num_frames=num_frames)
+
+    def overfit_loss(self, video: Tensor, step: int) -> Tensor:
+        """Returns the mean squared error of random points, others in every step."""
+        count = video.shape[0]
+        numbers = range(step * count, (step + 1) * count)
+        whole = {"video": video, "num_frames": torch.full((count,), video.shape[2])}
+        points = self._points(MicroBatch(whole, step, numbers, self.recipe.run.seed))
+        with self.autocast():
+            patches = self.model(video, points=points).reconstruction
+        targets = video_patches(video, points, self.model.config.dec_patch_size)
+        return (patches.float() - targets).square().mean()
 
     def validate(self, samples: list[Any]) -> dict[str, float]:
         """Returns `rec_loss`, the mean squared error of whole clips, and `psnr` in dB."""

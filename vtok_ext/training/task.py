@@ -153,6 +153,11 @@ class Task(ABC):
         """
         self.networks[self.exported](batch.data)
 
+    def overfit_loss(self, video: Tensor, step: int) -> Tensor:
+        """Returns a loss of clips [B, 3, T, H, W] in [-1, 1] by which a tokenizer learns them; only
+        tasks that train one from the start have it."""
+        raise NotImplementedError
+
     def pictures(self, samples: list[Any]) -> dict[str, Tensor]:
         """Returns videos [3, T, H, W] uint8 that show how far the training is, by name.
 

@@ -86,6 +86,12 @@ class TokenizerTask(Task):
             "not computed"
         ]
 
+    def overfit_loss(self, video: Tensor, step: int) -> Tensor:
+        """Returns the mean squared error of the reconstruction."""
+        with self.autocast():
+            reconstruction = self.model(video, compute_loss=False).reconstruction
+        return (reconstruction.float() - video).square().mean()
+
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Returns those of the tokenizer with the log variance, and of the discriminator."""
         settings = self.recipe.optimizer

@@ -200,6 +200,14 @@ class VTokTask(_VTokTask):
         with self.autocast():
             self._losses(self.model, batch)
 
+    def overfit_loss(self, video: Tensor, step: int) -> Tensor:
+        """Returns the loss of flow matching, with other noise in every step."""
+        numbers = range(step * len(video), (step + 1) * len(video))
+        generators = MicroBatch(video, step, numbers, self.recipe.run.seed).generators()
+        with self.autocast():
+            output = self.model(video, step=step, fps=self.fps, generator=generators)
+        return output.encoding.losses["flow_loss"]
+
     def validate(self, samples: list[Tensor]) -> dict[str, float]:
         """Returns `rec_loss`, mean absolute error, and `psnr` in dB of decoded held-out clips."""
         totals = {"rec_loss": 0.0, "psnr": 0.0}
