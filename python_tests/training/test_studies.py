@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
@@ -216,6 +217,7 @@ seeds: [0, 1]
 comparisons: [{better: fsq, worse: lfq, metric: psnr, claim: none}]
 metrics: {psnr: "PSNR, dB", codebook_use: codes used}
 plot: {x: codes, lines: variant, metrics: [psnr, codebook_use]}
+sheet: [fsq, lfq]
 """
 
 
@@ -260,6 +262,10 @@ def test_killed_and_resumed(tmp_path, monkeypatch, capsys):
     page = tmp_path / "docs" / "studies" / "tiny.md"
     assert "4 of 6 runs" in page.read_text() and "| fsq | 2 of 2 |" in page.read_text()
     assert (page.parent / "../../bench/results/studies/tiny/pictures").is_dir()
+    # Three strips of 5 frames of 16x16, enlarged three times, below 12 pixels with a name.
+    assert "![fsq, lfq](tiny_rows.png)" in page.read_text()
+    header = page.with_name("tiny_rows.png").read_bytes()[16:24]
+    assert struct.unpack(">II", header) == (5 * 16 * 3, 3 * (16 * 3 + 12))
     pytest.importorskip("matplotlib")
     assert page.with_suffix(".png").stat().st_size > 5000
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vtok_ext.data.atomic_output import output_file
 from vtok_ext.training.studies.plot import draw_plot
+from vtok_ext.training.studies.row_picture import comparison_picture
 from vtok_ext.training.studies.row_result import FinishedRun
 from vtok_ext.training.studies.runner import planned_runs, valid_result
 from vtok_ext.training.studies.specification import Comparison, Study
@@ -71,6 +72,9 @@ def write_report(
     lines += _row_lines(study, runs)
     if drawn:
         lines += [f"![{study.name}]({picture.name})", ""]
+    lines += _sheet_lines(
+        study, runs, out / "pictures", report.with_name(f"{report.stem}_rows.png")
+    )
     lines += _picture_lines(study, runs, os.path.relpath(out / "pictures", report.parent))
     lines += _origin_lines(study, runs)
     with output_file(report, "study") as partial:
@@ -150,6 +154,18 @@ def _number(value: float) -> str:
         return f"{int(value):,}"
     digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 2 if abs(value) >= 1 else 4
     return f"{value:,.{digits}f}"
+
+
+def _sheet_lines(study: Study, runs: Runs, folder: Path, sheet: Path) -> list[str]:
+    """Rows of `sheet` below each other, of the first seed, written when all of them are there."""
+    done = [runs.get((row, study.seeds[0])) for row in study.sheet]
+    pictures = {
+        run.row: folder / run.pictures[0] for run in done if run is not None and run.pictures
+    }
+    if not pictures or len(pictures) < len(study.sheet):
+        return []
+    comparison_picture(sheet, pictures)
+    return [f"![{', '.join(pictures)}]({sheet.name})", ""]
 
 
 def _picture_lines(study: Study, runs: Runs, folder: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The picture of a study's row: frames of a clip above their reconstruction."""
+"""The picture of a study's row: frames of a clip above their reconstruction; and several in one."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vtok_ext.data.picture import write_png
+from vtok_ext.data.picture import draw_label, write_png
 
 _SCALE = 3  # screen pixels of a pixel of these small clips
+_BAND, _MARGIN = 12, 3  # above each row of frames, for its name
 
 
 def reconstruction_picture(
@@ -25,3 +26,32 @@ def reconstruction_picture(
     image = image.repeat_interleave(_SCALE, 1).repeat_interleave(_SCALE, 2)
     write_png(path, image)
     return path
+
+
+def comparison_picture(path: Path, pictures: dict[str, Path]) -> Path:
+    """Returns the path of a picture: a clip, and below it what each row made of it.
+
+    Args:
+        path: file to write.
+        pictures: what `reconstruction_picture` wrote of the same clip, by the rows' names.
+    """
+    images = {name: _read_png(picture) for name, picture in pictures.items()}
+    half = next(iter(images.values())).shape[1] // 2
+    strips = {"source": next(iter(images.values()))[:, :half]}
+    strips |= {name: image[:, half:] for name, image in images.items()}
+    parts = []
+    for name, strip in strips.items():
+        band = torch.zeros(3, _BAND, strip.shape[2], dtype=torch.uint8)
+        draw_label(band, name.replace("_", " "), top=_MARGIN, left=_MARGIN)
+        parts += [band, strip]
+    write_png(path, torch.cat(parts, 1))
+    return path
+
+
+def _read_png(path: Path) -> Tensor:
+    """Returns [3, H, W] uint8."""
+    import av
+
+    with av.open(str(path)) as container:
+        frame = next(container.decode(video=0))
+        return torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)

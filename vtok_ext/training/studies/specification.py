@@ -9,6 +9,7 @@ seeds        a row is run once per seed
 comparisons  claims: `better` exceeds `worse` in `metric` by more than `margin`
 metrics      name -> label, what the report's table shows; by default everything
 plot         x (a setting), lines (a setting) and metrics to draw
+sheet        rows whose pictures of the first seed are shown below each other
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ class Study:
     comparisons: list[Comparison] = field(default_factory=list)
     metrics: dict[str, str] = field(default_factory=dict)
     plot: Plot | None = None
+    sheet: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Checks rows, seeds and the names in comparisons."""
@@ -101,9 +103,10 @@ class Study:
         ok = ok and all(isinstance(s, int) and not isinstance(s, bool) for s in self.seeds)
         ok = ok and len(set(self.seeds)) == len(self.seeds) and min(self.seeds) >= 0
         _require(ok, "seeds", "different integers >= 0", self.seeds)
-        for comparison in self.comparisons:
-            for row in (comparison.better, comparison.worse):
-                self.check_row(row)
+        _require(isinstance(self.sheet, list), "sheet", "names of rows", self.sheet)
+        named = [row for c in self.comparisons for row in (c.better, c.worse)]
+        for row in (*named, *self.sheet):
+            self.check_row(row)
 
     def check_row(self, name: str) -> None:
         """Returns None if there is such a row.
