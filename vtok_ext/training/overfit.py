@@ -23,8 +23,8 @@ from vtok_ext.training.muon import Muon
 
 # Found on the procedural clip (17 frames of 96x96, 80 steps): Muon at 0.005, 0.01, 0.02, 0.04 ends
 # at 26.2, 26.7, 26.5, 24.6 dB, AdamW alone at 19.6 dB; without clipping the gradient 24.1 dB.
-_MUON_LR = 0.01
-_ADAM_LR = 2e-3
+MUON_LR = 0.01
+ADAM_LR = 2e-3
 _WARMUP_STEPS = 10
 _GRADIENT_CLIP = 1.0
 
@@ -94,7 +94,7 @@ def overfit_clip(
 
     result = learn_by_heart(
         loss_of,
-        muon_and_adamw(model, _MUON_LR, _ADAM_LR),
+        muon_and_adamw(model, MUON_LR, ADAM_LR),
         max_steps=max_steps,
         max_seconds=max_seconds,
         min_steps=min_steps,

@@ -18,6 +18,8 @@ from vtok_ext.metrics import psnr
 from vtok_ext.models.vidtok import VidTok
 from vtok_ext.training.optimizers import tokenizer_optimizers
 from vtok_ext.training.overfit import (
+    ADAM_LR,
+    MUON_LR,
     OverfitProgress,
     OverfitResult,
     learn_by_heart,
@@ -25,7 +27,7 @@ from vtok_ext.training.overfit import (
 )
 from vtok_ext.training.point_clips import PointClips
 from vtok_ext.training.recipe import OptimizerRecipe
-from vtok_ext.training.task import AUTOCAST_DTYPES, Task
+from vtok_ext.training.task import AUTOCAST_DTYPES, MicroBatch, Task
 from vtok_ext.training.tokenizer_task import TokenizerTask
 
 NUM_CLIPS = 4
@@ -34,7 +36,7 @@ MARGIN_DB = 6.0
 # reconstruction is better than most: the check would blame the model for the data.
 _LARGEST_LIKENESS_DB = 22.0
 # Convolutions learn faster with Muon, transformers are left to AdamW.
-_CONVOLUTIONS = OptimizerRecipe(lr=2e-3, muon_lr=0.01, betas=[0.9, 0.99], weight_decay=0.0)
+_CONVOLUTIONS = OptimizerRecipe(lr=ADAM_LR, muon_lr=MUON_LR, betas=[0.9, 0.99], weight_decay=0.0)
 _TRANSFORMERS = OptimizerRecipe(lr=3e-3, betas=[0.9, 0.99], weight_decay=0.0)
 
 
@@ -152,9 +154,14 @@ def _train(
         dtype = AUTOCAST_DTYPES[task.recipe.run.precision]
         return overfit_clip(model, videos, max_steps=steps, autocast_dtype=dtype, on_step=on_step)
     settings = _CONVOLUTIONS if isinstance(task, TokenizerTask) else _TRANSFORMERS
+
+    def loss_of(step: int) -> Tensor:
+        numbers = range(step * NUM_CLIPS, (step + 1) * NUM_CLIPS)
+        return task.overfit_loss(MicroBatch(videos, step, numbers, task.recipe.run.seed))
+
     task.train_mode()
     result = learn_by_heart(
-        lambda step: task.overfit_loss(videos, step),
+        loss_of,
         list(tokenizer_optimizers(model, settings, []).values()),
         max_steps=steps,
         on_step=on_step,

@@ -13,7 +13,7 @@ of the gradient, trains the same. Source: CoordTok (arXiv 2411.14762), specifica
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -184,12 +184,11 @@ class PointTask(Task):
         with self.autocast():
             self.model(video, points=self._points(batch), num_frames=num_frames)
 
-    def overfit_loss(self, video: Tensor, step: int) -> Tensor:
+    def overfit_loss(self, batch: MicroBatch) -> Tensor:
         """Returns the mean squared error of random points, others in every step."""
-        count = video.shape[0]
-        numbers = range(step * count, (step + 1) * count)
-        whole = {"video": video, "num_frames": torch.full((count,), video.shape[2])}
-        points = self._points(MicroBatch(whole, step, numbers, self.recipe.run.seed))
+        video = batch.data
+        whole = {"video": video, "num_frames": torch.full((len(video),), video.shape[2])}
+        points = self._points(replace(batch, data=whole))
         with self.autocast():
             patches = self.model(video, points=points).reconstruction
         targets = video_patches(video, points, self.model.config.dec_patch_size)

@@ -153,7 +153,7 @@ class Task(ABC):
         """
         self.networks[self.exported](batch.data)
 
-    def overfit_loss(self, video: Tensor, step: int) -> Tensor:
+    def overfit_loss(self, batch: MicroBatch) -> Tensor:
         """Returns a loss of clips [B, 3, T, H, W] in [-1, 1] by which a tokenizer learns them; only
         tasks that train one from the start have it."""
         raise NotImplementedError

@@ -86,11 +86,11 @@ class TokenizerTask(Task):
             "not computed"
         ]
 
-    def overfit_loss(self, video: Tensor, step: int) -> Tensor:
+    def overfit_loss(self, batch: MicroBatch) -> Tensor:
         """Returns the mean squared error of the reconstruction."""
         with self.autocast():
-            reconstruction = self.model(video, compute_loss=False).reconstruction
-        return (reconstruction.float() - video).square().mean()
+            reconstruction = self.model(batch.data, compute_loss=False).reconstruction
+        return (reconstruction.float() - batch.data).square().mean()
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Returns those of the tokenizer with the log variance, and of the discriminator."""

@@ -200,13 +200,11 @@ class VTokTask(_VTokTask):
         with self.autocast():
             self._losses(self.model, batch)
 
-    def overfit_loss(self, video: Tensor, step: int) -> Tensor:
+    def overfit_loss(self, batch: MicroBatch) -> Tensor:
         """Returns the loss of flow matching, with other noise in every step."""
-        numbers = range(step * len(video), (step + 1) * len(video))
-        generators = MicroBatch(video, step, numbers, self.recipe.run.seed).generators()
+        options = {"step": batch.step, "fps": self.fps, "generator": batch.generators()}
         with self.autocast():
-            output = self.model(video, step=step, fps=self.fps, generator=generators)
-        return output.encoding.losses["flow_loss"]
+            return self.model(batch.data, **options).encoding.losses["flow_loss"]
 
     def validate(self, samples: list[Tensor]) -> dict[str, float]:
         """Returns `rec_loss`, mean absolute error, and `psnr` in dB of decoded held-out clips."""

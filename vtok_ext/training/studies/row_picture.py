@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vtok_ext.data.picture import draw_label, write_png
+from vtok_ext.data.video import read_clip
 
 _SCALE = 3  # screen pixels of a pixel of these small clips
 _BAND, _MARGIN = 12, 3  # above each row of frames, for its name
@@ -35,7 +36,7 @@ def comparison_picture(path: Path, pictures: dict[str, Path]) -> Path:
         path: file to write.
         pictures: what `reconstruction_picture` wrote of the same clip, by the rows' names.
     """
-    images = {name: _read_png(picture) for name, picture in pictures.items()}
+    images = {name: read_clip(picture)[0][:, 0] for name, picture in pictures.items()}
     half = next(iter(images.values())).shape[1] // 2
     strips = {"source": next(iter(images.values()))[:, :half]}
     strips |= {name: image[:, half:] for name, image in images.items()}
@@ -46,12 +47,3 @@ def comparison_picture(path: Path, pictures: dict[str, Path]) -> Path:
         parts += [band, strip]
     write_png(path, torch.cat(parts, 1))
     return path
-
-
-def _read_png(path: Path) -> Tensor:
-    """Returns [3, H, W] uint8."""
-    import av
-
-    with av.open(str(path)) as container:
-        frame = next(container.decode(video=0))
-        return torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
