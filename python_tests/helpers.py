@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from fractions import Fraction
 from types import ModuleType
 
 import pytest
@@ -32,6 +33,17 @@ def import_or_skip(name: str) -> ModuleType:
         return require("tests", name)
     except ImportError as error:
         pytest.skip(str(error), allow_module_level=True)
+
+
+def write_video(path, num_frames: int, height: int = 32, width: int = 48) -> None:
+    """Writes a procedural clip, another one for each length, at 30 frames per second."""
+    # Here, since tests of ops run where there is no PyAV.
+    from vtok_ext.data.procedural import procedural_clip
+    from vtok_ext.data.video import VideoWriter
+
+    frames = procedural_clip(num_frames, height, width, seed=num_frames)
+    with VideoWriter(path, height=height, width=width, time_base=Fraction(1, 30)) as writer:
+        writer.write(frames, list(range(num_frames)))
 
 
 def start_torchrun(*arguments, **variables: str) -> subprocess.Popen:

@@ -1,31 +1,25 @@
 """Clips for training from video files."""
 
 import random
-from fractions import Fraction
 
 import pytest
 import torch
+from helpers import write_video
 
 from vtok_ext.data.buckets import check_buckets, choose_bucket
 from vtok_ext.data.clips import Augmentation, ProceduralClips, VideoClips, fit
 from vtok_ext.data.frame_sampling import FrameSampling
 from vtok_ext.data.procedural import procedural_clip
-from vtok_ext.data.video import VideoWriter, read_clip
+from vtok_ext.data.video import read_clip
 from vtok_ext.data.video_list import list_videos
-
-
-def write(path, num_frames, height=32, width=48):
-    frames = procedural_clip(num_frames, height, width, seed=num_frames)
-    with VideoWriter(path, height=height, width=width, time_base=Fraction(1, 30)) as writer:
-        writer.write(frames, list(range(num_frames)))
 
 
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "inner").mkdir()
-    write(tmp_path / "a.mp4", 21)
-    write(tmp_path / "inner" / "b.mp4", 5)
-    write(tmp_path / "short.mp4", 3)
+    write_video(tmp_path / "a.mp4", 21)
+    write_video(tmp_path / "inner" / "b.mp4", 5)
+    write_video(tmp_path / "short.mp4", 3)
     (tmp_path / "broken.mp4").write_bytes(b"no video at all")
     return tmp_path
 
@@ -82,9 +76,9 @@ def test_scan_on_the_way(folder):
 
 
 def test_buckets(tmp_path):
-    write(tmp_path / "long.mp4", 9)
-    write(tmp_path / "short.mp4", 4)
-    write(tmp_path / "tall.mp4", 9, 48, 32)
+    write_video(tmp_path / "long.mp4", 9)
+    write_video(tmp_path / "short.mp4", 4)
+    write_video(tmp_path / "tall.mp4", 9, 48, 32)
     buckets = [(8, 32, 48), (8, 48, 32), (4, 16, 16)]
     clips = VideoClips(list_videos(tmp_path), FrameSampling(1), buckets)
     assert clips.bucket_of == [0, 2, 1]
@@ -132,7 +126,7 @@ def test_errors(tmp_path):
         list_videos(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="source must name videos, got none"):
         list_videos(tmp_path)
-    write(tmp_path / "short.mp4", 2)
+    write_video(tmp_path / "short.mp4", 2)
     with pytest.raises(ValueError, match="5 frames or more, got 1 files, none of them usable"):
         clips_of(tmp_path, 5, 8, 8)
     with pytest.raises(ValueError, match="num_clips must be at least 1, got 0"):

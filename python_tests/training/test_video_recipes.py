@@ -1,24 +1,15 @@
 """Recipes of video files: the data section as a whole, and files that break while training."""
 
-from fractions import Fraction
-
 import pytest
 import torch
+from helpers import write_video
 from tiny_recipe import tiny
 
-from vtok_ext.data.procedural import procedural_clip
-from vtok_ext.data.video import VideoWriter
 from vtok_ext.training.loop import train
 from vtok_ext.training.run_log import read_log
 from vtok_ext.training.setup import build_clips
 
 PLAIN = ["loss.discriminator=none", "loss.perceptual_weight=0", "run.validate_every=99"]
-
-
-def write(path, num_frames, height, width):
-    frames = procedural_clip(num_frames, height, width, seed=num_frames)
-    with VideoWriter(path, height=height, width=width, time_base=Fraction(1, 30)) as writer:
-        writer.write(frames, list(range(num_frames)))
 
 
 @pytest.fixture
@@ -27,9 +18,9 @@ def source(tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "held_out").mkdir()
     for i in range(8):
-        write(tmp_path / "train" / f"{i}.mp4", 14 + i, *((32, 48) if i < 5 else (48, 32)))
+        write_video(tmp_path / "train" / f"{i}.mp4", 14 + i, *((32, 48) if i < 5 else (48, 32)))
     (tmp_path / "train" / "x.mp4").write_bytes(b"none")
-    write(tmp_path / "held_out" / "0.mp4", 9, 32, 32)
+    write_video(tmp_path / "held_out" / "0.mp4", 9, 32, 32)
     names = [f"{i}.mp4" for i in range(8)] + ["x.mp4"]
     (tmp_path / "train.csv").write_text("\n".join(["videos", *names]))
     (tmp_path / "held_out.csv").write_text("videos\n0.mp4\n")
