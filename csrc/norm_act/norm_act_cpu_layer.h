@@ -3,6 +3,7 @@
 // where those of one row would wait for each other. Included by norm_act_cpu.cpp only.
 #pragma once
 
+#include "norm_act_cpu_narrow.h"
 #include "norm_act_cpu_rows.h"
 
 namespace vtok::VTOK_ISA {
@@ -119,6 +120,13 @@ static void layer_forward(const NormActForward& params) {
         std::vector<Real> scratch(static_cast<size_t>(channels * block_rows<Real>(channels)));
         Block<Real> block;
         for_each_block<Real>(layout, begin, end, [&](const Run& run) {
+          if (channels <= kNarrowChannels) {
+            narrow_forward_block<kAct>(run, x, weight.data(), bias.data(), subtract_mean, eps,
+                                       stats == nullptr ? nullptr : stats + 2 * run.first_row, y,
+                                       channels);
+            copy_to_front(layout.buffer, run, y, channels);
+            return;
+          }
           block.num_rows = run.count;
           for (int64_t i = 0; i < run.count; ++i) {
             block.rows[i] =
@@ -261,10 +269,59 @@ VTOK_NOINLINE void store_grad_row(const RowGradient<Real>& row, bool subtract_me
   }
 }
 
+// layer_backward_rows of few channels.
+template <bool kAct, typename T, typename O>
+static void narrow_backward_rows(const NormActBackward& params, const std::vector<real<T>>& weight,
+                                 const std::vector<real<T>>& bias, int64_t begin, int64_t end,
+                                 BackwardScratch<real<T>>& scratch, double* totals) {
+  using Real = real<T>;
+  const NormActLayout& layout = params.layout;
+  const int64_t channels = layout.channels;
+  const bool subtract_mean = subtracts_mean(layout.kind);
+  const T* x = params.x.data_as<T>();
+  const O* grad_y = params.grad_y.data_as<O>();
+  T* grad_x = params.grad_x.data == nullptr ? nullptr : params.grad_x.data_as<T>();
+  const Real* stats = params.stats.data == nullptr ? nullptr : params.stats.data_as<Real>();
+  Columns<Real> columns, gradients;
+  LaneStatistics<Real> lanes;
+  int64_t rows_since_flush = 0;
+  for_each_block<Real>(layout, begin, end, [&](const Run& run) {
+    for (int64_t i = 0; i < run.count; ++i) {
+      put_row(columns, i, x + run.x + i * run.x_stride, channels);
+      const Real* gradient =
+          load_gradient(layout.buffer, run.is_first_frame, grad_y + run.y + i * run.y_stride,
+                        scratch.gradient.data(), channels);
+      put_row(gradients, i, gradient, channels);
+    }
+    repeat_first_lane(columns, run.count, channels);
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t i = run.count; i < kLanes; ++i) gradients[c * kLanes + i] = 0;
+    }
+    if (stats != nullptr) {
+      lanes.load_statistics(stats + 2 * run.first_row, run.count);
+    } else {
+      lanes.find(columns, channels, subtract_mean, static_cast<Real>(layout.eps));
+    }
+    narrow_backward_block<kAct>(
+        columns, gradients, lanes, weight.data(), bias.data(), subtract_mean,
+        grad_x == nullptr ? nullptr : grad_x + run.first_row * channels, run.count,
+        scratch.grad_weight.data(), scratch.grad_bias.data(), channels);
+    rows_since_flush += run.count;
+    if (rows_since_flush >= kRowsPerFlush) {
+      flush(scratch, totals, channels);
+      rows_since_flush = 0;
+    }
+  });
+}
+
 template <bool kAct, typename T, typename O>
 static void layer_backward_rows(const NormActBackward& params, const std::vector<real<T>>& weight,
                                 const std::vector<real<T>>& bias, int64_t begin, int64_t end,
                                 BackwardScratch<real<T>>& scratch, double* totals) {
+  if (params.layout.channels <= kNarrowChannels) {
+    narrow_backward_rows<kAct, T, O>(params, weight, bias, begin, end, scratch, totals);
+    return;
+  }
   using Real = real<T>;
   const NormActLayout& layout = params.layout;
   const int64_t channels = layout.channels;

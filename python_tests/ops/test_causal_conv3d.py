@@ -269,6 +269,36 @@ def test_small_batches_take_another_path_with_the_same_result(channels):
         assert torch.allclose(a, e, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "channels, options",
+    [
+        (8, {}),
+        (8, {"stride": 2, "temporal": "replicate"}),
+        (64, {"bias": True}),
+        (64, {"dilation": 2, "temporal": "valid"}),
+        (64, {"stride": 2}),
+        (64, {"groups": 2}),
+    ],
+)
+def test_kernels_along_time_against_float64(channels, options, dtype):
+    """See Note [Kernels along time on the CPU]."""
+    options = dict(options)
+    x = video(2, channels, 7, 4, 3, dtype=dtype).contiguous(memory_format=LAYOUT).requires_grad_()
+    weight = video(channels, channels // options.get("groups", 1), 3, 1, 1, dtype=dtype, seed=1)
+    bias = video(channels, dtype=dtype, seed=2) if options.pop("bias", False) else None
+    leaves = [leaf.requires_grad_() for leaf in (x, weight, bias) if leaf is not None]
+    y = vt.causal_conv3d(x, weight, bias, **options)
+    double = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = causal_conv3d_reference(*double, **options)
+    direction = video(*y.shape, dtype=dtype, seed=3)
+    found = [y, *torch.autograd.grad(y, leaves, direction)]
+    right = [expected, *torch.autograd.grad(expected, double, direction.double())]
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6
+    for a, b in zip(found, right, strict=True):
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
 COPIES = {"aten::copy_", "aten::clone", "aten::contiguous", "aten::cat", "aten::constant_pad_nd"}
 
 

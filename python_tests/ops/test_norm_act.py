@@ -45,6 +45,24 @@ def test_against_the_norms_of_torch(backend):
     )
 
 
+@pytest.mark.parametrize("eps", [1e-6, 0.0])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("channels", [3, 15, 16, 17])
+def test_few_channels_in_blocks_that_are_not_full(channels, norm, eps):
+    """Rows of up to 15 channels are transposed; 19 rows are a block and 3 more."""
+    x = video(1, channels, 2, 3, 19).requires_grad_()
+    leaves = [x, *(p.requires_grad_() for p in affine(channels))]
+    options = {"norm": norm, "eps": eps, "front": 2, "temporal": "replicate"}
+    y = vt.norm_act(*leaves, **options)
+    double = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = norm_act_reference(*double, **options)
+    direction = video(*y.shape, seed=1)
+    found = [y, *torch.autograd.grad(y, leaves, direction)]
+    right = [expected, *torch.autograd.grad(expected, double, direction.double())]
+    for a, b in zip(found, right, strict=True):
+        assert (a - b).abs().max() <= 2e-5 * b.abs().max()
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_gradcheck(norm):
     x = video(2, 6, 2, 3, 2, dtype=torch.float64).requires_grad_()

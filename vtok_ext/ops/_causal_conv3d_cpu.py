@@ -2,8 +2,9 @@
 
 Padding that is equal on both sides is left to oneDNN, which makes no copy. Front frames and one
 sided padding are joined to x in one copied buffer; a caller that passes a buffer with its front
-frames (temporal="valid") avoids it. Gradients within frames run as a batch of images, which torch
-sends to oneDNN more often than a video.
+frames (temporal="valid") avoids it. Kernels along time alone run as images of T rows and H * W
+columns, and gradients within frames as a batch of images, which torch sends to oneDNN more often
+than a video.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ _LAYOUT = torch.channels_last_3d
 # torch sends a 3-D convolution to im2col and GEMM instead of oneDNN. Measured, two cores, ms:
 #     16 -> 3 channels, 19x64x64: im2col 81, oneDNN 3.0; with gradients 201, as a batch of two 29
 #     3 -> 128, 22x128x128: im2col 190, oneDNN 76; with gradients 562, as a batch of two 986
-# So is a kernel of width 1 on one thread. Forwards oneDNN is therefore called by name. Gradients
-# would be sent back to im2col; there the item is doubled, with a gradient of zero for the copy,
-# which selects oneDNN and pays from about 16 channels on. bfloat16 always takes oneDNN.
+# So is a kernel of 1x1 within frames on one thread. Forwards oneDNN is therefore called by name.
+# Gradients would be sent back to im2col; there the item is doubled, with a gradient of zero for the
+# copy, which selects oneDNN and pays from about 16 channels on. bfloat16 always takes oneDNN.
 SMALL_ELEMENTS = 20480
 DOUBLING_PAYS_CHANNELS = 16
 
@@ -46,6 +47,18 @@ DOUBLING_PAYS_CHANNELS = 16
 #     256 channels, 4x8x8 (27) 1.5 / 1.3 / 2.6; 4x16x16 (7) 4.4 / 4.6 / 10
 HEAVY_WEIGHT = 8
 GEMM_WEIGHT = 80
+
+# Note [Kernels along time on the CPU]
+# A frame [H, W] counts as one line, and kernel (kt, 1, 1) becomes (kt, 1) of an image [T, H * W]: a
+# view of the same memory, for which oneDNN is never slower, and which torch does not send to im2col
+# on one thread. Measured, float32, input gradient as a video / as an image, ms:
+#     one thread: 8 channels, 4x20x32x32 3.4 / 0.8; 64 channels, 17x64x64 72 / 18; 128 231 / 72
+#     two threads: 16 channels, 17x64x64 5.8 / 0.6; 64 and more are equal
+# The weight gradient of one tap is one product of matrices, which is quicker than oneDNN's kernel
+# from about LINE_PRODUCT_CHANNELS on. Video / image / products, ms:
+#     one thread: 64 channels, 17x64x64 76 / 41 / 29; 128 253 / 166 / 89; 512, 5x16x16 26 / 40 / 25
+#     two threads: 64 channels 21 / 22 / 19; 128 79 / 84 / 48; 512 16 / 19 / 11
+LINE_PRODUCT_CHANNELS = 64
 
 # Adding up taps at every call pays from about so many values per channel on. Measured, two cores,
 # time without folding / with it: 5x16x16, 512 channels in space 0.4; 5x32x32 in space 1.05 and in
@@ -250,6 +263,19 @@ def _runs_as_images(weight: Tensor, g: Geometry) -> bool:
     return weight.shape[2] == 1 and g.stride_t == 1
 
 
+def _runs_as_lines(
+    frames: Tensor, weight: Tensor, padding: tuple[int, int, int], g: Geometry
+) -> bool:
+    """See Note [Kernels along time on the CPU]."""
+    return (
+        weight.shape[2] > 1
+        and weight.shape[3:] == (1, 1)
+        and padding[1:] == (0, 0)
+        and g.stride[1:] == (1, 1)
+        and frames.is_contiguous(memory_format=_LAYOUT)
+    )
+
+
 def _images(x: Tensor) -> Tensor:
     """[B, C, T, H, W] -> [B * T, C, H, W], a view in channels_last memory."""
     return x.permute(0, 2, 3, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)
@@ -258,6 +284,16 @@ def _images(x: Tensor) -> Tensor:
 def _video(x: Tensor, batch: int) -> Tensor:
     """[B * T, C, H, W] -> [B, C, T, H, W]."""
     return x.permute(0, 2, 3, 1).unflatten(0, (batch, -1)).permute(0, 4, 1, 2, 3)
+
+
+def _lines(x: Tensor) -> Tensor:
+    """[B, C, T, H, W] -> [B, C, T, H * W], a view in channels_last memory."""
+    return x.permute(0, 2, 3, 4, 1).flatten(2, 3).permute(0, 3, 1, 2)
+
+
+def _from_lines(x: Tensor, height: int) -> Tensor:
+    """[B, C, T, H * W] -> [B, C, T, H, W]."""
+    return x.permute(0, 2, 3, 1).unflatten(2, (height, -1)).permute(0, 4, 1, 2, 3)
 
 
 def _convolve(
@@ -269,9 +305,12 @@ def _convolve(
 ) -> Tensor:
     """Returns the convolution with equal padding, in any layout.
 
-    See Note [Small batches on the CPU] and Note [Heavy weights on the CPU].
+    See Note [Small batches on the CPU], Note [Heavy weights on the CPU] and Note [Kernels along
+    time on the CPU].
     """
-    stride, dilation = g.stride, g.dilation
+    stride: Sequence[int] = g.stride
+    dilation: Sequence[int] = g.dilation
+    pads: Sequence[int] = padding
     is_single = frames.dtype == torch.float32
     if weight.numel() > HEAVY_WEIGHT * (1 if is_single else 3) * frames.numel():
         frames = frames.contiguous()
@@ -279,9 +318,15 @@ def _convolve(
         if is_single and is_plain and weight.numel() > GEMM_WEIGHT * frames.numel():
             kernel = list(weight.shape[2:])
             return torch.ops.aten.slow_conv3d(frames, weight, kernel, bias, stride, padding)
+    as_lines, height = _runs_as_lines(frames, weight, padding, g), frames.shape[3]
+    if as_lines:
+        frames, weight = _lines(frames), weight[..., 0]
+        stride, dilation, pads = stride[:2], dilation[:2], pads[:2]
     if is_single and torch.backends.mkldnn.is_available():
-        return torch.mkldnn_convolution(frames, weight, bias, padding, stride, dilation, g.groups)
-    return torch.convolution(frames, weight, bias, stride, padding, dilation, False, [0], g.groups)
+        y = torch.mkldnn_convolution(frames, weight, bias, pads, stride, dilation, g.groups)
+    else:
+        y = torch.convolution(frames, weight, bias, stride, pads, dilation, False, [0], g.groups)
+    return _from_lines(y, height) if as_lines else y
 
 
 def _folds(x: Tensor, weight: Tensor, state: Tensor | None, g: Geometry) -> bool:
@@ -326,13 +371,19 @@ def _backward(
     has_bias: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     mask = [wanted == 0, wanted == 1, wanted == 1 and has_bias]
-    as_images, batch = _runs_as_images(weight, g), frames.shape[0]
+    as_images, as_lines = _runs_as_images(weight, g), _runs_as_lines(frames, weight, padding, g)
+    if as_lines and wanted == 1 and _pays_products(weight, frames, g):
+        return _line_products(grad, frames, weight.shape[2], has_bias, g)
+    batch, height = frames.shape[0], frames.shape[3]
     stride: Sequence[int] = g.stride
     dilation: Sequence[int] = g.dilation
     pads: Sequence[int] = padding
     if as_images:
         grad, frames, weight = _images(grad), _images(frames), weight[:, :, 0]
         stride, dilation, pads = stride[1:], dilation[1:], pads[1:]
+    if as_lines:
+        grad, frames, weight = _lines(grad), _lines(frames), weight[..., 0]
+        stride, dilation, pads = stride[:2], dilation[:2], pads[:2]
     items = frames.shape[0]
     if _is_small(frames) and frames.shape[1] >= DOUBLING_PAYS_CHANNELS:
         frames = torch.cat([frames, frames])
@@ -344,6 +395,38 @@ def _backward(
     if grad_frames is not None:
         grad_frames = grad_frames[:items]
         grad_frames = _video(grad_frames, batch) if as_images else grad_frames
+        grad_frames = _from_lines(grad_frames, height) if as_lines else grad_frames
     if grad_weight is not None and as_images:
         grad_weight = grad_weight.unsqueeze(2)
+    if grad_weight is not None and as_lines:
+        grad_weight = grad_weight.unsqueeze(4)
     return grad_frames, grad_weight, grad_bias
+
+
+def _pays_products(weight: Tensor, frames: Tensor, g: Geometry) -> bool:
+    return (
+        frames.dtype == torch.float32
+        and g.groups == 1
+        and g.stride_t == 1
+        and min(weight.shape[:2]) >= LINE_PRODUCT_CHANNELS
+    )
+
+
+def _line_products(
+    grad: Tensor,  # [B, O, T', H, W]
+    frames: Tensor,  # [B, C, P, H, W]
+    taps: int,
+    has_bias: bool,
+    g: Geometry,
+) -> tuple[None, Tensor, Tensor | None]:
+    """Returns the gradients of a weight [O, C, taps, 1, 1] and of the bias, a product per tap."""
+    rows = grad.permute(0, 2, 3, 4, 1).flatten(1, 3)  # [B, T' * H * W, O]
+    columns, length = frames.permute(0, 2, 3, 4, 1), grad.shape[2]
+    found = frames.new_zeros(taps, grad.shape[1], frames.shape[1])
+    for k in range(taps):
+        first = k * g.dilation[0]
+        for i in range(frames.shape[0]):
+            seen = columns[i, first : first + length].flatten(0, 2)
+            found[k].addmm_(rows[i].t(), seen)
+    grad_bias = rows.sum((0, 1)) if has_bias else None
+    return None, found.permute(1, 2, 0)[..., None, None], grad_bias
