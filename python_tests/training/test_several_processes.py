@@ -38,8 +38,11 @@ def free_ports(count):
     return ports
 
 
-def run_two(*calls):
-    """Returns (stdout, stderr) of two processes that make all calls of `vtok` together."""
+def run_two(*calls, codes=(0, 0)):
+    """Returns (stdout, stderr) of two processes that make all calls of `vtok` together.
+
+    Both must end, with these exit codes.
+    """
     ports = free_ports(len(calls))
     plan = json.dumps(
         [[port, list(map(str, call))] for port, call in zip(ports, calls, strict=True)]
@@ -62,7 +65,7 @@ def run_two(*calls):
         for rank in range(2)
     ]
     done = [process.communicate(timeout=600) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], done
+    assert [process.returncode for process in processes] == list(codes), done
     return done
 
 
@@ -150,3 +153,15 @@ def test_steps_of_another_size_go_on_in_the_row_of_samples(tmp_path):
     assert any("a step had 2 samples and has 1 now" in line for line in warnings)
     found = verify_checkpoint(tmp_path / "checkpoints" / "step-00000002")
     assert read_numbers(found)["samples"] == 3
+
+
+@pytest.mark.parametrize("taken", ["recipe.yaml", "log.jsonl", "model"])
+def test_what_only_one_process_writes_fails_on_both(taken, tmp_path):
+    """Neither waits for the other when a folder or file is in the way."""
+    place = tmp_path / taken
+    if taken == "model":
+        place.write_text("a file")
+    else:
+        place.mkdir()
+    done = run_two(call(tmp_path, "smoke_kl", "run.steps=1", "run.validate_every=9"), codes=(2, 2))
+    assert taken in done[0][1] and "Traceback" not in done[0][1] + done[1][1]

@@ -86,7 +86,8 @@ def on_rank_0(call: Callable[[], _T]) -> _T:
         call: what it returns must be something that pickle can hold.
 
     Raises:
-        ValueError, OSError: those of rank 0, on every process, so that none waits for the others.
+        ValueError, OSError, ImportError: those of rank 0, on every process, so that none waits for
+            the others.
     """
     if not is_distributed():
         return call()
@@ -94,7 +95,7 @@ def on_rank_0(call: Callable[[], _T]) -> _T:
     if rank() == 0:
         try:
             found[0] = call()
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             found[1] = error
     distributed.broadcast_object_list(found, src=0)
     if found[1] is not None:

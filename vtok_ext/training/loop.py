@@ -26,7 +26,7 @@ from vtok_ext.data.clips import VideoClips
 from vtok_ext.training import checkpoint as checkpoints
 from vtok_ext.training.clip_checks import check_clips, clips_of
 from vtok_ext.training.clip_order import ClipOrder, buckets_of, step_batches
-from vtok_ext.training.distributed import any_rank, rank, wait_for_all, world_size
+from vtok_ext.training.distributed import any_rank, on_rank_0, rank, wait_for_all, world_size
 from vtok_ext.training.log_sinks import open_sinks
 from vtok_ext.training.parallel import local
 from vtok_ext.training.recipe import Recipe
@@ -144,9 +144,8 @@ class _Run:
         if found is not None:
             self._load(found)
         self.first_step = self.training.step
-        if rank() == 0:
-            self._write_recipe()
-        self.log = self._open_log()
+        on_rank_0(self._write_recipe)
+        self._open_log()
         self.step = Stepper(self.training)
         # After everything that draws random numbers: noise of this run begins or goes on here.
         if found is None or not checkpoints.restore_generators(found, device):
@@ -193,13 +192,16 @@ class _Run:
                 f"{new_part} now: other clips share a batch, and this epoch may repeat some"
             )
 
-    def _open_log(self) -> RunLog:
-        leads = rank() == 0
-        sinks = []
-        if leads:
+    def _open_log(self) -> None:
+        path = self.out / "log.jsonl"
+        self.log = RunLog(path, self.first_step, active=False)
+
+        def begin() -> None:
             names = self.recipe.run.loggers
             sinks = open_sinks(names, self.out, self.first_step, self.recipe.to_dict())
-        return RunLog(self.out / "log.jsonl", self.first_step, active=leads, sinks=sinks)
+            self.log = RunLog(path, self.first_step, sinks=sinks)
+
+        on_rank_0(begin)
 
     def _write_recipe(self) -> None:
         import yaml
@@ -291,10 +293,13 @@ class _Run:
         shown = self.held_out[: self.recipe.run.sample_clips]
         with self.training.evaluating():
             videos = self.training.task.pictures(shown)
-        if rank() == 0:
-            pictures = write_samples(self.out / "samples" / f"step-{step:08d}", videos)
-            for name, picture in pictures.items():
+        folder = self.out / "samples" / f"step-{step:08d}"
+
+        def write() -> None:
+            for name, picture in write_samples(folder, videos).items():
                 self.log.picture(name, step, picture)
+
+        on_rank_0(write)
 
     def _mark(self, step: int, stopped: bool) -> None:
         """Validates, shows and saves after a step, if it is time."""
@@ -359,9 +364,7 @@ class _Run:
 
     def _write_model(self) -> Path:
         folder, weights = self.out / "model", self.training.exported_weights()
-        if rank() == 0:
-            self.training.task.export(folder, weights)
-        wait_for_all()
+        on_rank_0(lambda: self.training.task.export(folder, weights))
         return folder
 
 
