@@ -201,9 +201,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--count", type=int, default=640, help="clips of every set")
     parser.add_argument("--training-clips", type=int, default=1024)
     parser.add_argument("--sampler", default="sde")
+    parser.add_argument("--method", default="euler")
     parser.add_argument("--steps", type=int, default=100)
     given = parser.parse_args(arguments)
-    options = {"sampler": given.sampler, "num_steps": given.steps}
+    options = {"sampler": given.sampler, "method": given.method, "num_steps": given.steps}
     result = study(given.generator, given.out, given.count, given.training_clips, options)
     print("\n".join(lines(result)))
     return result

@@ -240,7 +240,8 @@ def fixed_noise(state):
         (sample_sde, {"num_steps": 5}, 5),
         (sample_sde, {"num_steps": 5, "last_step": None}, 5),
         (sample_sde, {"num_steps": 5, "method": "heun"}, 9),
-        (sample_sde, {"num_steps": 1}, 1),
+        (sample_sde, {"num_steps": 2}, 2),
+        (sample_sde, {"num_steps": 1, "last_step": None}, 1),
     ],
 )
 def test_one_call_of_the_network_per_drift(sample, options, calls):
@@ -284,6 +285,10 @@ def test_generator_decides_the_noise():
         (lambda: sample_ode(Transport(), None, draw(1, 2), start=1, stop=1), "two times in"),
         (lambda: sample_sde(Transport(), None, draw(1, 2), diffusion="x"), "diffusion must be one"),
         (lambda: sample_sde(Transport(), None, draw(1, 2), noise=[]), "noise must be 249 states"),
+        (
+            lambda: sample_sde(Transport(), None, draw(1, 2), num_steps=1),
+            "num_steps must be >= 2 with last_step='mean', got 1",
+        ),
         (
             lambda: sample_sde(Transport(), None, draw(1, 2), method="heun", last_step=None),
             "last_step must be given for heun",

@@ -92,7 +92,8 @@ def sample_ode(
         num_steps: of equal length; unused by dopri5.
         start, stop: default the ends of `transport.time_range`.
         rtol, atol: of dopri5: a step is taken when the root mean square of
-            error / (atol + rtol |x|) is at most 1 in every part of the state.
+            error / (atol + rtol |x|) is at most 1 in every part of the state, over the whole batch:
+            a sample depends on the others of its batch, within this tolerance.
         max_steps: of dopri5, accepted or not.
 
     Raises:

@@ -41,7 +41,7 @@ def sample_sde(
     generator: Generators = None,
     noise: Sequence[State] | None = None,
 ) -> State:
-    """Returns a sample at t = 1 (without a last step of noise-free kind, see `last_step`).
+    """Returns a sample at t = 1, or without a last step at the end of `transport.time_range`.
 
     Args:
         transport: path and prediction.
@@ -49,7 +49,8 @@ def sample_sde(
         x0: noise.
         method: "euler" (Euler-Maruyama); or "heun", which adds the noise first and then goes two
             stages.
-        num_steps: steps in all, the last one included; the published recipe has 250.
+        num_steps: steps in all, the last one included, hence 2 or more with one; the published
+            recipe has 250.
         diffusion: D(t): "sigma", norm sigma(t); "linear", norm (1 - t); "decreasing",
             (norm cos(pi t) + 1)^2 / 4; "increasing_decreasing", norm sin^2(pi t); "constant", norm;
             "sbdm", that of score-based diffusion, norm sigma (alpha' sigma / alpha - sigma').
@@ -63,8 +64,8 @@ def sample_sde(
         noise: instead, one state per noisy step.
 
     Raises:
-        ValueError: an unknown choice, too few steps, a length outside (0, 1), or Heun or a
-            prediction of noise or score to t = 1 without a last step, where the score is infinite.
+        ValueError: an unknown choice, too few steps, a length outside (0, 1), or Heun with
+            velocities to t = 1 without a last step, where the score is infinite.
     """
     _check(method, num_steps, diffusion, norm, last_step, last_step_size)
     noisy = num_steps if last_step is None else num_steps - 1
@@ -79,7 +80,7 @@ def sample_sde(
         raise ValueError(f"sample_sde: noise must be {noisy} states, got {len(noise)}")
     drift = _Drift(transport, network, x0, diffusion, norm)
     times = torch.linspace(first, end, noisy + 1)
-    x, length = x0, float(times[1] - times[0]) if noisy else 0.0
+    x, length = x0, float(times[1] - times[0])
     for i in range(noisy):
         fresh = noise_like(x, generator) if noise is None else noise[i]
         x = _step(drift, x, times[i], length, fresh, method)
@@ -103,8 +104,13 @@ def _check(
             raise ValueError(
                 f"sample_sde: {name} must be one of {', '.join(map(str, choices))}, got {value!r}"
             )
-    if num_steps < 1:
-        raise ValueError(f"sample_sde: num_steps must be >= 1, got {num_steps}")
+    # A last step alone would take noise for the state shortly before t = 1.
+    least = 1 if last_step is None else 2
+    if num_steps < least:
+        raise ValueError(
+            f"sample_sde: num_steps must be >= {least} with last_step={last_step!r}, "
+            f"got {num_steps}"
+        )
     if not (norm >= 0 and 0 < last_step_size < 1):
         raise ValueError(
             f"sample_sde: norm must be >= 0 and last_step_size in (0, 1), "
