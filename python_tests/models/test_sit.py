@@ -132,6 +132,13 @@ def test_guidance():
         random_sit(**PLANES).network(guidance=2.0)
 
 
+def test_guidance_of_a_bare_grid():
+    model, t = random_sit(num_classes=2, class_dropout=0.1, **GRID), torch.tensor([0.3, 0.8])
+    x, network = latents(GRID), model.network(torch.tensor([1, 0]), guidance=2.5)
+    with torch.no_grad():
+        assert torch.equal(network(x, t), network({"grid": x}, t)["grid"])
+
+
 @pytest.mark.parametrize("config", [PLANES, GRID])
 @pytest.mark.parametrize("sampler", ["ode", "sde"])
 def test_sampling(config, sampler):
@@ -302,6 +309,14 @@ def test_released_checkpoints(tmp_path):
         vt.load_generator(path)
     with pytest.raises(ValueError, match="weights must be those of sit_b_2"):
         vt.load_generator(path, "sit_b_2", **TRUSTED)
+    for content in ([1, 2], torch.zeros(3), {"ema": 1}):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match="load_generator: .* must hold"):
+            vt.load_generator(path, "sit_l_2", **TRUSTED)
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match="load_generator: .* must be a checkpoint") as found:
+        vt.load_generator(path, "sit_l_2", **TRUSTED)
+    assert "weights_only" not in str(found.value), "it advises to execute the file"
 
 
 class _Runs:
@@ -332,6 +347,9 @@ def test_a_checkpoint_runs_nothing(tmp_path, capsys):
             lambda: random_sit(**GRID).sample(1, labels=torch.tensor([1])),
             "labels must be 1 integers in 0..0",
         ),
+        (lambda: random_sit(**GRID).sample(1, labels=[0]), r"labels must be .* got \[0\]"),
+        (lambda: sample_with_statistics_of(5), r"statistics must be of {'grid': 3} channels"),
+        (lambda: random_sit(**GRID).network(guidance=float("nan")), "guidance must be finite"),
         (lambda: LatentOrigin(0, 1, 1), "sizes must be integers >= 1"),
     ],
 )
@@ -340,6 +358,24 @@ def test_errors(call, message):
         call()
     with pytest.raises(TypeError, match="x must be a dict of xy, yt, xt"):
         random_sit(**PLANES)({"xy": torch.zeros(1)}, torch.zeros(1))
+
+
+def sample_with_statistics_of(channels):
+    model = random_sit(**GRID)
+    model.statistics = LatentStatistics(
+        {"grid": torch.zeros(channels)}, {"grid": torch.ones(channels)}
+    )
+    return model.sample(1, num_steps=2)
+
+
+@pytest.mark.parametrize("sampler", ["sde", "ode"])
+def test_latents_that_are_not_finite_are_no_sample(sampler):
+    model = with_statistics(random_sit(**PLANES), PLANES)
+    with torch.no_grad():
+        model.t_embedder.mlp[0].bias.fill_(float("nan"))
+    options = {"sampler": sampler, "method": "euler", "num_steps": 2}
+    with pytest.raises(RuntimeError, match="latents of SiT must be finite"):
+        model.sample(1, **options)
 
 
 def test_decoding_with_the_tokenizer_it_was_trained_on():

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import pickle
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,7 +50,11 @@ def read_checkpoint(
     if not os.path.isfile(path):
         raise FileNotFoundError(f"load_model: {path!r} must be a file, got none")
     pickled = path.lower().endswith(PICKLED)
-    content = _unpickle(path, trust_checkpoint) if pickled else read_safetensors(path, "load_model")
+    content = (
+        _unpickle(path, trust_checkpoint, "load_model")
+        if pickled
+        else read_safetensors(path, "load_model")
+    )
     for name in STATE_NAMES:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
@@ -105,7 +110,7 @@ def read_generator_checkpoint(
     if not os.path.isfile(path):
         raise FileNotFoundError(f"load_generator: {path!r} must be a file, got none")
     if path.lower().endswith(PICKLED):
-        content = _unpickle(path, trust_checkpoint)
+        content = _unpickle(path, trust_checkpoint, "load_generator")
     else:
         content = read_safetensors(path, "load_generator")
     wanted = "ema" if ema else "model"
@@ -113,7 +118,8 @@ def read_generator_checkpoint(
         content = content.get(wanted)
         if not isinstance(content, dict):
             raise ValueError(f"load_generator: {path!r} must hold {wanted!r}, got none")
-    weights = {_unwrapped(str(k)): v for k, v in (content or {}).items()}
+    entries = content if isinstance(content, dict) else {}
+    weights = {_unwrapped(str(k)): v for k, v in entries.items()}
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(f"load_generator: {path!r} must hold tensors by name, got another content")
     return weights
@@ -136,18 +142,19 @@ def _harmless_types_allowed(version: tuple[int, ...]) -> Iterator[None]:
         torch.serialization.add_safe_globals(before)
 
 
-def _unpickle(path: str, trust_checkpoint: bool) -> Any:
+def _unpickle(path: str, trust_checkpoint: bool, op: str) -> Any:
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < SAFE_TORCH and not trust_checkpoint:
         raise ValueError(
-            f"load_model: torch must be >= 2.6 to read {path!r} safely (CVE-2025-32434), got "
+            f"{op}: torch must be >= 2.6 to read {path!r} safely (CVE-2025-32434), got "
             f"{torch.__version__}; trust_checkpoint=True reads it nevertheless"
         )
     try:
         with _harmless_types_allowed(version):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"load_model: {path!r} must be a checkpoint of tensors, got {reason}"
-        ) from error
+        # What is wrong, without torch's advice to execute what the file holds.
+        found = re.search(r"WeightsUnpickler error:\s*(.+?)(?:\. |\n|$)", str(error))
+        lines = [found[1]] if found else str(error).splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        raise ValueError(f"{op}: {path!r} must be a checkpoint of tensors, got {reason}") from error

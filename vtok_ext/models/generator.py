@@ -107,7 +107,7 @@ class LatentGenerator(nn.Module):
         """Returns labels [num_samples] on the model's device, 0 by default.
 
         Raises:
-            ValueError: not integers in 0 .. num_classes - 1, or another number of them.
+            ValueError: not a tensor of integers in 0 .. num_classes - 1, or another number of them.
         """
         device = next(self.parameters()).device
         if num_samples < 1:
@@ -115,11 +115,11 @@ class LatentGenerator(nn.Module):
         if labels is None:
             return torch.zeros(num_samples, dtype=torch.long, device=device)
         count = self.config.num_classes
-        ok = labels.shape == (num_samples,) and labels.dtype in (torch.int32, torch.int64)
-        if not ok or not bool(((labels >= 0) & (labels < count)).all()):
+        ok = isinstance(labels, Tensor) and labels.dtype in (torch.int32, torch.int64)
+        shown = labels.tolist() if isinstance(labels, Tensor) else labels
+        if not ok or labels.shape != (num_samples,) or not all(0 <= n < count for n in shown):
             raise ValueError(
-                f"sample: labels must be {num_samples} integers in 0..{count - 1}, "
-                f"got {labels.tolist()}"
+                f"sample: labels must be {num_samples} integers in 0..{count - 1}, got {shown!r}"
             )
         return labels.long().to(device)
 

@@ -218,13 +218,20 @@ class GPT(LatentGenerator):
             labels: integers [B]; `num_classes` is "none" where there is one. Default 0.
 
         Raises:
-            ValueError: another grid.
+            ValueError: another grid, or ids outside the codebook; those of a GPU are not looked at,
+                which would wait for it.
         """
         if ids.is_floating_point() or tuple(ids.shape[1:]) != self.config.grid:
             raise ValueError(
                 f"GPT: ids must be integers [B, {', '.join(map(str, self.config.grid))}], "
                 f"got {list(ids.shape)} {ids.dtype}"
             )
+        if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+            least, most = int(ids.min()), int(ids.max())
+            if least < 0 or most >= self.config.codebook_size:
+                raise ValueError(
+                    f"GPT: ids must be in 0..{self.config.codebook_size - 1}, got {least}..{most}"
+                )
         digits = self.split(ids.flatten(1).long())
         if labels is None:
             labels = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
@@ -298,7 +305,11 @@ class GPT(LatentGenerator):
                 f"sample: guidance must be 1 for a model trained without class_dropout, "
                 f"got {guidance}"
             )
-        if temperature < 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
+        if (
+            not 0 <= temperature < math.inf
+            or not 0 < top_p <= 1
+            or (top_k is not None and top_k < 1)
+        ):
             raise ValueError(
                 f"sample: temperature must be >= 0, top_p in (0, 1] and top_k >= 1, "
                 f"got {temperature}, {top_p} and {top_k}"

@@ -10,6 +10,7 @@ Source: CoordTok (arXiv 2411.14762) with SiT (arXiv 2401.08740); specification s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from vtok_ext.layers.kl import Generators
 from vtok_ext.models._config import closest
 from vtok_ext.models.coordtok_networks import PatchEmbedding
 from vtok_ext.models.generator import LatentGenerator
+from vtok_ext.models.latent_statistics import LatentStatistics
 from vtok_ext.models.ode import sample_ode
 from vtok_ext.models.sde import sample_sde
 from vtok_ext.models.sit_config import GRID, SIT_PRESETS, SiTConfig
@@ -32,7 +34,7 @@ from vtok_ext.models.sit_network import (
     sincos_2d,
     unpatchify,
 )
-from vtok_ext.models.transport import Network, Transport, noise_like
+from vtok_ext.models.transport import Network, Transport, map_state, noise_like, state_parts
 
 Parts = dict[str, Tensor]
 # Samplers and what `sample` may be told about them.
@@ -111,6 +113,17 @@ class SiT(LatentGenerator):
         """Path and prediction that the model is trained for."""
         return Transport(self.config.path, self.config.prediction)
 
+    def require_statistics(self, op: str) -> LatentStatistics:
+        """Returns the statistics. Raises ValueError when there are none, or those of others."""
+        statistics, config = super().require_statistics(op), self.config
+        found = {part: mean.numel() for part, mean in statistics.mean.items()}
+        expected = dict.fromkeys(config.parts(), config.in_channels)
+        if found != expected:
+            raise ValueError(
+                f"{op}: statistics must be of {expected} channels for {self.name}, got {found}"
+            )
+        return statistics
+
     def _positions(self, part: str) -> Tensor:
         """Returns [1, N, D] of the tokens of a part."""
         config = self.config
@@ -178,8 +191,10 @@ class SiT(LatentGenerator):
             guidance: its strength.
 
         Raises:
-            ValueError: guidance of a model without a "none".
+            ValueError: guidance that is not finite, or of a model without a "none".
         """
+        if not math.isfinite(guidance):
+            raise ValueError(f"SiT: guidance must be finite, got {guidance}")
         if guidance == 1.0:
             return lambda x, t: self(x, t, labels)
         if not self.config.has_none:
@@ -187,13 +202,15 @@ class SiT(LatentGenerator):
                 f"SiT: guidance must be 1 for a model trained without class_dropout, got {guidance}"
             )
 
-        def guided(x: Parts, t: Tensor) -> Parts:
+        def between(both: Tensor) -> Tensor:
+            label, none = both.chunk(2)
+            return none + guidance * (label - none)
+
+        def guided(x: Any, t: Tensor) -> Any:
             y = torch.zeros_like(t, dtype=torch.long) if labels is None else labels
             none = torch.full_like(y, self.config.num_classes)
-            double = {name: torch.cat([value, value]) for name, value in x.items()}
-            both = self(double, torch.cat([t, t]), torch.cat([y, none]))
-            halves = {name: value.chunk(2) for name, value in both.items()}
-            return {name: n + guidance * (c - n) for name, (c, n) in halves.items()}
+            double = map_state(lambda value: torch.cat([value, value]), x)
+            return map_state(between, self(double, torch.cat([t, t]), torch.cat([y, none])))
 
         return guided
 
@@ -243,6 +260,7 @@ class SiT(LatentGenerator):
         Raises:
             ValueError: an unknown sampler, labels out of range, or a model without the statistics
                 of its latents.
+            RuntimeError: the network gives NaN or infinity.
         """
         if sampler not in SAMPLERS:
             raise ValueError(
@@ -267,6 +285,11 @@ class SiT(LatentGenerator):
             x = sample_ode(self.transport, network, noise, **options)
         else:
             x = sample_sde(self.transport, network, noise, generator=generator, **options)
+        if not all(bool(part.isfinite().all()) for part in state_parts(x)):
+            raise RuntimeError(
+                f"sample: latents of {self.name} must be finite, got NaN or infinity; its weights "
+                "are damaged, or guidance, norm or steps too large for them"
+            )
         return statistics.denormalize(x)
 
 
