@@ -136,6 +136,8 @@ def test_patches_of_two_frames(planes):
     assert whole.shape == (2, 3, 8, 16, 24)
     assert_close(model.decode(planes, num_frames=3), whole[:, :, :3], "odd number", factor=5)
     assert_close(model.decode_frames(planes, [6, 7, 1]), whole[:, :, [6, 7, 1]], "frames", 5)
+    short = vt.Encoding(planes, 3, (16, 24))  # ends within a patch
+    assert_close(model.decode_frames(short, [2]), whole[:, :, 2:3], "last frame", factor=5)
     positions, wanted = locate_times("op", [6, 7, 5.5, 6.5], 8, 2)
     assert positions.tolist() == [2.25, 3.0] and wanted.tolist() == [2, 3, 1, 2]
 
@@ -198,5 +200,16 @@ def test_errors(tok, planes):
     for region in ((0, 0, 17, 1), (-1, 0, 2, 2), (0, 24, 1, 1), (0, 0, 0, 4)):
         with pytest.raises(ValueError, match="must lie within 16x24, got"):
             tok.decode_region(planes, *region)
+    short = vt.Encoding(planes, 5, (16, 24))  # what lies behind its end was never trained
+    for decode in (
+        lambda: tok.decode_frames(short, [4, 4.5]),
+        lambda: tok.decode_region(short, 0, 0, 2, 2, times=[5]),
+    ):
+        with pytest.raises(ValueError, match=r"times must be a non-empty list of numbers in 0..4"):
+            decode()
+    with pytest.raises(ValueError, match="decode: num_frames must be in 1..5, got 6"):
+        tok.decode(short, num_frames=6)
+    with pytest.raises(TypeError, match="decode: plane yt must be a tensor, got list"):
+        tok.decode({**planes, "yt": []})
     with pytest.raises(ValueError, match="num_slices must be in 1..24, the number of points"):
         tok.decode_frames(planes, [1], num_slices=25)

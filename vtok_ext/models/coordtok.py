@@ -228,8 +228,8 @@ class CoordTok(VideoTokenizer):
 
         Args:
             encoding: an Encoding, or a bare dict of planes.
-            num_frames: decode the first T frames only; default what the Encoding records, and for
-                bare planes all.
+            num_frames: decode the first T frames only; default and limit what the Encoding records,
+                and for bare planes all of the model.
             size: crop to (H, W); default likewise.
             output: "float", nominally in [-1, 1] and not clamped; or "uint8", clamped and rounded.
             num_slices: how many calls of the decoder a clip is cut into; changes the result and the
@@ -244,16 +244,15 @@ class CoordTok(VideoTokenizer):
         """
         encoding = self._denormalized(encoding, normalize)  # type: ignore[assignment]
         planes = self._planes("decode", encoding)
-        limit = self.config.video_shape
+        limit, known = self.config.video_shape, self._num_frames(encoding)
+        num_frames = known if num_frames is None else num_frames
         if isinstance(encoding, Encoding):
-            num_frames = encoding.num_frames if num_frames is None else num_frames
             size = encoding.size if size is None else size
             frames = encoding.frame_rule if frames is None else frames
-        num_frames = limit[0] if num_frames is None else num_frames
         frames = "preserve" if frames is None else frames
         video_input.check_frame_rule("decode", frames)
-        if not 1 <= num_frames <= limit[0]:
-            raise ValueError(f"decode: num_frames must be in 1..{limit[0]}, got {num_frames}")
+        if not 1 <= num_frames <= known:
+            raise ValueError(f"decode: num_frames must be in 1..{known}, got {num_frames}")
         moments = torch.arange(-(-num_frames // self.config.dec_patch_size[0]))
         lattice = self._lattice(moments, (0, limit[1]), (0, limit[2]))
         video = self._decode_lattice(
@@ -276,7 +275,8 @@ class CoordTok(VideoTokenizer):
 
         Args:
             encoding: as for `decode`.
-            times: n numbers of frames from 0 to T - 1, such as [5, 90]. Numbers that are not
+            times: n numbers of frames from 0 to T - 1, such as [5, 90], with T the frames that the
+                Encoding records, and for bare planes those of the model. Numbers that are not
                 integers lie between two frames.
             size, output, num_slices: as for `decode`.
 
@@ -357,6 +357,11 @@ class CoordTok(VideoTokenizer):
             points = points.double()
         return triplane_gather(planes["xy"], planes["yt"], planes["xt"], points, grid=grid)
 
+    def _num_frames(self, encoding: Encoding | Planes) -> int:
+        """Returns T of a clip, that of the model when it is not known."""
+        known = isinstance(encoding, Encoding)
+        return encoding.num_frames if known else self.config.video_shape[0]  # type: ignore[union-attr]
+
     def _planes(self, op: str, encoding: Encoding | Planes) -> Planes:
         """Returns the planes of `encoding`, checked, in the model's dtype."""
         encoding = self._denormalized(encoding, False)  # type: ignore[assignment]
@@ -366,8 +371,10 @@ class CoordTok(VideoTokenizer):
         if not isinstance(planes, dict) or set(planes) != set(PLANE_AXES):
             found = sorted(planes) if isinstance(planes, dict) else type(planes).__name__
             raise TypeError(f"{op}: latent must be a dict of planes xy, yt and xt, got {found}")
-        batch = planes["xy"].shape[:1]
+        batch = getattr(planes["xy"], "shape", ())[:1]
         for name, plane in planes.items():
+            if not isinstance(plane, Tensor):
+                raise TypeError(f"{op}: plane {name} must be a tensor, got {type(plane).__name__}")
             shape = self.config.plane_shape(name)
             if plane.shape[1:] != shape or plane.shape[:1] != batch or 0 in batch:
                 form = ", ".join(map(str, shape))
@@ -393,12 +400,12 @@ class CoordTok(VideoTokenizer):
         num_slices: int,
     ) -> Tensor:
         top, left, height, width = region
-        _, size_x, size_y = self.config.dec_patch_size
-        moments, wanted = locate_times(
-            op, times, self.config.video_shape[0], self.config.dec_patch_size[0]
-        )
-        lattice = self._lattice(moments, (top, top + height), (left, left + width))
+        patch_frames, size_x, size_y = self.config.dec_patch_size
         planes = self._planes(op, encoding)
+        # What a model makes of times after the end of a clip, no training has looked at.
+        limit, known = self.config.video_shape[0], self._num_frames(encoding)
+        moments, wanted = locate_times(op, times, limit, patch_frames, known)
+        lattice = self._lattice(moments, (top, top + height), (left, left + width))
         video = self._decode_lattice(op, planes, lattice, num_slices)
         top, left = top % size_x, left % size_y
         video = video[:, :, :, top : top + height, left : left + width]

@@ -88,27 +88,31 @@ def locate_times(
     times: Times,
     num_frames: int,
     patch_frames: int,
+    clip_frames: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns the positions [n] along t that cover `times`, and the frame of each time.
 
     Frame j of the patches decoded at the positions is frame j % patch_frames of position
-    j // patch_frames. A time between two frames belongs to the slot of the earlier one.
+    j // patch_frames. A time between two frames belongs to the slot of the earlier one; between
+    two of the last patch it is the earlier one, there is no patch behind to go to.
 
     Args:
         op: name in front of the message.
-        times: in frames, 0 the first of the clip, from 0 to `num_frames` - 1; integers or not.
+        times: in frames, 0 the first of the clip, from 0 to `clip_frames` - 1; integers or not.
         num_frames: T of the model.
         patch_frames: frames per patch.
+        clip_frames: T of the clip; default that of the model.
 
     Raises:
         ValueError: no time, or one outside the clip.
     """
+    clip_frames = num_frames if clip_frames is None else clip_frames
     moments = torch.as_tensor(times, dtype=torch.float64).cpu()
     inside = moments.dim() == 1 and moments.numel() and bool(torch.isfinite(moments).all())
-    if not inside or moments.min() < 0 or moments.max() > num_frames - 1:
+    if not inside or moments.min() < 0 or moments.max() > clip_frames - 1:
         shown = moments.flatten()[:4].tolist()
         raise ValueError(
-            f"{op}: times must be a non-empty list of numbers in 0..{num_frames - 1}, got {shown}"
+            f"{op}: times must be a non-empty list of numbers in 0..{clip_frames - 1}, got {shown}"
         )
     slot = moments.floor().long() % patch_frames
     position = ((moments - slot) / patch_frames).clamp(max=num_frames // patch_frames - 1)
