@@ -53,6 +53,20 @@ def test_interval_of_frechet_distance():
     assert none.low == none.high == none.value == float(none)
 
 
+@pytest.mark.parametrize(("count", "shift"), [(30, 0.0), (40, 0.5)])
+def test_interval_of_few_samples_covers_what_other_samples_give(count, shift):
+    """Fewer samples than make a covariance of full rank, as FVD's 400 features usually have."""
+    found = [
+        frechet_with_interval(
+            normal(count, 50, 2 * i), normal(count, 50, 2 * i + 1, mean=shift), num_resamples=40
+        )
+        for i in range(40)
+    ]
+    mean = sum(one.value for one in found) / len(found)
+    assert all(one.low <= one.value <= one.high for one in found)
+    assert sum(one.low <= mean <= one.high for one in found) >= 36
+
+
 def test_kernel_distance_is_unbiased_and_tells_sets_apart():
     estimates = [kernel_distance(normal(40, 6, 2 * i), normal(60, 6, 2 * i + 1)) for i in range(60)]
     values = torch.tensor([e.value for e in estimates])

@@ -131,10 +131,13 @@ def frechet_with_interval(
     num_resamples: int = 100,
     seed: int = 0,
 ) -> SetDistance:
-    """Returns the Frechet distance of features and its 95 % basic bootstrap interval.
+    """Returns the Frechet distance of features and its 95 % bootstrap interval.
 
-    Resampled sets repeat samples, which raises the distance as fewer samples do; the basic
-    interval, 2 d - (upper, lower) quantile, takes that off once more.
+        low, high = d + quantiles of (d* - mean of d*),  d* distances of resampled sets
+
+    It says where distances of other sets of these sizes lie, not what a distance without the bias
+    of few samples would be. Resampled sets repeat samples and are further apart than sets of as
+    many different ones; their mean is taken off, for else the interval would lie beside the value.
 
     Args:
         generated, real: features.
@@ -152,6 +155,8 @@ def frechet_with_interval(
                 for features in (generated, real)
             ]
             values.append(frechet_distance(*chosen))
-        ends = torch.stack(values).quantile(torch.tensor([0.975, 0.025], dtype=torch.float64))
-        low, high = (max(0.0, 2 * value - end) for end in ends.tolist())
+        distances = torch.stack(values)
+        spread = distances - distances.mean()
+        ends = spread.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        low, high = max(0.0, value + ends[0]), value + ends[1]
     return SetDistance(value, low, high, len(generated), len(real))
