@@ -78,6 +78,43 @@ def test_the_tokenizer_it_was_trained_on(vtok, generators, saved_models, tmp_pat
     assert taken.code == 0, taken.err
 
 
+def test_planes_of_another_tokenizer_are_refused_before_sampling(vtok, generators, tmp_path):
+    sizes = {
+        "video_shape": (8, 16, 16),
+        "enc_patch_size": (4, 8, 8),
+        "latent_resolution": (8, 4, 4),
+    }
+    sizes |= {"latent_patch_size": (4, 2, 2), "dec_num_layers": 1, "enc_num_layers": 1}
+    tokenizer = vt.create_model("coordtok_small_128", **sizes, enc_patch_num_layers=0)
+    tokenizer.save_pretrained(tmp_path / "planes")
+    wide = vt.create_generator(
+        "sit_s_2", input_size=(8, 4, 8), hidden_size=16, depth=1, num_heads=2
+    )
+    wide.origin = LatentOrigin(8, 16, 16)
+    wide.save_pretrained(tmp_path / "wide")
+    for model, message in (
+        (
+            tmp_path / "wide",
+            "must have cells (t, x, y) and channels (8, 4, 8, 8), got (8, 4, 4, 8)",
+        ),
+        (generators["sit"], "must not be a CoordTok, got coordtok_small_128"),
+    ):
+        arguments = ["--tokenizer", tmp_path / "planes", "--device", "cpu"]
+        refused = vtok("generate", model, "-o", tmp_path / "out", *arguments)
+        assert refused.code == 2 and message in refused.err
+
+
+@pytest.mark.parametrize("order", [None, "means_first"])
+def test_statistics_of_a_log_whose_signs_do_not_tell_the_order(vtok, tmp_path, order):
+    """Read first, so that the weights of a released file need not be there."""
+    (tmp_path / "log.txt").write_text("[0.1 0.2]\n" * 6)
+    arguments = ["--statistics", tmp_path / "log.txt", "--name", "sit_l_2"]
+    arguments += ["--statistics-order", order] if order else []
+    done = vtok("generate", tmp_path / "none.pt", "-o", tmp_path / "out", *arguments)
+    message = "order must be given as one of" if order is None else "none.pt' must be a file"
+    assert done.code == 2 and message in done.err
+
+
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
@@ -85,6 +122,10 @@ def test_the_tokenizer_it_was_trained_on(vtok, generators, saved_models, tmp_pat
         ("sit", ["--temperature", 0.5], "options of sde must be among"),
         ("gpt", ["--sampler", "ode"], "GPT must be given no"),
         ("sit", ["--sampler", "odd"], "sampler must be one of sde, ode"),
+        ("sit", ["--sampler", "ode", "--steps", 9], "--steps must be absent for dopri5"),
+        ("sit", ["--steps", 1], "num_steps must be >= 2"),
+        ("sit", ["--guidance", "nan"], "guidance must be finite"),
+        ("sit", ["--statistics-order", "x"], "--statistics must be given with an order"),
         ("sit", ["--label", 2], "labels must be 4 integers in 0..1"),
         ("sit", ["--name", "sit_l_2"], "must be absent for a saved generator"),
         ("sit", ["--statistics", "none.txt"], "must be a file, got none"),

@@ -148,8 +148,10 @@ def test_classes_are_folders(recipe, tmp_path):
         "latent.labels=folders",
         "model.overrides.class_dropout=0.2",
     ]
-    result = train(recipe("sit", *clips, "model.overrides.num_classes=2"), tmp_path / "run")
+    two = "model.overrides.num_classes=2"
+    result = train(recipe("sit", *clips, two, "data.fps=[24]"), tmp_path / "run")
     model = vt.load_generator(result.model)
+    assert model.origin.fps == 24
     made = model.sample(2, labels=torch.tensor([0, 1]), guidance=2.0, num_steps=2)
     assert made.shape[0] == 2
     with pytest.raises(ValueError, match="num_classes must be 2, the number of folders"):

@@ -1,6 +1,7 @@
 """`vtok generate`: new videos from a generator and the tokenizer that it was trained on.
 
-OUT/0000.mp4 ...     the videos; number i depends on --seed + i only, not on its batch
+OUT/0000.mp4 ...     the videos; number i depends on --seed + i only, not on its batch (with
+                     dopri5, whose steps a batch shares, up to its tolerance)
 OUT/samples.png      a few frames of each
 OUT/generate.json    how they were made
 """
@@ -18,6 +19,7 @@ import torch
 from vtok_ext.data.atomic_output import output_folder
 from vtok_ext.data.picture import write_png
 from vtok_ext.data.video import VideoWriter
+from vtok_ext.models.coordtok import CoordTok
 from vtok_ext.models.generator import LatentGenerator, LatentOrigin
 
 from .console import Console
@@ -36,6 +38,7 @@ class GenerateOptions:
     name: str | None = None
     last: bool = False
     statistics: Path | None = None
+    statistics_order: str | None = None
     tokenizer: str | None = None
     tokenizer_name: str | None = None
     trust_checkpoint: bool = False
@@ -57,6 +60,7 @@ def run_generate(options: GenerateOptions, *, as_json: bool) -> None:
             f"generate: -n and --batch-size must be >= 1, got {options.num_samples} and "
             f"{options.batch_size}"
         )
+    _check_sampling(dict(options.sampling))
     console, target = Console(as_json), resolve_device(options.device)
     with output_folder(options.out, replaceable=_is_ours, op="generate") as folder:
         generator, tokenizer = _models(options, target, console)
@@ -98,8 +102,13 @@ def _models(
     from vtok_ext.models.latent_statistics import read_reference_log
 
     statistics = None
+    if options.statistics is None and options.statistics_order is not None:
+        raise ValueError(
+            f"generate: --statistics must be given with an order, got "
+            f"{options.statistics_order} alone"
+        )
     if options.statistics is not None:
-        statistics = read_reference_log(options.statistics)
+        statistics = read_reference_log(options.statistics, options.statistics_order)
     generator = vt.load_generator(
         options.model,
         options.name,
@@ -130,8 +139,38 @@ def _models(
             )
         generator.origin = LatentOrigin(*shape)
     # Before the time is spent, not after.
+    _check_latents(generator, tokenizer)
     tokenizer.check_origin("generate", generator.origin.tokenizer_id, options.any_weights)
     return generator, tokenizer
+
+
+def _check_sampling(sampling: dict[str, Any]) -> None:
+    adaptive = sampling.get("sampler") == "ode" and sampling.get("method", "dopri5") == "dopri5"
+    if adaptive and "num_steps" in sampling:
+        raise ValueError(
+            "generate: --steps must be absent for dopri5, the default of ode, which chooses its "
+            f"own; --method heun takes {sampling['num_steps']}"
+        )
+
+
+def _check_latents(generator: LatentGenerator, tokenizer: Any) -> None:
+    """Raises ValueError unless the generator's planes are those of the tokenizer."""
+    makes_planes = getattr(generator.config, "latent", None) == "triplane"
+    if makes_planes != isinstance(tokenizer, CoordTok):
+        raise ValueError(
+            f"generate: the tokenizer of {generator.name} must "
+            f"{'' if makes_planes else 'not '}be a CoordTok, got {tokenizer.name}"
+        )
+    if not makes_planes:
+        return
+    config = generator.config
+    ours = (*config.input_size, config.in_channels)
+    theirs = (*tokenizer.config.latent_resolution, tokenizer.config.latent_channels)
+    if ours != theirs:
+        raise ValueError(
+            f"generate: the tokenizer of {generator.name} must have cells (t, x, y) and channels "
+            f"{ours}, got {theirs} of {tokenizer.name}"
+        )
 
 
 @torch.no_grad()

@@ -307,7 +307,8 @@ def generate(
         typer.Option(help="SiT: euler, heun; of ode also midpoint, rk4, dopri5."),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="SiT: steps [default: 250 of sde, 50 of ode].")
+        int | None,
+        typer.Option(min=1, help="SiT: steps [default: 250 of sde, 50 of ode but dopri5]."),
     ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="GPT: 1 unchanged, 0 likeliest.")
@@ -326,6 +327,10 @@ def generate(
     tokenizer_name: NameOption = None,
     statistics: Annotated[
         Path | None, typer.Option(help="Training log with the statistics of a released SiT.")
+    ] = None,
+    statistics_order: Annotated[
+        str | None,
+        typer.Option(help="Of its vectors: alternating, means_first [default: what signs tell]."),
     ] = None,
     last: Annotated[
         bool, typer.Option("--last", help="A checkpoint's last weights, not their averages.")
@@ -379,6 +384,7 @@ def generate(
         name=name,
         last=last,
         statistics=statistics,
+        statistics_order=statistics_order,
         tokenizer=tokenizer,
         tokenizer_name=tokenizer_name,
         trust_checkpoint=trust_checkpoint,

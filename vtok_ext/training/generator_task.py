@@ -64,10 +64,13 @@ class GeneratorTask(Task):
                 f"got {type(self.model).__name__}"
             )
         data = recipe.data
+        # Known where every clip of files is brought to one rate.
+        one_rate = data.folder is not None and len(data.fps) == 1
         self.origin = LatentOrigin(
             data.num_frames,
             data.height,
             data.width,
+            data.fps[0] if one_rate else None,
             tokenizer_id=self.tokenizer.model_id,
             tokenizer=os.path.abspath(recipe.latent.tokenizer),
         )
