@@ -85,6 +85,7 @@ def test_measures_of_a_model(vtok, folders, model_folder, monkeypatch):
         ([], "one of --model and --generated must be given, got neither"),
         (["--generated", "real", "--model", "x"], "got both"),
         (["--generated", "real"], "--fvd-weights or --kvd must be given"),
+        (["--generated", "real", "--kvd", "--lpips"], "--lpips and --protocol must be absent"),
         (["--generated", "real", "--kvd", "--chunks", "x"], "--chunks must be one of all, first"),
         (["--generated", "real", "--fvd-weights", "none.pt"], "i3d_pretrained_400.pt"),
     ],

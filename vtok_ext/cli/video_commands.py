@@ -295,6 +295,11 @@ def evaluate(
     if generated is not None:
         from .evaluate_generated import run_eval_generated
 
+        if lpips or protocol != "default":
+            raise ValueError(
+                "eval: --lpips and --protocol must be absent with --generated, whose videos have no "
+                "originals of their own, got one"
+            )
         run_eval_generated(options, generated, as_json=as_json)
         return
     run_eval(options, as_json=as_json)
