@@ -138,3 +138,26 @@ def test_refusals(vtok, make_video, model_folder, tmp_path):
     ):
         result = vtok("eval", *arguments)
         assert result.code == 2 and words in result.err, result.err
+
+
+def test_coordtok_takes_windows_of_its_length(vtok, make_video, tmp_path):
+    """A video longer than the model's clips is measured to its last frame."""
+    sizes = {"video_shape": (4, 32, 40), "enc_patch_size": (4, 8, 8), "dec_patch_size": (1, 8, 8)}
+    sizes |= {"latent_resolution": (4, 4, 5), "latent_patch_size": (2, 4, 5)}
+    thin = {"enc_num_layers": 1, "enc_patch_num_layers": 1, "dec_num_layers": 1}
+    model = vt.create_model("coordtok_small_128", **sizes, **thin).eval()
+    model.save_pretrained(tmp_path / "model")
+    video = make_video(num_frames=9)
+    arguments = ["--model", tmp_path / "model", "--device", "cpu", "--json"]
+    found = vtok("eval", video, *arguments)
+    assert found.code == 0, found.err
+    assert found.json["frames"] == 9 and found.json["passes"] == "windows of 4 frames"
+    with torch.no_grad():
+        frames = read_clip(video)[0][None]
+        errors = [
+            vt.metrics.psnr(model(part).reconstruction, part / 127.5 - 1, per_frame=True)
+            for part in frames.split(4, 2)
+        ]
+    assert found.json["psnr"] == pytest.approx(torch.cat(errors, -1).mean().item(), abs=2e-3)
+    wide = vtok("eval", make_video("wide.mp4", width=48), *arguments)
+    assert wide.code == 2 and "wide.mp4 must be at most 32x40 for coordtok_small_128" in wide.err

@@ -32,6 +32,11 @@ def test_bad_input_is_one_line(vtok):
     for arguments, message in (
         (["--memory", "0"], "bench max-batch: memory must be positive, got 0.0"),
         (["--frames", "0"], "bench max-batch: frames must be positive, got 0"),
+        (["--memory", "nan"], "bench max-batch: memory must be positive, got nan"),
+        (
+            ["vidtok_kl_noncausal_488_4chn", "--frames", "3"],
+            "bench max-batch: frames must be >= 4 for vidtok_kl_noncausal_488_4chn, got 3",
+        ),
         (["nothing"], "create_model: name must be one of"),
     ):
         result = vtok("bench", "max-batch", *arguments)

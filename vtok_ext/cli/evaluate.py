@@ -1,6 +1,7 @@
 """`vtok eval`: PSNR, SSIM, use of the codebook and seams of a model on videos.
 
-    default    exact stream over the whole video, posterior mode, every frame; mean over videos
+    default    exact stream over the whole video, posterior mode, every frame; mean over videos; a
+               CoordTok takes windows of its own length one after the other, the last one shorter
     reference  as the published evaluation: posterior samples; 1.1 on the longest 1 + 16 k frames in
                overlapping chunks of 16, other versions on clips of 17 frames (16 without
                causality), the last one completed by its last frame; mean over clips
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from vtok_ext.data.video import VideoReader
 from vtok_ext.metrics import CodebookCounter, lpips, psnr, sobel_frequency, ssim, video_dynamics
+from vtok_ext.models.coordtok import CoordTok
 
 from .console import Console
 from .eval_measures import MeasureOptions, Shared, lines_of_sets
@@ -118,6 +120,8 @@ def _protocol_facts(options: EvalOptions, model: Any) -> dict[str, Any]:
     """Returns what the numbers mean."""
     if options.protocol == "default":
         passes = "exact stream" if model.is_causal else "whole clip"
+        if isinstance(model, CoordTok):
+            passes = f"windows of {model.config.video_shape[0]} frames"
         latents = "codes" if model.is_discrete else "mode"
         facts = {"latents": latents, "frame_rule": "preserve", "passes": passes}
         return {"protocol": "default", **facts, "averaged_over": "videos", "seed": None}
@@ -235,7 +239,7 @@ def _evaluated(
             return [_streamed(reader, options, model, shared)]
         video = torch.cat(list(frames_of(reader, options, 64)), dim=2)
     if options.protocol == "default":
-        return [_scores_of(model.encode(video.to(_device(model))), video, model, shared)]
+        return [_whole(path, video, model, shared)]
     s = model.spatial_factor
     if s is None:
         raise ValueError(f"eval: --protocol reference must be given a VidTok, got {model.name}")
@@ -252,6 +256,23 @@ def _evaluated(
             clip.to(_device(model)), frames="reference", sample=True, generator=generator
         )
         scores.append(_scores_of(encoding, clip, model, shared))
+    return scores
+
+
+def _whole(path: Path, video: Tensor, model: Any, shared: Shared) -> _Scores:
+    """Returns the scores of a video encoded at once, by a CoordTok in windows of its length."""
+    scores, length = _Scores(shared), video.shape[2]
+    if isinstance(model, CoordTok):
+        length, *limit = model.config.video_shape
+        if any(size > most for size, most in zip(video.shape[3:], limit, strict=True)):
+            raise ValueError(
+                f"eval: {path} must be at most {limit[0]}x{limit[1]} for {model.name}, got "
+                f"{list(video.shape[3:])}; --size scales and crops it"
+            )
+    for part in video.split(length, dim=2):
+        encoding = model.encode(part.to(_device(model)))
+        shared.count(encoding.indices)
+        scores.add(model.decode(encoding), part)
     return scores
 
 

@@ -8,6 +8,7 @@ encoder can be recomputed in the backward pass, as by `model.recompute_encoder` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +45,7 @@ def run_max_batch(
             without a GPU.
     """
     for name, values in (("frames", lengths), ("size", [size]), ("memory", [memory_gib])):
-        if min(values) <= 0:
+        if not 0 < min(values) < math.inf:
             raise ValueError(f"bench max-batch: {name} must be positive, got {min(values)}")
     if check and not torch.cuda.is_available():
         raise ValueError("bench max-batch: --check must have a CUDA GPU, got none")
@@ -110,6 +111,9 @@ def training_step(
         length: frames wanted; a causal model takes one more than a multiple of its factor.
         size: height and width.
         recompute_encoder: of a CoordTok, in the backward pass.
+
+    Raises:
+        ValueError: an unknown model, or one that makes nothing of so few frames.
     """
     import vtok_ext as vt
 
@@ -134,6 +138,8 @@ def training_step(
         model = vt.create_model(name)
     f = model.temporal_factor or 1
     frames = length // f * f + 1 if model.is_causal else length // f * f
+    if frames == 0:
+        raise ValueError(f"bench max-batch: frames must be >= {f} for {name}, got {length}")
 
     def step(model: Any, batch: int) -> torch.Tensor:
         device = next(model.parameters()).device

@@ -297,8 +297,8 @@ def evaluate(
 
         if lpips or protocol != "default":
             raise ValueError(
-                "eval: --lpips and --protocol must be absent with --generated, whose videos have no "
-                "originals of their own, got one"
+                "eval: --lpips and --protocol must be absent with --generated, whose videos have "
+                "no originals of their own, got one"
             )
         run_eval_generated(options, generated, as_json=as_json)
         return
