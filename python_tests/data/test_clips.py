@@ -24,8 +24,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def clips_of(folder, *shape, fps=None, **options):
-    sampling = FrameSampling(shape[0], fps)
+def clips_of(folder, *shape, fps=None, shortest=None, **options):
+    sampling = FrameSampling(shape[0], fps, shortest=shortest)
     return VideoClips(list_videos(folder), sampling, [shape], **options)
 
 
@@ -41,6 +41,17 @@ def test_windows_of_files(folder):
         assert torch.equal(clip, clips[epoch, 0])
     assert len(starts) > 3 and max(starts) > 8
     assert torch.equal(clips[0, 1], read_clip(folder / "inner" / "b.mp4")[0])
+
+
+def test_short_videos_are_padded(folder):
+    clips = clips_of(folder, 8, 32, 48, shortest=4)
+    assert [video.name for video in clips.videos] == ["a.mp4", "inner/b.mp4"]
+    assert "short.mp4 has 3 of 4 frames" in "\n".join(clips.unreadable)
+    assert clips.with_length((0, 0))[1] == 8
+    clip, length = clips.with_length((0, 1))
+    whole = read_clip(folder / "inner" / "b.mp4")[0]
+    assert length == 5 and torch.equal(clip, whole[:, [0, 1, 2, 3, 4, 4, 4, 4]])
+    assert torch.equal(clips[0, 1], clip)
 
 
 def test_fixed_rate(folder):

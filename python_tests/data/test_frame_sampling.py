@@ -37,6 +37,20 @@ def test_range_of_rates_takes_what_the_video_allows():
     assert not sampling.fits(THIRTY[:16]) and sampling.fits(THIRTY[:17])
 
 
+def test_short_videos_are_taken_whole():
+    sampling = first(8, None, shortest=3)
+    assert not sampling.fits(THIRTY[:2]) and sampling.fits(THIRTY[:3])
+    assert sampling.indices(THIRTY[:3], 30, random.Random(0)) == [0, 1, 2]
+    assert sampling.indices(THIRTY[:9], 30, random.Random(0)) == list(range(8))
+    slow = first(8, 10.0, shortest=2)
+    assert not slow.fits(THIRTY[:3]) and slow.fits(THIRTY[:4])
+    assert slow.indices(THIRTY[:12], 30, random.Random(0)) == [0, 3, 6, 9]
+    drawn = FrameSampling(8, (3.0, 30.0), shortest=2)
+    assert drawn.indices(THIRTY[:5], 30, random.Random(0)) == [0, 1, 2, 3, 4]
+    for length in range(8, 60):
+        assert len(drawn.indices(THIRTY[:length], 30, random.Random(length))) == 8
+
+
 def test_random_starts_cover_the_video():
     starts = {FrameSampling(5).indices(THIRTY, 30, random.Random(s))[0] for s in range(400)}
     assert min(starts) < 5 and max(starts) > 90
@@ -66,6 +80,8 @@ def test_published_rule_has_its_off_by_one():
         ((5, (8.0, 3.0)), "fps must be None, a rate"),
         ((5, None, "reference"), "fps must be one rate for reference"),
         ((5, 3.0, "other"), "rule must be one of"),
+        ((5, None, "timestamps", "random", 6), "shortest must be None, or in 1..5"),
+        ((5, 3.0, "reference", "random", 2), "shortest must be None"),
     ],
 )
 def test_wrong_values(arguments, message):

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import vtok_ext as vt
+from vtok_ext.data.procedural import procedural_clip
+from vtok_ext.data.video import VideoWriter
 from vtok_ext.training.loop import train
 from vtok_ext.training.point_clips import PointClips
 from vtok_ext.training.recipe_file import load_recipe
@@ -88,6 +90,21 @@ def test_lengths_are_a_function_of_the_place():
     assert set(lengths[0]) == set(range(3, 9)) and lengths[1] == again and lengths[0] != again
 
 
+def test_short_files_are_padding_that_the_model_knows_about(tmp_path):
+    for name, length in (("a.mp4", 12), ("b.mp4", 4), ("c.mp4", 2)):
+        with VideoWriter(tmp_path / name, height=16, width=16) as writer:
+            writer.write(procedural_clip(length, 16, 16, seed=length))
+    folder = [f"data.folder={tmp_path}", "data.validation_clips=0", "data.shortest_video=3"]
+    recipe = tiny(*folder, "data.min_frames=null")
+    clips, _ = build_training(recipe, torch.device("cpu")).task.data(lambda line: None)
+    assert [int(clips[0, i]["num_frames"]) for i in range(len(clips))] == [8, 4]
+    shorter, _ = build_training(tiny(*folder), torch.device("cpu")).task.data(lambda line: None)
+    lengths = {tuple(int(shorter[e, i]["num_frames"]) for i in (0, 1)) for e in range(30)}
+    assert {a for a, _ in lengths} == set(range(3, 9)) and {b for _, b in lengths} == {3, 4}
+    result = train(recipe, tmp_path / "run", warn=lambda line: None)
+    assert result.step == 4
+
+
 def test_padding_frames_do_not_matter():
     """What lies after the real frames changes neither loss nor gradient."""
     found = []
@@ -116,6 +133,7 @@ def test_published_recipes_are_readable():
     first, second = load_recipe("coordtok_patches"), load_recipe("coordtok_frames")
     assert (first.loss.num_points, second.loss.num_points) == (1024, 4096)
     assert second.loss.perceptual_weight == 1.0 and second.model.weights == "step1/model"
+    assert (first.data.shortest_video, second.data.shortest_video) == (1, 16)
     for recipe in (first, second):
         run = recipe.run
         assert run.batch_size * run.accumulate * 8 == 256
@@ -128,6 +146,8 @@ def test_published_recipes_are_readable():
         ("model.name=vidtok_kl_causal_488_4chn", "model must be a CoordTok"),
         ("data.height=32", "data must have clips of 16x16 and at most 8 frames"),
         ("data.min_frames=9", r"data.min_frames must be null or in 1..8, got 9"),
+        ("data.shortest_video=9", r"data.shortest_video must be null or in 1..8, got 9"),
+        ("data.buckets=[[8,16,16]]", r"data.buckets must be \[\] for task 'points'"),
         ("model.freeze=[encoder]", "model.freeze must be empty for task 'points'"),
         ("loss.validation_slices=0", "loss.validation_slices must be >= 1, got 0"),
         ("loss.num_point=3", "did you mean 'num_points'"),

@@ -170,7 +170,7 @@ class VideoClips:
                 self.videos.append(video)
                 self.bucket_of.append(bucket)
         if not self.videos:
-            shortest = min(bucket[0] for bucket in buckets)
+            shortest = min(sampling.least for sampling in self.samplings)
             reason = f", the first: {self.unreadable[0]}" if self.unreadable else ""
             raise ValueError(
                 f"VideoClips: source must hold videos of {shortest} frames or more, got "
@@ -193,7 +193,8 @@ class VideoClips:
             rate = self.samplings[0].fps
             at = "" if rate is None else f" for clips at {rate} fps"
             self.unreadable.append(
-                f"{video.name} has {len(seconds)} of {min(lengths)} frames{at}, too few"
+                f"{video.name} has {len(seconds)} of {min(s.least for s in self.samplings)} "
+                f"frames{at}, too few"
             )
         return found
 
@@ -202,7 +203,13 @@ class VideoClips:
         return len(self.videos)
 
     def __getitem__(self, place: tuple[int, int]) -> torch.Tensor:
-        """Returns the clip [3, T, H, W] uint8 at (epoch, index).
+        """Returns the clip [3, T, H, W] uint8 at (epoch, index); see `with_length`."""
+        return self.with_length(place)[0]
+
+    def with_length(self, place: tuple[int, int]) -> tuple[torch.Tensor, int]:
+        """Returns the clip [3, T, H, W] uint8 at (epoch, index), and how many frames are its own.
+
+        The others, of a video shorter than T (`FrameSampling.shortest`), repeat its last frame.
 
         Raises:
             VideoReadError: neither this video nor any other of its bucket can be read.
@@ -229,7 +236,7 @@ class VideoClips:
             with self.damage_log.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")  # one short write: lines of several processes stay whole
 
-    def _clip(self, epoch: int, index: int) -> torch.Tensor:
+    def _clip(self, epoch: int, index: int) -> tuple[torch.Tensor, int]:
         video, bucket = self.videos[index], self.bucket_of[index]
         content = video.content()
         times = read_times(video.path, content)
@@ -237,7 +244,10 @@ class VideoClips:
         chosen = self.samplings[bucket].indices(times.seconds(), float(times.fps), generator)
         stamps = [times.timestamps[i] for i in chosen]
         frames = read_frames_at(video.path, stamps, content)
-        return self.augmentation.apply(frames, *self.buckets[bucket][1:], generator)
+        length, height, width = self.buckets[bucket]
+        clip = self.augmentation.apply(frames, height, width, generator)
+        rest = clip[:, -1:].expand(-1, length - clip.shape[1], -1, -1)
+        return torch.cat([clip, rest], dim=1), clip.shape[1]
 
 
 def fit(

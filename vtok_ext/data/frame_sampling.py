@@ -26,15 +26,19 @@ class FrameSampling:
             consecutive frames. The published training has 3, its validation 8.
         rule: "timestamps" or "reference".
         start: "random", or "first" for the beginning of the video.
+        shortest: take videos of so few frames too; the clip of one that has fewer than `num_frames`
+            is all of it, at the highest rate. None for `num_frames`.
 
     Raises:
-        ValueError: a value out of range, or "reference" without a single fps.
+        ValueError: a value out of range, or "reference" without a single fps or with `shortest`,
+            since it makes up what short videos lack.
     """
 
     num_frames: int
     fps: float | tuple[float, float] | None = None
     rule: str = "timestamps"
     start: str = "random"
+    shortest: int | None = None
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -51,22 +55,33 @@ class FrameSampling:
                 f"FrameSampling: rule must be one of {RULES} and start random or first, "
                 f"got {self.rule!r} and {self.start!r}"
             )
+        if not 1 <= self.least <= self.num_frames or (self.shortest and self.rule == "reference"):
+            raise ValueError(
+                f"FrameSampling: shortest must be None, or in 1..{self.num_frames} without the "
+                f"rule reference, got {self.shortest}"
+            )
         if self.rule == "reference" and (self.fps is None or isinstance(self.fps, tuple)):
             raise ValueError(f"FrameSampling: fps must be one rate for reference, got {self.fps!r}")
+
+    @property
+    def least(self) -> int:
+        """Frames that a video must have, at the rate of the clip."""
+        return self.num_frames if self.shortest is None else self.shortest
 
     def fits(self, seconds: Sequence[float]) -> bool:
         """Returns whether a video with frames at these times is long enough."""
         if self.rule == "reference":
             return len(seconds) > 0  # the published rule repeats the last frame
         if self.fps is None:
-            return len(seconds) >= self.num_frames
+            return len(seconds) >= self.least
         fastest = max(self.fps) if isinstance(self.fps, tuple) else self.fps
-        return self._span(fastest) <= _duration(seconds) + _TOLERANCE_S
+        return self._span(fastest, self.least) <= _duration(seconds) + _TOLERANCE_S
 
     def indices(
         self, seconds: Sequence[float], declared_fps: float, generator: random.Random
     ) -> list[int]:
-        """Returns the indices of the frames of one clip; they never decrease.
+        """Returns the indices of the frames of one clip, which never decrease: `num_frames`, or as
+        many as the video has.
 
         Args:
             seconds: times of all frames of the video, strictly increasing.
@@ -78,7 +93,7 @@ class FrameSampling:
         """
         if not self.fits(seconds):
             raise ValueError(
-                f"FrameSampling: the video must be long enough for {self.num_frames} frames at "
+                f"FrameSampling: the video must be long enough for {self.least} frames at "
                 f"{self.fps or 'its own'} fps, got {len(seconds)} frames in "
                 f"{_duration(seconds):.3f} s"
             )
@@ -89,16 +104,20 @@ class FrameSampling:
                 len(seconds), declared_fps, self.fps, self.num_frames, first, generator
             )
         if self.fps is None:
-            last = len(seconds) - self.num_frames
-            begin = 0 if first == 0 else generator.randint(0, last)
-            return list(range(begin, begin + self.num_frames))
+            count = min(self.num_frames, len(seconds))
+            begin = 0 if first == 0 else generator.randint(0, len(seconds) - count)
+            return list(range(begin, begin + count))
         fps = self._drawn(_duration(seconds), generator)
-        slack = max(0.0, _duration(seconds) - self._span(fps))
+        # Twice the tolerance, so that what `fits` is not one frame short by rounding.
+        fitting = 1 + int((_duration(seconds) + 2 * _TOLERANCE_S) * fps)
+        count = min(self.num_frames, fitting)
+        slack = max(0.0, _duration(seconds) - self._span(fps, count))
         begin_s = seconds[0] + (0.0 if first == 0 else generator.uniform(0, slack))
-        return [nearest(seconds, begin_s + i / fps) for i in range(self.num_frames)]
+        return [nearest(seconds, begin_s + i / fps) for i in range(count)]
 
-    def _span(self, fps: float) -> float:
-        return (self.num_frames - 1) / fps
+    @staticmethod
+    def _span(fps: float, count: int) -> float:
+        return (count - 1) / fps
 
     def _drawn(self, duration: float, generator: random.Random) -> float:
         """Returns a rate of the range at which the video is long enough."""

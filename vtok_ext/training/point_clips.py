@@ -6,11 +6,12 @@ import random
 
 import torch
 
-from vtok_ext.data.clips import Clips
+from vtok_ext.data.clips import Clips, VideoClips
 
 
 class PointClips:
-    """Clips whose number of real frames is a function of seed, epoch and index.
+    """Clips whose number of real frames is a function of seed, epoch and index, but not more than
+    its video has.
 
     An item is {"video": [3, T, H, W] uint8, "num_frames": int64}; frames from `num_frames` on are
     there only to make tensors of one length.
@@ -32,7 +33,9 @@ class PointClips:
         """Returns the item at (epoch, index)."""
         epoch, index = place
         draws = random.Random(f"length/{self.seed}/{epoch}/{index}")
-        return {
-            "video": self.clips[place],
-            "num_frames": torch.tensor(draws.randint(*self.lengths)),
-        }
+        num_frames = draws.randint(*self.lengths)
+        if isinstance(self.clips, VideoClips):
+            video, available = self.clips.with_length(place)
+        else:
+            video, available = self.clips[place], num_frames
+        return {"video": video, "num_frames": torch.tensor(min(num_frames, available))}

@@ -71,9 +71,13 @@ class PointDataRecipe(DataRecipe):
     Attributes:
         min_frames: clips have from so many to `num_frames` real frames, drawn for each clip; null
             for `num_frames` always.
+        shortest_video: videos of so few frames are taken too, the rest of their clips being padding
+            that the model knows about; null leaves those under `num_frames` out. Held-out videos
+            are never shorter.
     """
 
     min_frames: int | None = None
+    shortest_video: int | None = None
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -84,6 +88,20 @@ class PointDataRecipe(DataRecipe):
                 f"recipe: data.min_frames must be null or in 1..{self.num_frames}, "
                 f"got {self.min_frames}"
             )
+        if self.shortest_video is not None and not 1 <= self.shortest_video <= self.num_frames:
+            raise ValueError(
+                f"recipe: data.shortest_video must be null or in 1..{self.num_frames}, "
+                f"got {self.shortest_video}"
+            )
+        if self.buckets:
+            raise ValueError(
+                f"recipe: data.buckets must be [] for task 'points', got {self.buckets}"
+            )
+
+    @property
+    def least_frames(self) -> int | None:
+        """See `DataRecipe`."""
+        return self.shortest_video
 
 
 @dataclass(frozen=True)

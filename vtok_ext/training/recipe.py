@@ -127,6 +127,11 @@ class DataRecipe:
         _require(ok, "data.validation_size", "[], or [H, W] with data.validation_folder", size)
         _require(len(self.fps) <= 2, "data.fps", "[], [rate] or [low, high]", self.fps)
 
+    @property
+    def least_frames(self) -> int | None:
+        """Frames of the shortest video that is taken, None for those of a clip."""
+        return None
+
     def all_buckets(self) -> list[tuple[int, int, int]]:
         """Returns the shapes (T, H, W) of clips."""
         shapes = self.buckets or [[self.num_frames, self.height, self.width]]

@@ -96,6 +96,7 @@ def _video_clips(recipe: DataRecipe, seed: int, warn: Callable[[str], None]) -> 
             recipe.num_frames,
             None if not rate else rate[0] if len(rate) == 1 else (rate[0], rate[1]),
             recipe.sampling,
+            shortest=recipe.least_frames,
         ),
         recipe.all_buckets(),
         augmentation=Augmentation(recipe.crop, recipe.zoom, recipe.flip),
