@@ -33,6 +33,13 @@ _ACCUMULATION = torch.ops.mkldnn._convolution_pointwise_.binary
 _CONVOLUTION = torch.ops.vtok_ext.causal_conv3d_forward.default
 
 
+def _channels_last(x: Tensor) -> Tensor:
+    """Returns x [B, C, T, H, W], or images [B, C, H, W], laid out as oneDNN's results are."""
+    volumes = x.dim() == 5
+    layout = torch.channels_last_3d if volumes else torch.channels_last
+    return x.contiguous(memory_format=layout)
+
+
 class _LiveBytes(TorchDispatchMode):
     """Adds up the bytes of tensors that operations made and that are still alive."""
 
@@ -62,12 +69,12 @@ class _LiveBytes(TorchDispatchMode):
             x, weight, bias, padding, stride, dilation, groups = args
             rest = (stride, padding, dilation, False, [0] * len(padding), groups)
             result = torch.ops.aten.convolution.default(x, weight, bias, *rest)
-            result = result.contiguous(memory_format=torch.channels_last_3d)
+            result = _channels_last(result)
             scratch = weight.nbytes
         else:
             result = func(*args, **kwargs)
             if func is torch.ops.aten.convolution.default:
-                result = result.contiguous(memory_format=torch.channels_last_3d)
+                result = _channels_last(result)
                 scratch = args[1].nbytes
         self._count(result, scratch)
         return result
