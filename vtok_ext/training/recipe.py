@@ -20,6 +20,7 @@ PARALLEL = ("ddp", "fsdp")
 PRECISIONS = ("float32", "bfloat16", "float16")
 PERCEPTUAL_NETWORKS = ("published", "random")
 FREEZABLE = ("encoder",)
+STARTS = ("published", "scaled")
 
 
 def _require(ok: bool, name: str, requirement: str, value: Any) -> None:
@@ -41,6 +42,8 @@ class ModelRecipe:
         name: preset, or released YAML file, of random weights.
         overrides: fields of its configuration to change.
         weights: folder of a saved model to start from, instead of name and overrides.
+        start: of random weights, "published" or, for a VidTok, "scaled", which learns faster from
+            nothing; see `start_weights`.
         freeze: ["encoder"] trains the decoder alone; the encoder's losses then are constants and
             not computed.
     """
@@ -48,6 +51,7 @@ class ModelRecipe:
     name: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
     weights: str | None = None
+    start: str = "published"
     freeze: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -57,6 +61,9 @@ class ModelRecipe:
         _require(
             not (self.weights and self.overrides), "model.overrides", "empty with weights", given
         )
+        _require(self.start in STARTS, "model.start", f"one of {STARTS}", self.start)
+        is_random = self.start == "published" or self.weights is None
+        _require(is_random, "model.start", "published with model.weights", self.start)
         for part in self.freeze:
             _require(part in FREEZABLE, "model.freeze", f"among {FREEZABLE}", part)
 

@@ -25,6 +25,7 @@ from vtok_ext.training.optimizers import tokenizer_optimizers
 from vtok_ext.training.parallel import partial_backward
 from vtok_ext.training.recipe import ModelRecipe, Recipe, TokenizerRecipe
 from vtok_ext.training.sample_pictures import reconstruction_video
+from vtok_ext.training.start_weights import start
 from vtok_ext.training.task import MicroBatch, Task
 
 # The random LPIPS is an eighth as wide as the published one: its code runs, quickly.
@@ -210,7 +211,9 @@ def build_model(recipe: ModelRecipe) -> Any:
     if recipe.weights is not None:
         return load_model(recipe.weights)
     assert recipe.name is not None  # checked by the recipe
-    return create_model(recipe.name, **recipe.overrides)
+    model = create_model(recipe.name, **recipe.overrides)
+    start(model, recipe.start)
+    return model
 
 
 def perceptual_network(recipe: Any) -> nn.Module | None:

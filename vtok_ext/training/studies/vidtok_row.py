@@ -26,6 +26,7 @@ from vtok_ext.models.vidtok import VidTok
 from vtok_ext.models.vidtok_config import VidTokConfig
 from vtok_ext.training.clip_order import ClipOrder
 from vtok_ext.training.overfit import center_latent, muon_and_adamw
+from vtok_ext.training.start_weights import start
 from vtok_ext.training.studies.clip_store import clip_store, fingerprint
 from vtok_ext.training.studies.kinds import Progress, shared_folder
 from vtok_ext.training.studies.row_picture import reconstruction_picture
@@ -45,6 +46,7 @@ class VidTokRow:
 
     Attributes:
         model: fields of `VidTokConfig`, of a discrete one.
+        start: of the weights, see `start_weights`.
         variant, codes: what plots and tables call the row; `codes` must be the codebook's size.
         stages: one after the other, each a mapping that replaces some of steps, size, batch_size,
             lr, and `freeze_encoder` (false); by default one stage.
@@ -61,6 +63,7 @@ class VidTokRow:
     """
 
     model: dict[str, Any]
+    start: str = "scaled"
     variant: str = ""
     codes: int | None = None
     stages: list[dict[str, Any]] = field(default_factory=list)
@@ -141,6 +144,7 @@ def run_row(settings: dict[str, Any], seed: int, folder: Path, progress: Progres
     row = VidTokRow.of(settings)
     torch.manual_seed(seed)
     model = VidTok(VidTokConfig.from_dict(row.model), "study")
+    start(model, row.start)
     if row.codes is not None and model.quantizer.codebook_size != row.codes:  # type: ignore[union-attr]
         raise ValueError(
             f"study: codes must be the size of the codebook, got {row.codes} for {model.quantizer}"
@@ -148,7 +152,7 @@ def run_row(settings: dict[str, Any], seed: int, folder: Path, progress: Progres
     progress(0.0, "clips")
     stages = row.all_stages()
     total, done = sum(stage.steps for stage in stages), 0
-    start = time.process_time()
+    begin = time.process_time()
     for stage in stages:
         done = _train(model, row, stage, seed, folder, progress, done, total)
     result = _measure(model, row, folder, progress, picture=seed == 0)
@@ -156,7 +160,7 @@ def run_row(settings: dict[str, Any], seed: int, folder: Path, progress: Progres
     result.summary |= {
         "million_parameters": parameters / 1e6,
         # Of this process, so that what else a machine does changes little.
-        "cpu_seconds": round(time.process_time() - start, 1),
+        "cpu_seconds": round(time.process_time() - begin, 1),
     }
     return result
 

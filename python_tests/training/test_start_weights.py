@@ -1,0 +1,59 @@
+"""How VidToks start: what of a latent depends on the video, and what is refused."""
+
+import pytest
+import torch
+from tiny_recipe import tiny
+
+import vtok_ext as vt
+from vtok_ext.training.start_weights import start
+from vtok_ext.training.tokenizer_task import build_model
+
+SMALL = {"ch": 8, "ch_mult": (1, 1, 2, 2), "num_res_blocks": 1}
+
+
+def share_of_the_video(model):
+    """Returns which part of a latent's root mean square differs between clips of one colour."""
+    frames = 17 if model.is_causal else 16
+    generator = torch.Generator().manual_seed(0)
+    colours = torch.rand(8, 3, 1, 1, 1, generator=generator) * 2 - 1
+    with torch.no_grad():
+        latent = model.encoder(colours.expand(-1, -1, frames, 32, 32).contiguous())
+    return (latent.std(0).square().mean().sqrt() / latent.square().mean().sqrt()).item()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vidtok_fsq_causal_488_4096", "vidtok_kl_noncausal_488_4chn", "vidtok_kl_causal_288_8chn"],
+)
+def test_a_scaled_start_lets_the_video_through(name):
+    torch.manual_seed(0)
+    model = vt.create_model(name, **SMALL)
+    before = share_of_the_video(model)
+    start(model, "published")
+    assert share_of_the_video(model) == before < 0.7
+    start(model, "scaled")
+    assert share_of_the_video(model) > 0.85
+    x = torch.randn(1, 8, 3, 4, 4)
+    block = model.encoder.down[0].block[0]
+    assert torch.equal(block(x), x) and not torch.equal(block.conv1(x), x)
+
+
+def test_the_architecture_without_factorised_blocks_starts_too():
+    model = vt.create_model("vidtok_kl_causal_488_4chn", architecture="full_3d", **SMALL)
+    start(model, "scaled")
+    assert share_of_the_video(model) > 0.85
+
+
+def test_a_recipe_says_how():
+    torch.manual_seed(0)
+    published = build_model(tiny().model)
+    torch.manual_seed(0)
+    scaled = build_model(tiny("model.start=scaled").model)
+    biases = [model.encoder.conv_in.conv.bias for model in (published, scaled)]
+    assert biases[0].any() and not biases[1].any()
+    with pytest.raises(ValueError, match="recipe: model.start must be one of"):
+        tiny("model.start=zeros")
+    with pytest.raises(ValueError, match="model.start must be published with model.weights"):
+        tiny("model.name=null", "model.overrides={}", "model.weights=x", "model.start=scaled")
+    with pytest.raises(ValueError, match="start: model must be a VidTok for 'scaled', got ProMAG"):
+        start(vt.create_model("promag_base_4x8x8", ch=16, num_res_blocks=1), "scaled")
