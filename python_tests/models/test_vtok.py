@@ -71,6 +71,20 @@ def test_every_length_and_size_comes_back(clip, frames, size):
     assert model.decode(encoding, output="uint8").dtype == torch.uint8
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision(clip, dtype):
+    """Pictures of another size than the encoder's are resized, which no half type can on a CPU."""
+    model, video = tiny(stride=1), clip(1, 5, 20, 24)
+    exact = model.encode(video).latent
+    encoding = model.to(dtype).encode(video)
+    assert encoding.latent.dtype == dtype and model.decode(encoding).isfinite().all()
+    assert (encoding.latent - exact).abs().max() < 0.05 * exact.abs().max()
+    stream = model.stream_encoder()
+    pushed = torch.cat([part for frame in video.split(1, 2) for part in stream.push(frame)], 1)
+    assert_close(pushed, encoding.latent, "stream", factor=20)
+
+
 @torch.no_grad()
 def test_decoding_is_repeatable_and_seeded(clip):
     model = tiny()
@@ -303,6 +317,25 @@ def test_towers_of_transformers(kind, clip, tmp_path):
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "tower").rename(tmp_path / "gone")
     assert torch.equal(encode(vt.load_model(tmp_path / "model"), video).latent, expected)
+
+
+def test_a_tower_in_half_precision_and_wrong_ones(clip, tmp_path):
+    transformers = import_or_skip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Dinov2Config(**sizes, image_size=16, patch_size=4)
+    transformers.Dinov2Model(config).to(torch.bfloat16).save_pretrained(tmp_path / "tower")
+    model = tiny(encoder="huggingface", encoder_source=str(tmp_path / "tower"))
+    assert encode(model, clip(1, 5, 20, 20)).latent.dtype == torch.float32
+    model.save_pretrained(tmp_path / "model")
+    assert {p.dtype for p in vt.load_model(tmp_path / "model").parameters()} == {torch.float32}
+    with pytest.raises(FileNotFoundError, match="load_tower: source must be a folder or a hub id"):
+        tiny(encoder="huggingface", encoder_source=str(tmp_path / "nothing"))
+    for text, message in (
+        ("{", "text must be JSON"),
+        ('{"model_type": "gpt2"}', "tower must have hidden_size, image_size and patch_size"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny(encoder="huggingface", encoder_config=text)
 
 
 def test_masked_autoencoder_learns_and_freezes():

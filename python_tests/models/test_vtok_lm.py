@@ -267,7 +267,8 @@ def test_errors():
         VTokLMConfig('{"model_type": "llama"}', predicted=2.0)
 
 
-def test_a_pretrained_language_model_brings_its_own_text(clip, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pretrained_language_model_brings_its_own_text(clip, tmp_path, dtype):
     """A folder as `save_pretrained` of transformers writes it: here a tiny Llama and its words."""
     tokenizers = pytest.importorskip("tokenizers")
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -282,7 +283,7 @@ def test_a_pretrained_language_model_brings_its_own_text(clip, tmp_path):
     text.save_pretrained(tmp_path / "llama")
     torch.manual_seed(0)
     sizes = {**SIZES["llama"], "vocab_size": len(words)}
-    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "llama")
+    LlamaForCausalLM(LlamaConfig(**sizes)).to(dtype).save_pretrained(tmp_path / "llama")
     source = LanguageModelRecipe(source=str(tmp_path / "llama"))
     model = build_unified(tiny(stride=2), source, UnifiedRecipe(head_width=16, head_depth=1))
     assert model.text.special["<eos>"] == 1 and len(model.text) > len(words)
@@ -293,3 +294,6 @@ def test_a_pretrained_language_model_brings_its_own_text(clip, tmp_path):
     loaded = VTokLM.from_pretrained(str(tmp_path / "unified"))
     video = clip(1, 5, 16, 16)
     assert loaded.answer(video, ["what"]) == model.answer(video, ["what"])
+    nothing = LanguageModelRecipe(source=str(tmp_path / "nothing"))
+    with pytest.raises(FileNotFoundError, match="language_model: source must be a folder or a hub"):
+        build_unified(tiny(), nothing, UnifiedRecipe())

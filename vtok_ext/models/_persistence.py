@@ -33,6 +33,7 @@ VERSION_KEY = "reference_version"
 # A config.json is a few hundred bytes; more than this is not one.
 MAX_CONFIG_BYTES = 1 << 20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
 @contextlib.contextmanager
@@ -122,6 +123,13 @@ def resolve_folder(source: str | os.PathLike) -> str:
         )
     hub = require_hub("from_pretrained")
     return hub.snapshot_download(str(source), allow_patterns=[CONFIG_NAME, "*.safetensors"])
+
+
+def check_source(op: str, source: str) -> None:
+    """Raises FileNotFoundError unless `source` is a folder, or in form a hub id of transformers,
+    which may have no owner."""
+    if not os.path.isdir(source) and not _HUB_ID.fullmatch(source) and not _NAME.fullmatch(source):
+        raise FileNotFoundError(f"{op}: source must be a folder or a hub id, got {source!r}")
 
 
 def require_hub(op: str):

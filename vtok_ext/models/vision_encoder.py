@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vtok_ext.layers.transformer import TransformerBlock
 from vtok_ext.models._optional import require
+from vtok_ext.models._persistence import check_source
 from vtok_ext.models.sit_network import sincos_2d
 
 # How towers were normalised in training, as (mean, standard deviation) of values in [0, 1]. DINOv2
@@ -117,6 +118,9 @@ class HuggingFaceEncoder(nn.Module):
             `last_hidden_state` [B, 1 + h w, C] or [B, h w, C].
         layer: which hidden state to take, counted as transformers does; -2 is what LLaVA takes of
             CLIP.
+
+    Raises:
+        ValueError: a model that is no vision transformer.
     """
 
     mean: Tensor
@@ -125,6 +129,12 @@ class HuggingFaceEncoder(nn.Module):
     def __init__(self, tower: nn.Module, layer: int = -1) -> None:
         super().__init__()
         config: Any = tower.config
+        missing = [n for n in ("hidden_size", "image_size", "patch_size") if not hasattr(config, n)]
+        if missing:
+            raise ValueError(
+                f"HuggingFaceEncoder: tower must have hidden_size, image_size and patch_size, got "
+                f"{config.model_type} without {', '.join(missing)}"
+            )
         self.tower: Any = tower.requires_grad_(False)
         self.layer, self.frozen = layer, True
         self.name = f"{config.model_type} tower"
@@ -156,27 +166,33 @@ class HuggingFaceEncoder(nn.Module):
 
 
 def load_tower(source: str) -> nn.Module:
-    """Returns the vision tower in folder `source` or of that hub id, with its weights.
+    """Returns the vision tower in folder `source` or of that hub id, with its weights, in float32
+    whatever they are stored in.
 
     Raises:
         ImportError: transformers is not installed, or not one for this torch.
+        FileNotFoundError: there is no such folder, and no hub id is of this form.
     """
     transformers = require("load_tower", "transformers")
+    check_source("load_tower", source)
     model = transformers.AutoModel.from_pretrained(source)
-    return getattr(model, "vision_model", model)
+    return getattr(model, "vision_model", model).float()
 
 
 def tower_from_json(text: str) -> nn.Module:
     """Returns the tower of a `config_json`, with random weights. Raises ImportError, ValueError."""
     transformers = require("tower_from_json", "transformers")
-    fields = json.loads(text)
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"tower_from_json: text must be JSON, got {error}") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
         raise ValueError("tower_from_json: text must be a JSON object with model_type")
     kind = fields.pop("model_type")
     fields.pop("auto_map", None)  # names code in a repository: only transformers' own is run
     config = transformers.AutoConfig.for_model(kind, **fields)
     model = transformers.AutoModel.from_config(config)
-    return getattr(model, "vision_model", model)
+    return getattr(model, "vision_model", model).float()
 
 
 def resized(images: Tensor, size: int) -> Tensor:
@@ -188,4 +204,8 @@ def resized(images: Tensor, size: int) -> Tensor:
     """
     if images.shape[2:] == (size, size):
         return images
-    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    # On a CPU there is no antialiased resizing of half types.
+    is_half = images.dtype in (torch.bfloat16, torch.float16)
+    wide = images.float() if is_half else images
+    resampled = F.interpolate(wide, (size, size), mode="bilinear", antialias=True)
+    return resampled.to(images.dtype)

@@ -17,6 +17,7 @@ from vtok_ext.data.captioned import QUESTION_KINDS, CaptionedClips, caption_of, 
 from vtok_ext.data.captioned.clips import FPS
 from vtok_ext.data.captioned.questions import vocabulary
 from vtok_ext.models._optional import require
+from vtok_ext.models._persistence import check_source
 from vtok_ext.models.vtok import VTok
 from vtok_ext.models.vtok_lm import VTokLM
 from vtok_ext.models.vtok_lm_config import VTokLMConfig, config_json, tiny_lm_config
@@ -174,8 +175,10 @@ def build_unified(
         described = tiny_lm_config(len(text), language_model.architecture, language_model.sizes)
     else:
         transformers = require("build_unified", "transformers")
+        check_source("language_model", language_model.source)
         text = HuggingFaceText(transformers.AutoTokenizer.from_pretrained(language_model.source))
-        lm = transformers.AutoModelForCausalLM.from_pretrained(language_model.source)
+        # float32 as all else; transformers 5 loads weights in the dtype that they are stored in.
+        lm = transformers.AutoModelForCausalLM.from_pretrained(language_model.source).float()
         if len(text) > lm.config.vocab_size:
             lm.resize_token_embeddings(len(text))
         described = config_json(lm.config)
