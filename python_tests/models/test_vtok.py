@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_close, import_or_skip
+from helpers import assert_close, import_or_skip, peak_bytes
 from tiny_vtok import tiny, tiny_fsq
 
 import vtok_ext as vt
@@ -151,23 +151,17 @@ def test_memory_of_a_stream_does_not_grow(clip):
     assert sizes[0] == sizes[1] == sizes[2]
 
 
-def test_memory_of_encoding_is_flat_per_extra_frame():
-    """Feature maps of at most 16 frames exist at a time: 96 frames cost what 48 cost, plus their
-    own tokens."""
-    model = tiny(stride=1, image_size=64, encoder_dim=32)
+@pytest.mark.parametrize("kind", ["float", "uint8", "cuts"])
+def test_memory_of_encoding_is_flat_per_extra_frame(kind, tmp_path):
+    """Feature maps of at most 16 frames exist at a time, and no copy of the video: 96 frames cost
+    what 48 cost, plus their own tokens."""
+    cuts = {"cut_threshold": 0.5, "key_frame": "auto"} if kind == "cuts" else {}
+    model = tiny(stride=1, image_size=64, encoder_dim=32, **cuts)
+    dtype = torch.float32 if kind == "float" else torch.uint8
 
     def peak(frames):
-        video = torch.zeros(1, 3, frames, 64, 64)
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as profile:
-            encode(model, video)
-        now = highest = 0
-        for event in sorted(profile.events(), key=lambda e: e.time_range.start):
-            if event.name == "[memory]":
-                now += event.cpu_memory_usage
-                highest = max(highest, now)
-        return highest
+        video = torch.zeros(1, 3, frames, 128, 128, dtype=dtype)
+        return peak_bytes(lambda: encode(model, video), tmp_path / "trace.json")
 
     peak(17)
     extra = peak(97) - peak(49)

@@ -213,12 +213,12 @@ class VTok(VideoTokenizer):
         threshold = self.config.cut_threshold if cut_threshold is None else cut_threshold
         if not 0 <= threshold < float("inf"):
             raise ValueError(f"encode: cut_threshold must be >= 0, got {threshold}")
-        clip = video_input.to_float(video, self.dtype)
         rule = self.frame_rule(fps, stride)
-        plans = [segments_from(segment_starts(c, threshold), clip.shape[2], rule) for c in clip]
+        starts = [segment_starts(clip, threshold, self.dtype) for clip in video]
+        plans = [segments_from(found, video.shape[2], rule) for found in starts]
         if key_frame == "auto":
-            plans = [self._choose_keys(c, plan) for c, plan in zip(clip, plans, strict=True)]
-        tokens, positions = self._encode_plans(clip, plans)
+            plans = [self._choose_keys(c, plan) for c, plan in zip(video, plans, strict=True)]
+        tokens, positions = self._encode_plans(video, plans)
         indices, losses = None, {}
         if self.quantizer is not None:
             tokens, indices, losses = self.quantizer(self.to_levels(tokens), step, compute_loss)
@@ -262,8 +262,11 @@ class VTok(VideoTokenizer):
         return self.key_projection(F.adaptive_avg_pool2d(maps, (side, side)).flatten(2).mT)
 
     def _frame_maps(self, clip: Tensor, frames: tuple[int, ...]) -> Tensor:
-        """Returns maps [B, n, C, h, w] of some frames of clips [B, 3, T, H, W]."""
-        images = clip[:, :, list(frames)].transpose(1, 2)
+        """Returns maps [B, n, C, h, w] of some frames of clips [B, 3, T, H, W], float or uint8.
+
+        Only these frames are converted: a film in uint8 would take four times its memory.
+        """
+        images = video_input.to_float(clip[:, :, list(frames)], self.dtype).transpose(1, 2)
         return self.features(images.flatten(0, 1)).unflatten(0, images.shape[:2])
 
     def _encode_plans(self, clip: Tensor, plans: list[list[Segment]]) -> tuple[Tensor, Tensor]:

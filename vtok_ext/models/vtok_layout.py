@@ -17,10 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtok_ext.models._video_input import to_float
+
 # Position of a token that is only there to give all clips of a batch one length.
 PADDING = -1
-# Cuts are found on pictures of this size: fine enough to tell shots apart, and noise averages out.
-_CUT_SIZE = 16
+# Cuts are found on pictures of this size: fine enough to tell shots apart, and noise averages out;
+# and on so many frames at a time.
+_CUT_SIZE, _CUT_FRAMES = 16, 16
 
 
 @dataclass(frozen=True)
@@ -74,14 +77,25 @@ def changes(
 
 
 def segment_starts(
-    clip: Tensor,  # [3, T, H, W] in [-1, 1]
+    clip: Tensor,  # [3, T, H, W], float in [-1, 1] or uint8
     threshold: float,
+    dtype: torch.dtype,
 ) -> list[int]:
-    """Returns the first frame of every shot; [0] with a threshold of 0."""
-    if threshold == 0 or clip.shape[1] < 2:
-        return [0]
-    is_cut = changes(clip.transpose(0, 1)) > threshold
-    return [0] + (is_cut.nonzero().flatten() + 1).tolist()
+    """Returns the first frame of every shot; [0] with a threshold of 0.
+
+    Args:
+        clip: any number of frames.
+        threshold: change from which on a shot begins.
+        dtype: to which frames are converted first, as a model does.
+    """
+    starts = [0]
+    if threshold == 0:
+        return starts
+    for first in range(0, clip.shape[1] - 1, _CUT_FRAMES):
+        frames = to_float(clip[:, first : first + _CUT_FRAMES + 1], dtype)
+        is_cut = changes(frames.transpose(0, 1)) > threshold
+        starts += (is_cut.nonzero().flatten() + first + 1).tolist()
+    return starts
 
 
 def segments_from(starts: Sequence[int], num_frames: int, rule: FrameRule) -> list[Segment]:
