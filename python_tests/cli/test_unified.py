@@ -66,6 +66,23 @@ def test_reconstruct_encode_and_decode(vtok, folders, video, written, tmp_path, 
     assert (torch.cat(written, dim=2).float() - reconstructed.float()).abs().max() <= 1
 
 
+def test_tokens_that_would_lose_their_frames_are_refused(vtok, video, tmp_path):
+    """A file of ids says nothing of a chosen key frame: it was decoded as if it were the first."""
+    model = tmp_path / "auto"
+    tiny_fsq(stride=2, key_frame="auto").save_pretrained(model)
+    file, folder = tmp_path / "clip.vtok", tmp_path / "set"
+    for arguments in (
+        ("encode", video, file, "--model", model),
+        ("tokenize", video, folder, "--model", model),
+        ("tokenize", video, folder, "--model", model, "--output", "latent"),
+    ):
+        result = vtok(*arguments)
+        assert result.code == 2 and "Tokens record no positions" in result.err
+    assert not file.exists() and not folder.exists()
+    assert vtok("encode", video, file, "--model", model, "--output", "latent").code == 0
+    assert vtok("decode", file, tmp_path / "back.mp4", "--model", model).code == 0
+
+
 def test_bad_input_is_one_line(vtok, folders, video, tmp_path):
     for arguments, words in (
         (("ask", folders["continuous"], video, "why"), "model must be VTokLM"),

@@ -249,6 +249,9 @@ def test_discrete_tokens_and_back(clip, tmp_path):
     assert torch.equal(ids.push(video)[0], encoding.indices)
     with pytest.raises(ValueError, match="Tokens record no positions"):
         model.tokenize(video, key_frame="auto")
+    with pytest.raises(ValueError, match="Tokens record no positions"):
+        tiny_fsq(cut_threshold=0.1).tokenize(video, cut_threshold=None)
+    assert model.tokenize(video, key_frame=None, stride=None).ids.shape == (2, 18)
     with pytest.raises(ValueError, match="must be discrete"):
         tiny().tokenize(video)
 

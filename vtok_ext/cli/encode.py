@@ -153,19 +153,17 @@ def _encode_whole(options: EncodeOptions, model: Any, kind: str, reader: VideoRe
     """Encodes a clip that must be in memory at once."""
     import torch
 
-    from vtok_ext.models.encoding import Tokens
-
     chunks = [chunk.frames.transpose(0, 1) for chunk in reader.chunks(64)]
     video = torch.cat(chunks).transpose(0, 1)[None]
     device = next(model.parameters()).device
     fps = float(reader.info.fps) or None
     with torch.no_grad():
-        encoding = model.encode(video.to(device), fps=fps, frames=options.frames)
-    facts = {name: getattr(encoding, name) for name in ("num_frames", "size", "fps", "frame_rule")}
+        # `tokenize` refuses what a file of tokens cannot record.
+        encode = model.tokenize if kind == "tokens" else model.encode
+        encoding = encode(video.to(device), fps=fps, frames=options.frames)
     if kind == "tokens":
-        ids = encoding.indices
-        Tokens(ids, tuple(ids.shape[1:]), model_id=model.model_id, **facts).save(options.out)
-        shape = ids.shape
+        encoding.save(options.out)
+        shape = encoding.ids.shape
     else:
         encoding.model_id, encoding.indices, encoding.moments = model.model_id, None, None
         encoding.save(options.out)

@@ -133,6 +133,8 @@ def _settings(options: TokenizeOptions, model: Any) -> TokenizeSettings:
     kind = options.output or ("tokens" if model.is_discrete else "latent")
     if kind == "tokens" and not model.is_discrete:
         raise ValueError(f"tokenize: --output must be latent for {model.name}, got tokens")
+    if hasattr(model, "refuse_unrecorded_positions"):  # data sets keep no positions of latents too
+        model.refuse_unrecorded_positions("tokenize")
     return TokenizeSettings(
         kind=kind,
         num_frames=options.frames,

@@ -240,17 +240,27 @@ class VTok(VideoTokenizer):
             ValueError: also for cuts or chosen key frames, which Tokens cannot record: save the
                 Encoding instead.
         """
-        cuts = options.get("cut_threshold", self.config.cut_threshold)
-        if self.is_discrete and (
-            cuts
-            or options.get("key_frame", self.config.key_frame) != "first"
-            or options.get("stride", self.config.stride) != self.config.stride
-        ):
-            raise ValueError(
-                "tokenize: key_frame, cut_threshold and stride must be 'first', 0 and that of the "
-                "configuration, because Tokens record no positions; save the Encoding instead"
-            )
+        if self.is_discrete:
+            self.refuse_unrecorded_positions("tokenize", **options)
         return super().tokenize(video, fps=fps, **options)
+
+    def refuse_unrecorded_positions(self, op: str, **options: Any) -> None:
+        """Raises ValueError if tokens alone do not say which frames they belong to.
+
+        Args:
+            op: name in front of the message.
+            **options: as for `encode`.
+        """
+        chosen = {
+            name: getattr(self.config, name) if options.get(name) is None else options[name]
+            for name in ("key_frame", "cut_threshold", "stride")
+        }
+        if chosen != {"key_frame": "first", "cut_threshold": 0, "stride": self.config.stride}:
+            raise ValueError(
+                f"{op}: key_frame, cut_threshold and stride must be 'first', 0 and that of the "
+                "configuration, because Tokens record no positions; save the Encoding instead "
+                "(vtok encode --output latent)"
+            )
 
     def features(self, images: Tensor) -> Tensor:
         """Returns the encoder's maps [n, C, h, w] of pictures [n, 3, H, W] in [-1, 1]."""
