@@ -1,5 +1,8 @@
 """VTok: the length of its sequences, key frames, cuts, streams, files and encoders."""
 
+from fractions import Fraction
+
+import numpy
 import pytest
 import torch
 from helpers import assert_close, import_or_skip, peak_bytes
@@ -141,6 +144,23 @@ def test_stream_resumes_from_its_state(clip):
     assert torch.equal(torch.cat([*first, *resumed.push(video[:, :, 5:])], 1), whole[0])
     with pytest.raises(ValueError, match="state must be that of"):
         tiny_fsq().stream_encoder().load_state_dict(stream.state_dict())
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_stream_is_one_of_the_same_clips(clip, pool):
+    """The key frames of two clips would serve another number of them: means are broadcast."""
+    stream = tiny(residual_pool=pool, stride=1).stream_encoder()
+    stream.push(clip(1, 2, 16, 16))
+    with pytest.raises(ValueError, match="chunk must have 1 clips, as before, got 2"):
+        stream.push(clip(2, 2, 16, 16))
+    with pytest.raises(ValueError, match="fps must be set before the first push, got 8 after 2"):
+        stream.fps = 8
+    with pytest.raises(ValueError, match="fps must be a positive number, got 'fast'"):
+        tiny().stream_encoder().fps = "fast"
+    state = stream.state_dict()
+    del state["key"]
+    with pytest.raises(ValueError, match="state must have fps, key, .* after 2 frames"):
+        tiny(residual_pool=pool, stride=1).stream_encoder().load_state_dict(state)
 
 
 def test_memory_of_a_stream_does_not_grow(clip):
@@ -368,6 +388,8 @@ def test_masked_autoencoder_learns_and_freezes():
         ({"levels": (1,)}, "levels must be"),
         ({"image_size": 18}, "image_size must be a multiple of 4"),
         ({"decoder_patch": (2, 4)}, "decoder_patch must be three integers"),
+        ({"num_queries": 17}, "num_queries must be at most 16"),
+        ({"num_queries": 16, "encoder_dim": 1028}, "num_queries must be at most 16 and 16384 / "),
     ],
 )
 def test_bad_configurations(overrides, message):
@@ -382,8 +404,39 @@ def test_bad_calls(clip):
         ({"stride": -1}, "stride must be an integer >= 0"),
         ({"key_frame": "last"}, "key_frame must be one of"),
         ({"cut_threshold": -1.0}, "cut_threshold must be >= 0"),
+        ({"fps": "24"}, "fps must be a positive number, got '24'"),
+        ({"stride": True}, "stride must be an integer >= 0, got True"),
+        ({"cut_threshold": "high"}, "cut_threshold must be >= 0, got 'high'"),
     ):
         with pytest.raises(ValueError, match=message):
             model.encode(video, **options)
-    with pytest.raises(ValueError, match="at least 1"):
-        model.decode(encode(model, video), num_steps=0)
+    encoding = encode(model, video)
+    for options in ({"num_steps": 0}, {"num_steps": 1.5}, {"size": 16}, {"size": (4, 4, 4)}):
+        with pytest.raises(ValueError, match="must be integers of at least 1"):
+            model.decode(encoding, **options)
+    with pytest.raises(ValueError, match="output must be one of"):
+        model.decode(encoding, output="int8")
+
+
+def test_positions_of_a_damaged_file_are_refused(clip):
+    model = tiny(stride=1)
+    encoding = encode(model, clip(1, 4, 16, 16))
+    right = encoding.positions
+    for wrong, error, message in (
+        (right + 17, ValueError, r"slots in -1..16, got 17 and 33"),
+        (right - 5, ValueError, "positions must be frames >= -1"),
+        (right.float(), TypeError, "positions must be integers"),
+        (right.expand(3, -1, -1), ValueError, r"positions must be \[1, 19, 2\]"),
+    ):
+        encoding.positions = wrong
+        with pytest.raises(error, match=message):
+            model.decode(encoding)
+
+
+def test_rates_of_any_type_are_recorded_as_numbers(clip, tmp_path):
+    model, video = tiny(), clip(1, 9, 16, 16)
+    for rate in (Fraction(24000, 1001), numpy.float32(24), 24):
+        encoding = encode(model, video, fps=rate)
+        assert type(encoding.fps) is float and encoding.latent.shape[1] == 18
+        encoding.save(tmp_path / "clip.latent")
+        assert Encoding.load(tmp_path / "clip.latent").fps == encoding.fps

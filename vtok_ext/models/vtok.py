@@ -11,6 +11,7 @@ Source: VTok (arXiv 2602.04202).
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from vtok_ext.layers.fsq import FSQ
 from vtok_ext.models import _video_input as video_input
-from vtok_ext.models.base import VideoTokenizer
+from vtok_ext.models.base import OUTPUTS, VideoTokenizer
 from vtok_ext.models.encoding import Encoding, Output
 from vtok_ext.models.vision_encoder import (
     HuggingFaceEncoder,
@@ -121,12 +122,13 @@ class VTok(VideoTokenizer):
     def frame_rule(self, fps: float | None = None, stride: int | None = None) -> FrameRule:
         """Returns which frames give residual tokens at `fps`; see `encode`."""
         stride = self.config.stride if stride is None else stride
-        if not isinstance(stride, int) or stride < 0:
+        if not isinstance(stride, int) or isinstance(stride, bool) or stride < 0:
             raise ValueError(f"VTok: stride must be an integer >= 0, got {stride!r}")
         fps = self.config.default_fps if fps is None else fps
-        if not 0 < fps < float("inf"):
+        if not isinstance(fps, Real) or not 0 < fps < float("inf"):
             raise ValueError(f"VTok: fps must be a positive number, got {fps!r}")
-        return FrameRule.of(stride, self.config.motion_tokens_per_second, fps)
+        # As files have it: tokens that are read again count the same frames.
+        return FrameRule.of(stride, self.config.motion_tokens_per_second, float(fps))
 
     def token_grid(self, num_frames: int, height: int, width: int) -> tuple[int]:
         """Returns (S + residual tokens,) of one segment at the default frame rate."""
@@ -211,8 +213,8 @@ class VTok(VideoTokenizer):
         if key_frame not in KEY_FRAMES:
             raise ValueError(f"encode: key_frame must be one of {KEY_FRAMES}, got {key_frame!r}")
         threshold = self.config.cut_threshold if cut_threshold is None else cut_threshold
-        if not 0 <= threshold < float("inf"):
-            raise ValueError(f"encode: cut_threshold must be >= 0, got {threshold}")
+        if not isinstance(threshold, Real) or not 0 <= threshold < float("inf"):
+            raise ValueError(f"encode: cut_threshold must be >= 0, got {threshold!r}")
         rule = self.frame_rule(fps, stride)
         starts = [segment_starts(clip, threshold, self.dtype) for clip in video]
         plans = [segments_from(found, video.shape[2], rule) for found in starts]
@@ -229,7 +231,7 @@ class VTok(VideoTokenizer):
             (height, width),
             indices=indices,
             losses=losses,
-            fps=fps,
+            fps=None if fps is None else float(fps),
             positions=positions.to(video.device),
         )
 
@@ -356,11 +358,14 @@ class VTok(VideoTokenizer):
         num_frames = length if num_frames is None else num_frames
         size = wanted if size is None else size
         steps = self.config.sampling_steps if num_steps is None else num_steps
-        if num_frames < 1 or min(size) < 1 or steps < 1:
+        counts = (num_frames, steps, *(size if isinstance(size, tuple | list) else ()))
+        if len(counts) != 4 or not all(isinstance(n, Integral) and n >= 1 for n in counts):
             raise ValueError(
-                f"decode: num_frames, size and num_steps must be at least 1, "
+                f"decode: num_frames, size (H, W) and num_steps must be integers of at least 1, "
                 f"got {num_frames}, {size} and {steps}"
             )
+        if output not in OUTPUTS:  # before the time is spent
+            raise ValueError(f"decode: output must be one of {OUTPUTS}, got {output!r}")
         generator = torch.Generator().manual_seed(seed)
         video = self.decoder.sample(
             latent, positions, num_frames, size, num_steps=steps, generator=generator
@@ -383,17 +388,32 @@ class VTok(VideoTokenizer):
             raise ValueError(f"decode: latent must be [B, L, {width}], got {found}")
         if positions is None:
             positions = self._positions_for(latent.shape[1], num_frames, fps)
-        if positions.shape[-2:] != (latent.shape[1], 2):
-            raise ValueError(
-                f"decode: positions must be [B, {latent.shape[1]}, 2], got {list(positions.shape)}"
-            )
-        positions = positions.to(latent.device).expand(latent.shape[0], -1, -1)
+        positions = self._checked_positions(positions, *latent.shape[:2]).to(latent.device)
         if num_frames is None:
             num_frames = int(positions[..., 0].max()) + 1
         size = (self.config.image_size,) * 2
         if isinstance(encoding, Encoding):
             size = encoding.size
         return latent.to(self.dtype), positions, num_frames, size
+
+    def _checked_positions(self, positions: Tensor, batch: int, length: int) -> Tensor:
+        """Returns positions as [B, L, 2]; raises if they are none of this model."""
+        shape = tuple(positions.shape)
+        if shape not in ((batch, length, 2), (1, length, 2), (length, 2)):
+            raise ValueError(f"decode: positions must be [{batch}, {length}, 2], got {list(shape)}")
+        if positions.is_floating_point():
+            raise TypeError(f"decode: positions must be integers, got {positions.dtype}")
+        # Those of a file are on the CPU; elsewhere looking at them would wait for the device.
+        has_values = type(positions) is Tensor and not torch.compiler.is_compiling()
+        if positions.device.type == "cpu" and has_values:
+            slots = positions[..., 1]
+            if positions.min() < PADDING or slots.max() > self.config.key_tokens:
+                raise ValueError(
+                    f"decode: positions must be frames >= {PADDING} and slots in "
+                    f"{PADDING}..{self.config.key_tokens}, got {int(positions.min())} and "
+                    f"{int(slots.max())}"
+                )
+        return positions.expand(batch, -1, -1)
 
     def _positions_for(self, length: int, num_frames: int | None, fps: float | None) -> Tensor:
         """Returns [L, 2] of a sequence that comes without; raises if it has another length."""

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from vtok_ext.models._config import ModelConfig
+from vtok_ext.ops.residual_pool import MAX_POOLED, MAX_QUERIES
 
 ENCODERS = ("vit", "huggingface")
 RESIDUAL_POOLS = ("mean", "attention", "grid")
@@ -90,6 +91,14 @@ class VTokConfig(ModelConfig):
             # Sine-cosine positions: a pair of numbers per frequency and axis.
             self._require_multiple("encoder_dim", 4, "sine and cosine along two axes")
             self._require_multiple("image_size", self.encoder_patch, "encoder_patch")
+        if self.residual_pool == "attention" and not (
+            self.num_queries <= MAX_QUERIES and self.num_queries * self.encoder_dim <= MAX_POOLED
+        ):
+            raise self._error(
+                "num_queries",
+                f"at most {MAX_QUERIES} and {MAX_POOLED} / encoder_dim ({self.encoder_dim}), the "
+                "limits of residual_pool",
+            )
         self._require_multiple("decoder_dim", self.decoder_heads, "decoder_heads")
         self._require_multiple("decoder_dim", 2, "sine and cosine")
         if math.isqrt(self.key_tokens) ** 2 != self.key_tokens:

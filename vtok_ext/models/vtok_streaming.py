@@ -28,7 +28,7 @@ class VTokStreamEncoder:
         num_frames: frames pushed so far.
         size: (H, W) of the video, None before the first push.
         positions: int32 [n, 2], frame and slot of the tokens that the last push returned.
-        fps: frames per second, for the sampling of frames; set it before the first push.
+        fps: frames per second, for the sampling of frames; can be set before the first push.
     """
 
     def __init__(self, model: VTok, output: str = "latent") -> None:
@@ -42,12 +42,27 @@ class VTokStreamEncoder:
                 f"{model.config.key_frame!r}, which needs the whole clip"
             )
         self.model, self.output = model, output
-        self.fps: float | None = None
+        self._fps: float | None = None
         self.num_frames, self.flushed = 0, False
         self.size: tuple[int, int] | None = None
         self.positions = torch.empty(0, 2, dtype=torch.int32)
         self._key: Tensor | None = None  # [B, C, h, w] feature map of the key frame
         self._before: Tensor | None = None  # [B, 3, H, W] the frame before, if cuts are looked for
+
+    @property
+    def fps(self) -> float | None:
+        """Frames per second; None for the default of the model."""
+        return self._fps
+
+    @fps.setter
+    def fps(self, value: float | None) -> None:
+        if self.num_frames:
+            raise ValueError(
+                f"stream_encoder: fps must be set before the first push, got {value!r} after "
+                f"{self.num_frames} frames"
+            )
+        self.model.frame_rule(value)  # refuses what is no rate
+        self._fps = None if value is None else float(value)
 
     @torch.no_grad()
     def push(self, chunk: Tensor) -> list[Tensor]:
@@ -66,6 +81,12 @@ class VTokStreamEncoder:
         size = (chunk.shape[3], chunk.shape[4])
         if self.size not in (None, size):
             raise ValueError(f"stream_encoder.push: chunk must be {self.size}, got {size}")
+        batch = chunk.shape[0] if self._key is None else self._key.shape[0]
+        if chunk.shape[0] != batch:
+            raise ValueError(
+                f"stream_encoder.push: chunk must have {batch} clips, as before, "
+                f"got {chunk.shape[0]}"
+            )
         if self.model.config.cut_threshold and chunk.shape[0] != 1:
             raise ValueError(
                 f"stream_encoder.push: chunk must have one clip with cuts, got {chunk.shape[0]}"
@@ -140,11 +161,17 @@ class VTokStreamEncoder:
         role = bytes(state["role"].tolist()).decode(errors="replace")
         if role != self._role():
             raise ValueError(f"stream_encoder: state must be that of {self._role()}, got {role}")
-        self.num_frames, flushed = state["num_frames"].tolist()
-        self.flushed = bool(flushed)
+        num_frames, flushed = state["num_frames"].tolist()
+        needed = set(_STATE) if self.model.config.cut_threshold else set(_STATE[:5])
+        if num_frames and not needed <= set(state):
+            raise ValueError(
+                f"stream_encoder: state must have {', '.join(sorted(needed))} after {num_frames} "
+                f"frames, got {sorted(state)}"
+            )
+        self.num_frames, self.flushed = num_frames, bool(flushed)
         height, width = state["size"].tolist()
         self.size = (height, width) if height else None
-        self.fps = state["fps"].item() or None
+        self._fps = state["fps"].item() or None
         device = next(self.model.parameters()).device
         self._key = state["key"].to(device) if "key" in state else None
         self._before = state["before"].to(device) if "before" in state else None
