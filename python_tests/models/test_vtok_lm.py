@@ -11,7 +11,7 @@ from vtok_ext.data.captioned.questions import vocabulary
 from vtok_ext.models.vtok_generation import generate_tokens
 from vtok_ext.models.vtok_heads import FlowHead, MseHead
 from vtok_ext.models.vtok_lm import VTokLM
-from vtok_ext.models.vtok_lm_config import VTokLMConfig
+from vtok_ext.models.vtok_lm_config import VTokLMConfig, tiny_lm_config
 from vtok_ext.models.vtok_sequence import (
     GENERATION,
     IGNORED,
@@ -265,6 +265,62 @@ def test_errors():
         VTokLMConfig("{}")
     with pytest.raises(ValueError, match="predicted must be at most 1"):
         VTokLMConfig('{"model_type": "llama"}', predicted=2.0)
+    for arguments, message in (
+        (("lama",), "architecture must be a causal language model .* did you mean 'llama'"),
+        (("t5",), "architecture must be a causal language model"),
+        (("llama", {"hiden_size": 64}), "got 'hiden_size'; did you mean 'hidden_size'"),
+        (("llama", {"hidden_size": 30}), "sizes must suit llama, got {'hidden_size': 30}"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny_lm_config(9, *arguments)
+
+
+def test_texts_that_do_not_go_with_the_clips(clip):
+    model, video = unified(), clip(2, 5, 16, 16)
+    wrong = [
+        (lambda: model(video, [ASK]), ValueError, r"turns must be one per clip \(2\), got 1"),
+        (lambda: model.decoder_gap(video, ["a"]), ValueError, "prompts must be one per clip"),
+        (lambda: model.answer(video, ["a", 3]), TypeError, "prompt must be text, got 3"),
+        (lambda: model.answer(video[:1], "?"), TypeError, "questions must be a list of text"),
+        (lambda: model.answer(video[0], ["a"] * 3), ValueError, r"video must be \[B, 3, T, H, W\]"),
+        # Its letters were five prompts.
+        (lambda: model.generate("a red", num_frames=2), TypeError, "prompts must be a list of"),
+        (lambda: model.generate([], num_frames=2), ValueError, "turns must be at least one"),
+        (lambda: model.generate(["a"], num_frames=0), ValueError, "num_frames must be an integer"),
+        (
+            lambda: model.generate(["a"], num_frames=2, temperature=float("nan")),
+            ValueError,
+            "temperature must be >= 0, got nan",
+        ),
+        (lambda: model.fit_statistics([]), ValueError, "videos must have two tokens or more"),
+    ]
+    for call, error, message in wrong:
+        with pytest.raises(error, match=message):
+            call()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_sequences_longer_than_the_positions_are_refused(clip, architecture):
+    """GPT-2 looked them up behind the end of its table, Llama went on with nonsense."""
+    limit = {"llama": "max_position_embeddings", "gpt2": "n_positions"}[architecture]
+    sizes = {**SIZES[architecture], limit: 40}
+    text = WordTokenizer(vocabulary())
+    config = VTokLMConfig(tiny_lm_config(len(text), architecture, sizes))
+    model, video = VTokLM(config, tiny(stride=1), text).eval(), clip(1, 30, 4, 4)
+    assert len(model.answer(video[:, :, :4], ["what"], max_tokens=2)) == 1
+    for call in (
+        lambda: model(video, [MAKE]),
+        lambda: model.answer(video, ["what"]),
+        lambda: model.generate(["a"], num_frames=30),
+    ):
+        with pytest.raises(ValueError, match="must have at most 40 tokens, .* got"):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_videos_of_any_type_train(clip, dtype):
+    losses = unified()(clip(1, 5, 16, 16).to(dtype), [MAKE])
+    assert all(loss.isfinite() for loss in losses.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

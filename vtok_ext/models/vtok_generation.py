@@ -17,6 +17,8 @@ from vtok_ext.models.vtok_sequence import (
     Sequences,
     Turn,
     build_sequences,
+    check_list,
+    check_one_per_clip,
 )
 
 
@@ -71,16 +73,15 @@ def answer(
         max_tokens: at which an answer ends at the latest.
 
     Raises:
-        ValueError: other numbers of clips and questions.
+        TypeError, ValueError: other numbers of clips and questions, one question instead of a list,
+            a video that is none, or one that is too long for the language model.
     """
-    if len(questions) != video.shape[0]:
-        raise ValueError(
-            f"answer: questions must be one per clip ({video.shape[0]}), got {len(questions)}"
-        )
+    check_one_per_clip("answer", "questions", questions, video)
     latent, positions, _, _ = model._encode(video, fps)
     turns = [Turn(UNDERSTANDING, question) for question in questions]
     counts = [latent.shape[1]] * len(turns)
     batch = build_sequences(turns, counts, model.text, begin_only=True, left=True)
+    model.check_length(batch.ids.shape[1] + max_tokens)
     cache = _Cache(model, batch, model._inputs(batch, latent, positions))
     embed, head = model.lm.get_input_embeddings(), model.lm.get_output_embeddings()
     end = model.text.special["<eos>"]
@@ -113,20 +114,26 @@ def generate_tokens(
     Args:
         model: in eval mode.
         prompts: texts.
-        num_frames: T, which decides how many tokens there are.
+        num_frames: T >= 1, which decides how many tokens there are.
         fps: frames per second.
         temperature: factor of the flow's noise, or of a code's uncertainty; 0 for the likeliest.
         generator: source of noise; default one of seed 0.
 
     Raises:
-        ValueError: a negative temperature.
+        TypeError: one text instead of a list.
+        ValueError: no text, no frame, a temperature that is negative or no number, or a video that
+            is too long for the language model.
     """
-    if temperature < 0:
-        raise ValueError(f"generate_tokens: temperature must be >= 0, got {temperature}")
+    check_list("generate", "prompts", prompts)
+    if not isinstance(num_frames, int) or num_frames < 1:
+        raise ValueError(f"generate: num_frames must be an integer >= 1, got {num_frames!r}")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"generate: temperature must be >= 0, got {temperature}")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     slots = model.positions_for(num_frames, fps)[:, 1].to(model.token_mean.device)
     turns = [Turn(GENERATION, prompt) for prompt in prompts]
     batch = build_sequences(turns, [0] * len(turns), model.text, begin_only=True, left=True)
+    model.check_length(batch.ids.shape[1] + len(slots))
     cache = _Cache(model, batch, model._inputs(batch, None, None))
     tokens: list[Tensor] = []
     for slot in slots:
@@ -173,6 +180,9 @@ def generate(
         num_steps: of the decoder's flow, default that of the tokenizer.
         seed: of all noise.
         output: "float" or "uint8".
+
+    Raises:
+        TypeError, ValueError: as `generate_tokens` and `VTok.decode`.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens = generate_tokens(

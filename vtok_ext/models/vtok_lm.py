@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok_ext.models import _video_input as video_input
 from vtok_ext.models.vtok import VTok
 from vtok_ext.models.vtok_heads import (
     TRAINING_STEPS,
@@ -30,7 +31,14 @@ from vtok_ext.models.vtok_heads import (
     normal_rows,
 )
 from vtok_ext.models.vtok_lm_config import VTokLMConfig, add_lora, build_lm
-from vtok_ext.models.vtok_sequence import GENERATION, IGNORED, Sequences, Turn, build_sequences
+from vtok_ext.models.vtok_sequence import (
+    GENERATION,
+    IGNORED,
+    Sequences,
+    Turn,
+    build_sequences,
+    check_one_per_clip,
+)
 from vtok_ext.models.vtok_text import TextTokenizer
 
 _LEAST_DEVIATION = 1e-3
@@ -97,8 +105,15 @@ class VTokLM(nn.Module):
         Args:
             videos: batches.
             fps: frames per second.
+
+        Raises:
+            ValueError: fewer than two tokens in all.
         """
-        tokens = torch.cat([self._encode(video, fps)[0].flatten(0, 1).float() for video in videos])
+        rows = [self._encode(video, fps)[0].flatten(0, 1).float() for video in videos]
+        count = sum(len(row) for row in rows)
+        if count < 2:
+            raise ValueError(f"fit_statistics: videos must have two tokens or more, got {count}")
+        tokens = torch.cat(rows)
         self.token_mean.copy_(tokens.mean(0))
         self.token_deviation.copy_(tokens.std(0).clamp(min=_LEAST_DEVIATION))
 
@@ -131,7 +146,12 @@ class VTokLM(nn.Module):
             fps: frames per second.
             step: optimiser steps done, for the part of predicted tokens.
             generators: sources of noise, one per clip; default torch's global one.
+
+        Raises:
+            TypeError, ValueError: a video that is none, another number of turns, or sequences that
+                are longer than the language model's positions.
         """
+        check_one_per_clip("VTokLM", "turns", turns, video)
         latent, positions, indices, extra = self._encode(video, fps, step)
         length = latent.shape[1]
         batch = build_sequences(turns, [length] * len(turns), self.text)
@@ -181,7 +201,16 @@ class VTokLM(nn.Module):
         return self.tokenizer.default_positions(num_frames, fps)
 
     def _float_video(self, video: Tensor) -> Tensor:
-        return video.float() / 127.5 - 1 if video.dtype == torch.uint8 else video
+        return video_input.to_float(video, self.tokenizer.dtype)
+
+    def check_length(self, length: int) -> None:
+        """Raises ValueError if the language model has no positions for so many tokens."""
+        limit = getattr(self.lm.config, "max_position_embeddings", None)
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"VTokLM: a sequence must have at most {limit} tokens, the language model's "
+                f"max_position_embeddings, got {length}: take fewer frames, or a larger stride"
+            )
 
     def embed_visual(self, latent: Tensor, slots: Tensor) -> Tensor:
         """Returns what the language model sees [..., H] of tokens [..., D] in slots [...]."""
@@ -200,6 +229,7 @@ class VTokLM(nn.Module):
 
     def _states(self, batch: Sequences, latent: Tensor, positions: Tensor) -> Tensor:
         """Returns the language model's last states [B, N, H]."""
+        self.check_length(batch.ids.shape[1])
         inputs = self._inputs(batch, latent, positions)
         return self.lm.base_model(
             inputs_embeds=inputs, attention_mask=batch.attended.to(inputs.device).long()
@@ -253,6 +283,7 @@ class VTokLM(nn.Module):
         """
         from vtok_ext.models.vtok_generation import generate_tokens
 
+        check_one_per_clip("decoder_gap", "prompts", prompts, video)
         latent, positions, _, _ = self._encode(video, fps)
         turns = [Turn(GENERATION, prompt) for prompt in prompts]
         batch = build_sequences(turns, [latent.shape[1]] * len(turns), self.text)

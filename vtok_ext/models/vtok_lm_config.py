@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from vtok_ext.models._config import ModelConfig
+from vtok_ext.models._config import ModelConfig, closest
 from vtok_ext.models._optional import require
 from vtok_ext.models.vtok_heads import HEADS
 
@@ -90,15 +90,38 @@ def tiny_lm_config(
         vocabulary: number of ids.
         architecture: model_type in transformers, such as "llama" or "gpt2".
         sizes: fields of its configuration to change.
+
+    Raises:
+        ImportError: transformers is not installed, or not one for this torch.
+        ValueError: an architecture that is no causal language model, an unknown field (the message
+            names the closest), or values that it refuses.
     """
     transformers = require("tiny_lm_config", "transformers")
-    known = transformers.AutoConfig.for_model(architecture).to_dict()
-    attributes = getattr(transformers.AutoConfig.for_model(architecture), "attribute_map", {})
+    names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if architecture not in names:
+        raise ValueError(
+            f"tiny_lm_config: architecture must be a causal language model of transformers, "
+            f"got {architecture!r}{closest(architecture, names)}"
+        )
+    default = transformers.AutoConfig.for_model(architecture)
+    known, attributes = default.to_dict(), getattr(default, "attribute_map", {})
+    for name in sizes or {}:
+        if name not in known and name not in attributes:
+            raise ValueError(
+                f"tiny_lm_config: sizes must be fields of {architecture}, "
+                f"got {name!r}{closest(name, known)}"
+            )
     tiny = {k: v for k, v in TINY.items() if k in known and k not in attributes}
     chosen = {**tiny, **(sizes or {}), "vocab_size": vocabulary}
     # Ids of a large vocabulary that are out of range here.
     unused = {name: None for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return config_json(transformers.AutoConfig.for_model(architecture, **unused, **chosen))
+    try:
+        config = transformers.AutoConfig.for_model(architecture, **unused, **chosen)
+    except Exception as error:  # transformers 5 has an exception of its own for each validator
+        raise ValueError(
+            f"tiny_lm_config: sizes must suit {architecture}, got {dict(sizes or {})}: {error}"
+        ) from error
+    return config_json(config)
 
 
 def config_json(config: Any) -> str:

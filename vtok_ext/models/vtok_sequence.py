@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,10 @@ class Turn:
     answer: str = ""
 
     def __post_init__(self) -> None:
-        """Checks the task."""
+        """Checks the task and that all else is text."""
+        for name in ("prompt", "answer"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"Turn: {name} must be text, got {getattr(self, name)!r}")
         if self.task not in (UNDERSTANDING, GENERATION):
             raise ValueError(
                 f"Turn: task must be {UNDERSTANDING!r} or {GENERATION!r}, got {self.task!r}"
@@ -63,6 +67,28 @@ class Sequences:
     attended: Tensor
 
 
+def check_one_per_clip(op: str, name: str, values: Sequence[Any], video: Tensor) -> None:
+    """Raises unless `values`, an argument of that name, has one value per clip of a video.
+
+    Raises:
+        TypeError: a video that is no tensor, or one text instead of a list.
+        ValueError: no clips, or another number of values.
+    """
+    check_list(op, name, values)
+    if not isinstance(video, Tensor):
+        raise TypeError(f"{op}: video must be a torch.Tensor, got {type(video).__name__}")
+    if video.dim() != 5:
+        raise ValueError(f"{op}: video must be [B, 3, T, H, W], got {list(video.shape)}")
+    if len(values) != video.shape[0]:
+        raise ValueError(f"{op}: {name} must be one per clip ({video.shape[0]}), got {len(values)}")
+
+
+def check_list(op: str, name: str, values: Sequence[Any]) -> None:
+    """Raises TypeError for one text, whose letters would count as texts."""
+    if isinstance(values, str):
+        raise TypeError(f"{op}: {name} must be a list of text, got {values!r}")
+
+
 def build_sequences(
     turns: Sequence[Turn],
     num_visual: Sequence[int],
@@ -79,7 +105,12 @@ def build_sequences(
         text: gives the ids.
         begin_only: stop where the model goes on: after <assistant>, or after <vision>.
         left: pad at the beginning, so that all samples go on at the same place.
+
+    Raises:
+        ValueError: no turn, or other numbers of turns and counts.
     """
+    if not turns:
+        raise ValueError("build_sequences: turns must be at least one, got none")
     rows = [
         _row(turn, count, text, begin_only) for turn, count in zip(turns, num_visual, strict=True)
     ]
