@@ -184,6 +184,59 @@ def test_save_and_load_as_one_folder(clip, tmp_path, kind):
         VTokLM.from_pretrained(str(tmp_path / "model"))
 
 
+def test_saving_over_another_model_mixes_nothing(tmp_path, monkeypatch):
+    """A failure leaves the old model; afterwards nothing of it is left."""
+    folder = tmp_path / "model"
+    old, new = unified(), unified(tiny_fsq())
+    old.save_pretrained(folder)
+    (folder / "text").mkdir()
+    (folder / "text" / "old.json").write_text("{}")
+
+    def full(*arguments):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", full)
+        for target in (folder, tmp_path / "other"):
+            with pytest.raises(OSError, match="no space left"):
+                new.save_pretrained(target)
+    assert not (tmp_path / "other").exists()
+    assert VTokLM.from_pretrained(folder).tokenizer.model_id == old.tokenizer.model_id
+    new.save_pretrained(folder)
+    assert VTokLM.from_pretrained(folder).tokenizer.model_id == new.tokenizer.model_id
+    names = {"config.json", "model.safetensors", "text.json", "tokenizer"}
+    assert {path.name for path in folder.iterdir()} == names
+    book = tmp_path / "mine" / "text" / "book.txt"
+    book.parent.mkdir(parents=True)
+    book.write_text("not a model")
+    with pytest.raises(FileExistsError, match="must be empty or a saved VTokLM, got text of"):
+        new.save_pretrained(book.parents[1])
+    assert book.exists()
+
+
+def test_hub_downloads_hold_all_files(tmp_path, monkeypatch):
+    from fnmatch import fnmatch
+
+    from vtok_ext.models import _persistence
+
+    model = unified()
+    model.save_pretrained(tmp_path / "model")
+
+    class Hub:
+        @staticmethod
+        def snapshot_download(source, allow_patterns):
+            for path in (tmp_path / "model").rglob("*"):
+                name = path.relative_to(tmp_path / "model")
+                if path.is_file() and any(fnmatch(str(name), p) for p in allow_patterns):
+                    (tmp_path / "cache" / name).parent.mkdir(parents=True, exist_ok=True)
+                    (tmp_path / "cache" / name).write_bytes(path.read_bytes())
+            return str(tmp_path / "cache")
+
+    monkeypatch.setattr(_persistence, "require_hub", lambda op: Hub)
+    loaded = VTokLM.from_pretrained("owner/name")
+    assert loaded.tokenizer.model_id == model.tokenizer.model_id
+
+
 def test_lora_trains_adapters_only():
     import_or_skip("peft")
     model = unified(lora_rank=2)
@@ -350,6 +403,10 @@ def test_a_pretrained_language_model_brings_its_own_text(clip, tmp_path, dtype):
     loaded = VTokLM.from_pretrained(str(tmp_path / "unified"))
     video = clip(1, 5, 16, 16)
     assert loaded.answer(video, ["what"]) == model.answer(video, ["what"])
+    # The words of a model that was there before do not count.
+    unified().save_pretrained(tmp_path / "over")
+    model.save_pretrained(tmp_path / "over")
+    assert len(VTokLM.from_pretrained(tmp_path / "over").text) == len(model.text)
     nothing = LanguageModelRecipe(source=str(tmp_path / "nothing"))
     with pytest.raises(FileNotFoundError, match="language_model: source must be a folder or a hub"):
         build_unified(tiny(), nothing, UnifiedRecipe())

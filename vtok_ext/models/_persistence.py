@@ -12,7 +12,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -112,8 +112,18 @@ def save_model(
         raise
 
 
-def resolve_folder(source: str | os.PathLike) -> str:
-    """Returns the local folder of a saved model, downloading it when `source` is a hub id."""
+def resolve_folder(
+    source: str | os.PathLike, patterns: Sequence[str] = (CONFIG_NAME, "*.safetensors")
+) -> str:
+    """Returns the local folder of a saved model.
+
+    Args:
+        source: a folder, or a hub id, which is downloaded.
+        patterns: of the files to download.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and no hub id has this form.
+    """
     if os.path.isdir(source):
         return os.fspath(source)
     if os.path.exists(source) or not _HUB_ID.fullmatch(str(source)):
@@ -122,7 +132,7 @@ def resolve_folder(source: str | os.PathLike) -> str:
             f"(owner/name), got {os.fspath(source)!r}"
         )
     hub = require_hub("from_pretrained")
-    return hub.snapshot_download(str(source), allow_patterns=[CONFIG_NAME, "*.safetensors"])
+    return hub.snapshot_download(str(source), allow_patterns=list(patterns))
 
 
 def check_source(op: str, source: str) -> None:

@@ -18,7 +18,7 @@ from vtok_ext.models._optional import require
 from vtok_ext.models._persistence import MAX_CONFIG_BYTES, atomic_path
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<vision>", "</vision>")
-_FILE, _FOLDER = "text.json", "text"
+TEXT_FILE, TEXT_FOLDER = "text.json", "text"
 _WORD = re.compile(r"[^\W_]+|[^\w\s]|_")
 
 
@@ -83,7 +83,7 @@ class WordTokenizer:
 
     def save(self, folder: str) -> None:
         """Writes text.json."""
-        with atomic_path(Path(folder) / _FILE) as path:
+        with atomic_path(Path(folder) / TEXT_FILE) as path:
             Path(path).write_text(json.dumps({"words": self.words}), encoding="utf-8")
 
 
@@ -117,12 +117,12 @@ class HuggingFaceText:
 
     def save(self, folder: str) -> None:
         """Writes the folder text/."""
-        self.tokenizer.save_pretrained(Path(folder) / _FOLDER)
+        self.tokenizer.save_pretrained(Path(folder) / TEXT_FOLDER)
 
 
 def load_text(folder: str) -> WordTokenizer | HuggingFaceText:
     """Returns the text tokenizer saved in `folder`. Raises FileNotFoundError or ValueError."""
-    path = Path(folder) / _FILE
+    path = Path(folder) / TEXT_FILE
     if path.is_file():
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ValueError(f"load_text: {path} must be <= 1 MiB, got a larger file")
@@ -133,7 +133,9 @@ def load_text(folder: str) -> WordTokenizer | HuggingFaceText:
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise ValueError(f"load_text: words in {path} must be a list of text")
         return WordTokenizer(words)
-    if not (Path(folder) / _FOLDER).is_dir():
-        raise FileNotFoundError(f"load_text: {folder} must hold {_FILE} or {_FOLDER}, got neither")
+    if not (Path(folder) / TEXT_FOLDER).is_dir():
+        raise FileNotFoundError(
+            f"load_text: {folder} must hold {TEXT_FILE} or {TEXT_FOLDER}, got neither"
+        )
     transformers = require("load_text", "transformers")
-    return HuggingFaceText(transformers.AutoTokenizer.from_pretrained(Path(folder) / _FOLDER))
+    return HuggingFaceText(transformers.AutoTokenizer.from_pretrained(Path(folder) / TEXT_FOLDER))
