@@ -89,6 +89,12 @@ def test_bad_input_is_one_line(vtok, folders, video, tmp_path):
         (("ask", tmp_path / "nothing", video, "why"), "must be a folder"),
         (("generate", folders["lm"], "a", "--frames", 0), "--frames and --fps must be positive"),
         (("generate", folders["lm"], "a", "-o", tmp_path / "a.gif"), "output must end in"),
+        # Options of other models had no effect, and one video was made.
+        (("generate", folders["lm"], "a", "-n", 3, "--label", 1), "-n, --label must be absent"),
+        (("generate", folders["lm"], "a", "--guidance", 0), "--guidance must be absent"),
+        (("generate", folders["lm"], "--frames", 8), "--frames must be absent with a generator"),
+        (("generate", folders["lm"], "a", "--fps", "inf"), "fps must be finite, got inf"),
+        (("generate", folders["lm"], "a", "--temperature", "nan"), "--temperature must be >= 0"),
     ):
         result = vtok(*arguments)
         assert result.code == 2 and words in result.err and result.err.count("\n") == 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 
@@ -47,3 +48,17 @@ MemoryOption = Annotated[
     typer.Option(help="Limit of the process such as 4GB; chooses chunk length and tile by it."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+def refuse_options(what: str, options: Mapping[str, Any]) -> None:
+    """Raises ValueError naming the options that were given, where they would have no effect.
+
+    Args:
+        what: with which they have none.
+        options: values by option; None, False and [] are those of one that was not given.
+    """
+    given = [
+        n for n, value in options.items() if not (value is None or value is False or value == [])
+    ]
+    if given:
+        raise ValueError(f"generate: {', '.join(given)} must be absent with {what}, got a value")

@@ -18,6 +18,7 @@ from .options import (
     NameOption,
     OutputOption,
     TrustOption,
+    refuse_options,
 )
 
 
@@ -291,7 +292,9 @@ def generate(
             help="Folder for the videos, or the video of a text [default: vtok-generated].",
         ),
     ] = None,
-    num_samples: Annotated[int, typer.Option("-n", help="How many videos.")] = 4,
+    num_samples: Annotated[
+        int | None, typer.Option("-n", help="How many videos [default: 4; of a text one].")
+    ] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(help="Its tokenizer: folder or checkpoint [default: where it was trained]."),
@@ -300,7 +303,9 @@ def generate(
     label: Annotated[
         list[int] | None, typer.Option(help="Class, in turn if given several times.")
     ] = None,
-    guidance: Annotated[float, typer.Option(help="Strength of the class; 1 is none.")] = 1.0,
+    guidance: Annotated[
+        float | None, typer.Option(help="Strength of the class [default: 1, none].")
+    ] = None,
     sampler: Annotated[str | None, typer.Option(help="SiT: sde or ode [default: sde].")] = None,
     method: Annotated[
         str | None,
@@ -317,7 +322,7 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option(help="GPT: draw among the likeliest of this probability.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Videos at a time.")] = 4,
+    batch_size: Annotated[int | None, typer.Option(help="Videos at a time [default: 4].")] = None,
     fps: Annotated[
         float | None, typer.Option(min=0.1, help="Frames per second [default: known, or 25].")
     ] = None,
@@ -335,7 +340,9 @@ def generate(
     last: Annotated[
         bool, typer.Option("--last", help="A checkpoint's last weights, not their averages.")
     ] = False,
-    frames: Annotated[int, typer.Option(help="Of a text: length of the video.")] = 32,
+    frames: Annotated[
+        int | None, typer.Option(help="Of a text: length of the video [default: 32].")
+    ] = None,
     height: Annotated[
         int | None, typer.Option(min=1, help="Of a text [default: the model's].")
     ] = None,
@@ -351,12 +358,31 @@ def generate(
     if text is not None:
         from .unified import TextVideoOptions, run_generate_text
 
+        refuse_options(
+            "a text",
+            {
+                "-n": num_samples,
+                "--tokenizer": tokenizer,
+                "--label": label,
+                "--guidance": guidance,
+                "--sampler": sampler,
+                "--method": method,
+                "--top-k": top_k,
+                "--top-p": top_p,
+                "--batch-size": batch_size,
+                "--name": name,
+                "--tokenizer-name": tokenizer_name,
+                "--statistics": statistics,
+                "--last": last,
+                "--any-weights": any_weights,
+            },
+        )
         run_generate_text(
             TextVideoOptions(
                 model=model,
                 text=text,
                 out=Path("vtok-generated.mp4") if out is None else out,
-                num_frames=frames,
+                num_frames=32 if frames is None else frames,
                 height=height,
                 width=width,
                 fps=8.0 if fps is None else fps,
@@ -370,6 +396,8 @@ def generate(
         return
     from .generate import GenerateOptions, run_generate
 
+    of_texts = {"--frames": frames, "--height": height, "--width": width}
+    refuse_options("a generator, whose videos have one size", of_texts)
     given = {
         "sampler": sampler,
         "method": method,
@@ -389,11 +417,11 @@ def generate(
         tokenizer_name=tokenizer_name,
         trust_checkpoint=trust_checkpoint,
         any_weights=any_weights,
-        num_samples=num_samples,
-        batch_size=batch_size,
+        num_samples=4 if num_samples is None else num_samples,
+        batch_size=4 if batch_size is None else batch_size,
         seed=seed,
         labels=tuple(label or ()),
-        guidance=guidance,
+        guidance=1.0 if guidance is None else guidance,
         sampling=tuple((key, value) for key, value in given.items() if value is not None),
         fps=fps,
         device=device,

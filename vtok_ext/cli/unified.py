@@ -90,6 +90,8 @@ def run_generate_text(options: TextVideoOptions, *, as_json: bool) -> None:
             f"generate: --frames and --fps must be positive, got {options.num_frames} and "
             f"{options.fps}"
         )
+    if not 0 <= options.temperature < float("inf"):
+        raise ValueError(f"generate: --temperature must be >= 0, got {options.temperature}")
     console, target = Console(as_json), resolve_device(options.device)
     unified = load_unified(options.model, target)
     side = unified.tokenizer.config.image_size

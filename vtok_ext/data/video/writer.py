@@ -8,6 +8,7 @@ Colours are BT.709, limited range, and marked as such.
 
 from __future__ import annotations
 
+import math
 import os
 from fractions import Fraction
 from pathlib import Path
@@ -67,6 +68,8 @@ class VideoWriter:
         if height < 1 or width < 1:
             raise VideoWriteError(f"{_OP}: size must be at least 1x1, got {width}x{height}")
         self.height, self.width = height, width
+        if not math.isfinite(fps):
+            raise VideoWriteError(f"{_OP}: fps must be finite, got {fps}")
         rate = Fraction(fps).limit_denominator(1001)
         if rate <= 0:
             raise VideoWriteError(f"{_OP}: fps must be positive, got {fps}")
