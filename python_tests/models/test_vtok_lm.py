@@ -99,6 +99,18 @@ def test_mixed_batches_train_every_part(clip, architecture, discrete):
     assert missing == []
 
 
+@pytest.mark.parametrize("turns", [[ASK], [MAKE]], ids=["question", "video"])
+@pytest.mark.parametrize("discrete", [False, True], ids=["continuous", "fsq"])
+@pytest.mark.parametrize("lambda_dec", [0.0, 1.0])
+def test_every_batch_has_all_gradients(clip, turns, discrete, lambda_dec):
+    """Several processes wait for one of every parameter in every step, also of one task alone."""
+    model = unified(tiny_fsq() if discrete else None, lambda_dec=lambda_dec).train()
+    model(clip(1, 5, 16, 16), turns)["loss"].backward()
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert missing == []
+    assert any(p.requires_grad for p in model.tokenizer.decoder.parameters()) == (lambda_dec > 0)
+
+
 def test_a_batch_equals_its_samples(clip):
     """Padding and neighbours change nothing."""
     model, video = unified(lambda_dec=0.0), clip(2, 5, 16, 16)

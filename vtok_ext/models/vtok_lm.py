@@ -87,6 +87,8 @@ class VTokLM(nn.Module):
         self.slot_embed = nn.Embedding(slots + 1, width)
         nn.init.normal_(self.slot_embed.weight, std=0.02)
         self.head = self._build_head(width, dim)
+        if config.lambda_dec == 0:  # else a weight decay would wear it out
+            tokenizer.decoder.requires_grad_(False)
         self.register_buffer("token_mean", torch.zeros(dim))
         self.register_buffer("token_deviation", torch.ones(dim))
 
@@ -238,9 +240,10 @@ class VTokLM(nn.Module):
     def _answer_loss(self, states: Tensor, batch: Sequences) -> Tensor:
         labels = batch.labels.to(states.device)[:, 1:]
         learnt = labels != IGNORED
+        head = self.lm.get_output_embeddings()
         if not bool(learnt.any()):
-            return states.sum() * 0.0
-        logits = self.lm.get_output_embeddings()(states[:, :-1][learnt])
+            return states.sum() * 0.0 + _nothing_of(head)
+        logits = head(states[:, :-1][learnt])
         return F.cross_entropy(logits.float(), labels[learnt])
 
     @staticmethod
