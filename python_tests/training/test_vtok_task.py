@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from helpers import import_or_skip
+from test_several_processes import run_two
 
 import vtok_ext as vt
 from vtok_ext.models.vtok_lm import VTokLM
@@ -102,3 +103,19 @@ def test_recipes_for_use_are_valid(name):
 def test_bad_recipes(tmp_path, name, override, message):
     with pytest.raises(ValueError, match=message):
         run(name, tmp_path / "run", override)
+
+
+def test_two_processes(tmp_path):
+    """With one clip each, so that a process often has a single task of the unified model."""
+    import_or_skip("transformers")
+    overrides = [*SMALL, "optimizer.schedule=constant", "run.steps=6"]
+    names = ("smoke_vtok", "smoke_vtok_lm")
+    calls = [
+        ["train", name, *overrides, "run.batch_size=1", "-o", tmp_path / name, "--device", "cpu"]
+        for name in names
+    ]
+    run_two(*calls)
+    run("smoke_vtok", tmp_path / "one", "optimizer.schedule=constant", "run.steps=6")
+    assert losses(tmp_path / "smoke_vtok") == pytest.approx(losses(tmp_path / "one"), rel=2e-3)
+    assert len(losses(tmp_path / "smoke_vtok_lm")) == 6
+    assert VTokLM.from_pretrained(str(tmp_path / "smoke_vtok_lm" / "model"))

@@ -140,7 +140,9 @@ class VTokLM(nn.Module):
     ) -> dict[str, Tensor]:
         """Returns scalars: `loss` and its terms `under_loss`, `vis_loss`, `dec_loss`.
 
-        A term that no sample of the batch has is 0. Samples of both tasks may be mixed.
+        Samples of both tasks may be mixed. A term is the mean over those samples of this batch that
+        have it, 0 without any: a batch in parts, of several processes or steps of accumulation,
+        weighs tasks by how many parts have them.
 
         Args:
             video: [B, 3, T, H, W], float in [-1, 1] or uint8.
