@@ -355,6 +355,14 @@ def test_a_tower_in_half_precision_and_wrong_ones(clip, tmp_path):
             tiny(encoder="huggingface", encoder_config=text)
 
 
+def test_masked_autoencoder_hides_something():
+    """The mean over no patch at all was NaN."""
+    model = MaskedAutoencoder(SmallViT(8, 4, 16, 1, 2), dim=16, depth=1, heads=2, mask_ratio=0.1)
+    assert model(torch.rand(2, 3, 8, 8)).isfinite()
+    with pytest.raises(ValueError, match=r"two patches of 4 or more, got \[4, 4\]"):
+        model(torch.rand(2, 3, 4, 4))
+
+
 def test_masked_autoencoder_learns_and_freezes():
     torch.manual_seed(0)
     encoder = SmallViT(16, 4, 16, 1, 2)

@@ -57,11 +57,19 @@ class MaskedAutoencoder(nn.Module):
         Args:
             images: sizes are multiples of the patch.
             generator: decides which patches are hidden.
+
+        Raises:
+            ValueError: pictures of a single patch, of which nothing could be both seen and hidden.
         """
         patch = self.encoder.patch
         rows, columns = (size // patch for size in images.shape[2:])
         batch, count = images.shape[0], rows * columns
-        visible = max(1, round(count * (1 - self.mask_ratio)))
+        if count < 2:
+            raise ValueError(
+                f"MaskedAutoencoder: images must have two patches of {patch} or more, "
+                f"got {list(images.shape[2:])}"
+            )
+        visible = min(max(1, round(count * (1 - self.mask_ratio))), count - 1)
         device = images.device if generator is None else generator.device
         order = torch.rand(batch, count, generator=generator, device=device).argsort(1)
         order = order.to(images.device)
