@@ -135,3 +135,10 @@ def test_errors():
         CaptionedClips(2, split="validation")
     with pytest.raises(ValueError, match="num_clips must be at least 1"):
         CaptionedClips(0)
+    with pytest.raises(ValueError, match="height and width must be >= 1, got 0 and 8"):
+        render(draw_scene(0), 0, 8)
+    # What a decoder gives by default had read as an empty scene.
+    with pytest.raises(TypeError, match="read_scene: clip must be uint8, got torch.float32"):
+        read_scene(torch.zeros(3, 24, 16, 16))
+    with pytest.raises(ValueError, match=r"clip must be \[3, T, H, W\], got \[1, 3, 24, 16, 16\]"):
+        read_scene(torch.zeros(1, 3, 24, 16, 16, dtype=torch.uint8))

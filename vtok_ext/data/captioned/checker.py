@@ -110,7 +110,14 @@ def read_scene(
 
     Args:
         clip: rendered or decoded frames.
+
+    Raises:
+        TypeError, ValueError: frames in [-1, 1], which would read as an empty scene, or none.
     """
+    if clip.dtype != torch.uint8:
+        raise TypeError(f"read_scene: clip must be uint8, got {clip.dtype}")
+    if clip.dim() != 4 or clip.shape[0] != 3 or 0 in clip.shape:
+        raise ValueError(f"read_scene: clip must be [3, T, H, W], got {list(clip.shape)}")
     num_frames, height, width = clip.shape[1:]
     lasting, appearing, presence = {}, None, {}
     reversed_colour: tuple[float, str] | None = None

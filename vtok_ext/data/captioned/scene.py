@@ -200,7 +200,12 @@ def render(scene: Scene, height: int = 64, width: int = 64) -> Tensor:
     Args:
         scene: what to draw.
         height, width: in pixels.
+
+    Raises:
+        ValueError: no pixels.
     """
+    if height < 1 or width < 1:
+        raise ValueError(f"render: height and width must be >= 1, got {height} and {width}")
     rows = (torch.arange(height) + 0.5) / height
     columns = (torch.arange(width) + 0.5) / width
     y, x = torch.meshgrid(rows, columns, indexing="ij")
