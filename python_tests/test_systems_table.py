@@ -1,12 +1,14 @@
 """bench/systems.py: the table of systems, on models small enough for a test."""
 
 import json
+from pathlib import Path
 
 import systems
 import torch
 from tiny_vtok import tiny, tiny_fsq
 
 import vtok_ext as vt
+from vtok_ext.training.recipe_file import load_recipe
 
 
 def test_same_clips_for_every_system(tmp_path, capsys):
@@ -33,3 +35,19 @@ def test_same_clips_for_every_system(tmp_path, capsys):
     assert [row["system"] for row in saved["rows"]] == [*models, "windows"]
     text = capsys.readouterr().out
     assert text.count("\n") == 2 + len(rows) and "boundary_jump" in text
+
+
+def test_recipes_of_the_systems():
+    """All see the same clips, but for their lengths, and none needs what must be downloaded."""
+    names = {}
+    for path in sorted((Path(systems.__file__).parent / "systems").glob("*.yaml")):
+        recipe = load_recipe(str(path), [])
+        assert (recipe.data.height, recipe.data.width, recipe.data.folder) == (64, 64, None)
+        assert recipe.data.motion == "orbit" and recipe.data.num_clips == 1024
+        assert getattr(recipe, "clips", "clips") == "clips"
+        assert getattr(getattr(recipe, "loss", None), "perceptual_weight", 0) == 0
+        names[path.stem] = recipe.model.name
+    assert set(names) == {
+        *("vidtok", "windows", "coordtok", "promag", "grow", "vtok", "vtok_encoder"),
+    }
+    assert names["windows"].replace("_noncausal_", "_causal_") == names["vidtok"]
