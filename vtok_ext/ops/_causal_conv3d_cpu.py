@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtok_ext.ops import _causal_conv3d_folding as folding
+from vtok_ext.ops import _causal_conv3d_views as views
 from vtok_ext.ops._accumulate_cpu import transposed_weight, upsampled_conv3d
 from vtok_ext.ops._causal_conv3d_geometry import Geometry
 from vtok_ext.ops._dtypes import without_autocast
@@ -259,43 +260,6 @@ def _is_small(x: Tensor) -> bool:
     )
 
 
-def _runs_as_images(weight: Tensor, g: Geometry) -> bool:
-    return weight.shape[2] == 1 and g.stride_t == 1
-
-
-def _runs_as_lines(
-    frames: Tensor, weight: Tensor, padding: tuple[int, int, int], g: Geometry
-) -> bool:
-    """See Note [Kernels along time on the CPU]."""
-    return (
-        weight.shape[2] > 1
-        and weight.shape[3:] == (1, 1)
-        and padding[1:] == (0, 0)
-        and g.stride[1:] == (1, 1)
-        and frames.is_contiguous(memory_format=_LAYOUT)
-    )
-
-
-def _images(x: Tensor) -> Tensor:
-    """[B, C, T, H, W] -> [B * T, C, H, W], a view in channels_last memory."""
-    return x.permute(0, 2, 3, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)
-
-
-def _video(x: Tensor, batch: int) -> Tensor:
-    """[B * T, C, H, W] -> [B, C, T, H, W]."""
-    return x.permute(0, 2, 3, 1).unflatten(0, (batch, -1)).permute(0, 4, 1, 2, 3)
-
-
-def _lines(x: Tensor) -> Tensor:
-    """[B, C, T, H, W] -> [B, C, T, H * W], a view in channels_last memory."""
-    return x.permute(0, 2, 3, 4, 1).flatten(2, 3).permute(0, 3, 1, 2)
-
-
-def _from_lines(x: Tensor, height: int) -> Tensor:
-    """[B, C, T, H * W] -> [B, C, T, H, W]."""
-    return x.permute(0, 2, 3, 1).unflatten(2, (height, -1)).permute(0, 4, 1, 2, 3)
-
-
 def _convolve(
     frames: Tensor,  # [B, C, P, H, W]
     weight: Tensor,  # [O, C / groups, kt, kh, kw]
@@ -318,15 +282,15 @@ def _convolve(
         if is_single and is_plain and weight.numel() > GEMM_WEIGHT * frames.numel():
             kernel = list(weight.shape[2:])
             return torch.ops.aten.slow_conv3d(frames, weight, kernel, bias, stride, padding)
-    as_lines, height = _runs_as_lines(frames, weight, padding, g), frames.shape[3]
+    as_lines, height = views.runs_as_lines(frames, weight, padding, g), frames.shape[3]
     if as_lines:
-        frames, weight = _lines(frames), weight[..., 0]
+        frames, weight = views.lines(frames), weight[..., 0]
         stride, dilation, pads = stride[:2], dilation[:2], pads[:2]
     if is_single and torch.backends.mkldnn.is_available():
         y = torch.mkldnn_convolution(frames, weight, bias, pads, stride, dilation, g.groups)
     else:
         y = torch.convolution(frames, weight, bias, stride, pads, dilation, False, [0], g.groups)
-    return _from_lines(y, height) if as_lines else y
+    return views.from_lines(y, height) if as_lines else y
 
 
 def _folds(x: Tensor, weight: Tensor, state: Tensor | None, g: Geometry) -> bool:
@@ -371,7 +335,8 @@ def _backward(
     has_bias: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     mask = [wanted == 0, wanted == 1, wanted == 1 and has_bias]
-    as_images, as_lines = _runs_as_images(weight, g), _runs_as_lines(frames, weight, padding, g)
+    as_images = views.runs_as_images(weight, g)
+    as_lines = views.runs_as_lines(frames, weight, padding, g)
     if as_lines and wanted == 1 and _pays_products(weight, frames, g):
         return _line_products(grad, frames, weight.shape[2], has_bias, g)
     batch, height = frames.shape[0], frames.shape[3]
@@ -379,10 +344,10 @@ def _backward(
     dilation: Sequence[int] = g.dilation
     pads: Sequence[int] = padding
     if as_images:
-        grad, frames, weight = _images(grad), _images(frames), weight[:, :, 0]
+        grad, frames, weight = views.images(grad), views.images(frames), weight[:, :, 0]
         stride, dilation, pads = stride[1:], dilation[1:], pads[1:]
     if as_lines:
-        grad, frames, weight = _lines(grad), _lines(frames), weight[..., 0]
+        grad, frames, weight = views.lines(grad), views.lines(frames), weight[..., 0]
         stride, dilation, pads = stride[:2], dilation[:2], pads[:2]
     items = frames.shape[0]
     if _is_small(frames) and frames.shape[1] >= DOUBLING_PAYS_CHANNELS:
@@ -394,8 +359,8 @@ def _backward(
     )
     if grad_frames is not None:
         grad_frames = grad_frames[:items]
-        grad_frames = _video(grad_frames, batch) if as_images else grad_frames
-        grad_frames = _from_lines(grad_frames, height) if as_lines else grad_frames
+        grad_frames = views.video(grad_frames, batch) if as_images else grad_frames
+        grad_frames = views.from_lines(grad_frames, height) if as_lines else grad_frames
     if grad_weight is not None and as_images:
         grad_weight = grad_weight.unsqueeze(2)
     if grad_weight is not None and as_lines:
@@ -429,4 +394,4 @@ def _line_products(
             seen = columns[i, first : first + length].flatten(0, 2)
             found[k].addmm_(rows[i].t(), seen)
     grad_bias = rows.sum((0, 1)) if has_bias else None
-    return None, found.permute(1, 2, 0)[..., None, None], grad_bias
+    return None, found.permute(1, 2, 0).contiguous()[..., None, None], grad_bias
