@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from tiny_vtok import tiny as tiny_vtok
 
 import vtok_ext as vt
 from vtok_ext.data.clips import fit
@@ -202,3 +203,6 @@ def test_bad_input(vtok, model_folder, saved_models, tmp_path):
     assert failed.code == 2 and "--output must be latent" in failed.err
     failed = vtok("stats", model_folder, tmp_path)
     assert failed.code == 2 and "a finished one of vtok tokenize" in failed.err
+    tiny_vtok().save_pretrained(tmp_path / "sequences")
+    failed = vtok("stats", tmp_path / "sequences", tmp_path)
+    assert failed.code == 2 and "stats: MODEL must have latents that are grids" in failed.err

@@ -12,6 +12,7 @@ from vtok_ext.models import _persistence
 from vtok_ext.models._registry import load_model
 from vtok_ext.models.base import STATISTICS_KEY
 from vtok_ext.models.latent_statistics import StatisticsCounter
+from vtok_ext.models.vtok import VTok
 
 from .console import Console
 
@@ -20,14 +21,19 @@ def run_stats(*, model: str, data: Path, max_items: int | None, as_json: bool) -
     """Returns None when config.json has the statistics.
 
     Raises:
-        FileNotFoundError, ValueError: no folder of a saved model, no tokenized data set, or one of
-            another model.
+        FileNotFoundError, ValueError: no folder of a saved model, no tokenized data set, one of
+            another model, or a model whose latents are sequences.
     """
     console = Console(as_json)
     path = Path(model) / _persistence.CONFIG_NAME
     if not path.is_file():
         raise FileNotFoundError(f"stats: MODEL must be the folder of a saved model, got {model}")
     tokenizer = load_model(model)
+    if isinstance(tokenizer, VTok):
+        raise ValueError(
+            f"stats: MODEL must have latents that are grids or planes, got {tokenizer.name}, whose "
+            "sequences are not normalised"
+        )
     latents = LatentDataset(data)
     tokenizer.check_origin("stats", latents.manifest["model_id"])
     counter = StatisticsCounter()
