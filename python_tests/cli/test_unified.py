@@ -36,7 +36,7 @@ def test_ask(vtok, folders, video):
     assert plain.code == 0 and plain.err == ""
 
 
-def test_generate(vtok, folders, tmp_path):
+def test_generate(vtok, folders, written, tmp_path):
     out = tmp_path / "out.mp4"
     options = ("--frames", 6, "--height", 20, "--width", 24, "-o", out, "--json")
     result = vtok("generate", folders["lm"], "a red circle moves left", *options)
@@ -45,7 +45,8 @@ def test_generate(vtok, folders, tmp_path):
     assert frames.shape == (3, 6, 20, 24) and info.fps == 8
     again = tmp_path / "again.mp4"
     vtok("generate", folders["lm"], "a red circle moves left", *options[:6], "-o", again)
-    assert torch.equal(read_clip(again)[0], frames)
+    # What reaches the writer: x264 does not give the same file every time on a busy machine.
+    assert torch.equal(written[1], written[0]) and read_clip(again)[0].shape == frames.shape
 
 
 @pytest.mark.parametrize("kind", ["continuous", "fsq"])
