@@ -183,6 +183,24 @@ def test_directions_and_margins():
     assert verdict("a", "b", margin=-0.1) == "reversed"
 
 
+def test_two_metrics_of_one_row(tmp_path):
+    runs = {}
+    for seed in range(3):
+        run = finished("a", seed, [2.0, 2.1, 2.2], whole=1.0)
+        run.per_clip["other"] = [1.0 + 0.01 * seed, 1.1, 1.2]
+        runs["a", seed] = run
+    claim = Comparison("a", "a", "score", "c", margin=0.9, worse_metric="other")
+    found = judge(claim, runs)
+    assert found.verdict == "holds" and found.difference == pytest.approx(1 - 0.01 / 3)
+    with pytest.raises(ValueError, match="metric must be one of score, other, whole of a, got 'x'"):
+        judge(Comparison("a", "a", "score", "c", worse_metric="x"), runs)
+    with pytest.raises(ValueError, match="worse_metric must be text, got 3"):
+        Comparison("a", "a", "score", "c", worse_metric=3)
+    study = Study("n", "k", {"a": {}}, [0], comparisons=[claim])
+    write_report(study, tmp_path, tmp_path / "r.md")
+    assert "| c | score - other | a - a | - |" in (tmp_path / "r.md").read_text()
+
+
 def test_what_cannot_be_compared():
     claim = Comparison("a", "b", "score", "c")
     runs = {("a", 0): finished("a", 0, [1.0, 2.0]), ("b", 0): finished("b", 0, [1.0, 2.0], "y")}

@@ -131,7 +131,7 @@ def learn_by_heart(
     step, fraction = 0, 0.0
     while fraction < 1:
         _set_learning_rates(optimizers, peaks, step, fraction)
-        loss = _step(loss_of(step), parameters, optimizers)
+        loss = clipped_step(loss_of(step), parameters, optimizers)
         step += 1
         of_time = (time.monotonic() - start) / (max_seconds or math.inf)
         of_steps = step / (max_steps or math.inf)
@@ -207,12 +207,18 @@ def _set_learning_rates(
         group["lr"] = peak * scale
 
 
-def _step(
+def clipped_step(
     loss: torch.Tensor,
     parameters: list[nn.Parameter],
     optimizers: list[torch.optim.Optimizer],
 ) -> float:
-    """Returns the loss before this step's update."""
+    """Returns the loss before this step's update, whose gradient is clipped to norm 1.
+
+    Args:
+        loss: a scalar.
+        parameters: all that the optimizers hold.
+        optimizers: at the learning rates of the step.
+    """
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     loss.backward()

@@ -26,6 +26,7 @@ RunRow = Callable[[dict[str, Any], int, Path, Progress], RowResult]
 
 # kind -> module of this package that has its run_row; imported when a study of that kind runs.
 KINDS: dict[str, str | RunRow] = {
+    "coordtok": "vtok_ext.training.studies.coordtok_row",
     "promag": "vtok_ext.training.studies.promag_row",
     "vidtok": "vtok_ext.training.studies.vidtok_row",
     "vtok": "vtok_ext.training.studies.vtok_row",

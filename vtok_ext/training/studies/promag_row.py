@@ -16,26 +16,20 @@ same order. Trained stages are kept in the study's shared folder. Metrics per he
 
 With `overlap`, clips of `long_frames` are coded in chunks or as a stream; then metrics are psnr and
 boundary_jump at chunk borders. With `generator_work`, a SiT is trained on the latents instead, see
-`promag_generation`.
+`latent_generation`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from vtok_ext.data.atomic_output import output_file
 from vtok_ext.metrics import boundary_jump, psnr, ssim
-from vtok_ext.models._config import closest
 from vtok_ext.models._video_input import to_float
 from vtok_ext.models.promag import ProMAG
 from vtok_ext.models.promag_config import ProMAGConfig
@@ -51,18 +45,18 @@ from vtok_ext.training.growth_loss import KL_WEIGHT, growth_loss
 from vtok_ext.training.growth_work import step_multiply_adds
 from vtok_ext.training.optimizers import tokenizer_optimizers
 from vtok_ext.training.recipe import OptimizerRecipe
-from vtok_ext.training.studies.clip_store import clip_store, fingerprint
+from vtok_ext.training.studies.clip_measures import measure_clips
+from vtok_ext.training.studies.clip_store import clip_store
 from vtok_ext.training.studies.kinds import Progress, shared_folder
-from vtok_ext.training.studies.promag_generation import measure_generation
-from vtok_ext.training.studies.row_picture import reconstruction_picture
+from vtok_ext.training.studies.latent_generation import generation_result
 from vtok_ext.training.studies.row_result import RowResult
+from vtok_ext.training.studies.row_settings import read_settings
+from vtok_ext.training.studies.row_training import train_steps, trained_once
 
 METHODS = ("interpolated", "direct", "grown")
 BUDGETS = ("summed", "growth")
 # Beyond any number of training clips, so that the held-out ones are none of them.
 _HELD_OUT_SEED = 1_000_000_000
-_GRADIENT_CLIP = 1.0
-_PICTURE_FRAMES = 9
 
 
 @dataclass(frozen=True)
@@ -120,14 +114,7 @@ class PromagRow:
     @classmethod
     def of(cls, settings: dict[str, Any]) -> PromagRow:
         """Returns checked settings. Raises ValueError for a wrong key or value."""
-        known = [f.name for f in dataclasses.fields(cls)]
-        for key in settings:
-            if key not in known:
-                raise ValueError(
-                    f"study: settings of kind promag must be among {', '.join(known)}, "
-                    f"got {key!r}{closest(key, known)}"
-                )
-        return cls(**settings)
+        return read_settings(cls, "promag", settings)
 
 
 def run_row(settings: dict[str, Any], seed: int, folder: Path, progress: Progress) -> RowResult:
@@ -141,7 +128,10 @@ def run_row(settings: dict[str, Any], seed: int, folder: Path, progress: Progres
     shared = shared_folder(folder)
     model, work = _Stages(row, seed, shared, progress).trained()
     if row.generator_work is not None:
-        return _generation(model.eval(), row, seed, folder, progress)
+        clips = clip_store(shared, row.train_clips, CHUNK_FRAMES, row.size)
+        held_out = _held_out(row, shared, row.eval_clips, CHUNK_FRAMES)
+        tera = row.generator_work
+        return generation_result(model.eval(), clips, held_out, tera, seed, folder, progress)
     result = _measure(model.eval(), row, folder, picture=seed == 0)
     result.summary = {
         "million_parameters": sum(p.numel() for p in model.parameters()) / 1e6,
@@ -150,22 +140,8 @@ def run_row(settings: dict[str, Any], seed: int, folder: Path, progress: Progres
     return result
 
 
-def _generation(
-    model: Any, row: PromagRow, seed: int, folder: Path, progress: Progress
-) -> RowResult:
-    """Returns what a generator on the latents of a model measured."""
-    shared, frames = shared_folder(folder), CHUNK_FRAMES
-    clips = clip_store(shared, row.train_clips, frames, row.size)
-    held_out = clip_store(shared, row.eval_clips, frames, row.size, first_seed=_HELD_OUT_SEED)
-    work = 1e12 * (row.generator_work or 0.0)
-    summary, samples = measure_generation(model, clips, held_out, work, seed, progress)
-    result = RowResult(summary=summary, held_out=fingerprint(held_out))
-    if seed == 0:
-        shown = [to_float(video, torch.float32) for video in samples[:2]]
-        result.pictures = [
-            reconstruction_picture(folder / "samples.png", shown[0], shown[1], _PICTURE_FRAMES)
-        ]
-    return result
+def _held_out(row: PromagRow, shared: Path, num_clips: int, num_frames: int) -> Tensor:
+    return clip_store(shared, num_clips, num_frames, row.size, first_seed=_HELD_OUT_SEED)
 
 
 class _Stages:
@@ -220,55 +196,35 @@ class _Stages:
 
     def _train(self, model: Any, name: str, steps: int) -> int:
         """Returns the multiply-adds of training `model` in place, or of loading the result."""
-        from safetensors.torch import load_file, save_file
-
         row = self.row
         facts = [name, model.config.to_dict(), steps, row.batch_size, row.muon_lr, row.adam_lr]
         facts += [row.warmup, row.kl_weight, row.size, row.train_clips, self.seed]
         # The lineage in a grown model's configuration stands for how its base was trained.
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-        path = self.shared / f"promag-{digest}.safetensors"
         work = row.batch_size * steps * step_multiply_adds(model, *self.shape)
-        if path.exists():
-            model.load_state_dict(load_file(path))
-            return work
         if steps:
-            self._run(model, name, steps)
-            model.eval()
-            with output_file(path, "study") as partial:
-                save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial)
+            trained_once(model, self.shared, "promag", facts, lambda: self._run(model, name, steps))
         return work
 
     def _run(self, model: Any, name: str, num_steps: int) -> None:
         row = self.row
         if self.clips is None:
             self.clips = clip_store(self.shared, row.train_clips, CHUNK_FRAMES, row.size)
+        clips = self.clips
         torch.manual_seed(self.seed)
-        trained = [p for p in model.parameters() if p.requires_grad]
         settings = OptimizerRecipe(lr=row.adam_lr, muon_lr=row.muon_lr, betas=[0.9, 0.99])
         optimizers = list(tokenizer_optimizers(model, settings, []).values())
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        peaks = [group["lr"] for group in groups]
-        order = ClipOrder(len(self.clips), row.batch_size, seed=self.seed)
+        order = ClipOrder(len(clips), row.batch_size, seed=self.seed)
         model.train()
-        for step in range(num_steps):
-            rising = min(1.0, (step + 1) / max(1, row.warmup))
-            scale = rising * 0.5 * (1 + math.cos(math.pi * step / num_steps))
-            for group, peak in zip(groups, peaks, strict=True):
-                group["lr"] = peak * scale
+
+        def loss_of(step: int) -> Tensor:
             places = [index for _, index in order.places(step, 0)]
-            video = to_float(self.clips[places], torch.float32)
-            loss, terms = growth_loss(video, model(video), kl_weight=row.kl_weight)
-            if not math.isfinite(loss.item()):
-                raise RuntimeError(f"study: the loss became {loss.item()} at step {step}")
-            for optimizer in optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(trained, _GRADIENT_CLIP)
-            for optimizer in optimizers:
-                optimizer.step()
-            note = f"{name}, step {step}, L1 {terms['rec_loss'].item():.4f}"
-            self.progress(0.9 * step / num_steps, note)
+            video = to_float(clips[places], torch.float32)
+            return growth_loss(video, model(video), kl_weight=row.kl_weight)[0]
+
+        def on_step(step: int, loss: float) -> None:
+            self.progress(0.9 * step / num_steps, f"{name}, step {step}, loss {loss:.4f}")
+
+        train_steps(loss_of, optimizers, num_steps, warmup=row.warmup, on_step=on_step)
 
 
 def _reconstruct(model: Any, row: PromagRow, video: Tensor) -> Tensor:
@@ -283,35 +239,25 @@ def _reconstruct(model: Any, row: PromagRow, video: Tensor) -> Tensor:
     return F.interpolate(kept, size=list(video.shape[2:]), mode="trilinear", align_corners=True)
 
 
-@torch.no_grad()
 def _measure(model: Any, row: PromagRow, folder: Path, picture: bool) -> RowResult:
     """Returns metrics on the held-out clips."""
     is_long = row.overlap is not None
     num_clips, frames = row.eval_clips, CHUNK_FRAMES
     if is_long:
         num_clips, frames = row.long_clips, row.long_frames
-    shared = shared_folder(folder)
-    clips = clip_store(shared, num_clips, frames, row.size, first_seed=_HELD_OUT_SEED)
-    result = RowResult(held_out=fingerprint(clips))
-    values: dict[str, list[float]] = {}
-    for first in range(0, num_clips, row.batch_size):
-        video = to_float(clips[first : first + row.batch_size], torch.float32)
-        decoded = _reconstruct(model, row, video).clamp(-1, 1)
-        for a, b in zip(decoded.split(1), video.split(1), strict=True):
-            if is_long:
-                found = _long_metrics(a, b, max(0, row.overlap or 0))
-            else:
-                found = _clip_metrics(a, b, row.factor // 4)
-            for name, value in found.items():
-                values.setdefault(name, []).append(value)
-        if picture and first == 0:
-            result.pictures = [
-                reconstruction_picture(
-                    folder / "held-out.png", video[0], decoded[0], _PICTURE_FRAMES
-                )
-            ]
-    result.per_clip = values
-    return result
+
+    def metrics(a: Tensor, b: Tensor) -> dict[str, float]:
+        if is_long:
+            return _long_metrics(a, b, max(0, row.overlap or 0))
+        return _clip_metrics(a, b, row.factor // 4)
+
+    return measure_clips(
+        _held_out(row, shared_folder(folder), num_clips, frames),
+        lambda video: _reconstruct(model, row, video),
+        metrics,
+        batch_size=row.batch_size,
+        picture=folder / "held-out.png" if picture else None,
+    )
 
 
 def _clip_metrics(a: Tensor, b: Tensor, step: int) -> dict[str, float]:

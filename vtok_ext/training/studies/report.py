@@ -106,7 +106,8 @@ def _claim_lines(found: list[tuple[Comparison, Verdict]]) -> list[str]:
         if verdict.low is not None and verdict.high is not None:
             interval = f"{_number(verdict.low)} to {_number(verdict.high)}"
         difference = "-" if verdict.difference is None else _number(verdict.difference)
-        metric = comparison.metric + (" (lower)" if comparison.direction == "lower" else "")
+        metric = " - ".join(filter(None, [comparison.metric, comparison.worse_metric]))
+        metric += " (lower)" if comparison.direction == "lower" else ""
         reason = f" ({verdict.reason})" if verdict.reason else ""
         lines.append(
             f"| {comparison.claim} | {metric} | {comparison.better} - {comparison.worse} | "

@@ -45,6 +45,8 @@ class Comparison:
         margin: smallest difference that counts, in the metric's unit; below zero it says how much
             worse `better` may be ("is not worse by more than").
         direction: "higher" or "lower", which values of the metric are better.
+        worse_metric: of `worse`, where it is another one: two metrics of a single row can be
+            compared as well. Values are paired in the order that they have.
     """
 
     better: str
@@ -53,11 +55,14 @@ class Comparison:
     claim: str
     margin: float = 0.0
     direction: str = "higher"
+    worse_metric: str | None = None
 
     def __post_init__(self) -> None:
         """Checks every field."""
         for name in ("better", "worse", "metric", "claim"):
             _require(isinstance(getattr(self, name), str), name, "text", getattr(self, name))
+        if self.worse_metric is not None:
+            _require(isinstance(self.worse_metric, str), "worse_metric", "text", self.worse_metric)
         number = isinstance(self.margin, int | float) and not isinstance(self.margin, bool)
         _require(number, "margin", "a number", self.margin)
         _require(self.direction in DIRECTIONS, "direction", f"one of {DIRECTIONS}", self.direction)

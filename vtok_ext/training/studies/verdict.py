@@ -101,7 +101,7 @@ def judge(comparison: Comparison, runs: dict[tuple[str, int], FinishedRun]) -> V
         return Verdict("undecided", None, None, None, 0, "no seed has both rows")
     pairs = [(better[seed], worse[seed]) for seed in seeds]
     sign = 1.0 if comparison.direction == "higher" else -1.0
-    differences = sign * np.stack([_difference(a, b, comparison.metric) for a, b in pairs])
+    differences = sign * np.stack([_difference(a, b, comparison) for a, b in pairs])
     mean = float(differences.mean())
     if differences.shape[1] > 1:
         low, high = bootstrap_interval(differences)
@@ -118,9 +118,10 @@ def judge(comparison: Comparison, runs: dict[tuple[str, int], FinishedRun]) -> V
     return Verdict("undecided", mean, low, high, len(seeds), "the interval meets the margin")
 
 
-def _difference(a: FinishedRun, b: FinishedRun, metric: str) -> np.ndarray:
+def _difference(a: FinishedRun, b: FinishedRun, comparison: Comparison) -> np.ndarray:
     """Returns [C] differences per clip, or [1] of a summary."""
-    for run in (a, b):
+    names = (comparison.metric, comparison.worse_metric or comparison.metric)
+    for run, metric in zip((a, b), names, strict=True):
         if metric not in run.metric_names():
             raise ValueError(
                 f"study: metric must be one of {', '.join(run.metric_names())} of "
@@ -131,9 +132,9 @@ def _difference(a: FinishedRun, b: FinishedRun, metric: str) -> np.ndarray:
             f"study: {a.row} and {b.row} must be measured on the same clips, "
             f"got {a.held_out} and {b.held_out}"
         )
-    if metric in a.summary or metric in b.summary:
-        return np.array([a.mean(metric) - b.mean(metric)])
-    left, right = np.array(a.per_clip[metric]), np.array(b.per_clip[metric])
+    if names[0] in a.summary or names[1] in b.summary:
+        return np.array([a.mean(names[0]) - b.mean(names[1])])
+    left, right = np.array(a.per_clip[names[0]]), np.array(b.per_clip[names[1]])
     if left.shape != right.shape:
         raise ValueError(
             f"study: {a.row} and {b.row} must have as many values of {metric}, "

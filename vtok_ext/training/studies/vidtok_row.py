@@ -10,32 +10,31 @@ codebook_use, perplexity and tokens of `usage_clips` clips; million_parameters; 
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from vtok_ext.metrics import CodebookCounter, psnr, ssim
-from vtok_ext.models._config import closest
 from vtok_ext.models.vidtok import VidTok
 from vtok_ext.models.vidtok_config import VidTokConfig
 from vtok_ext.training.clip_order import ClipOrder
 from vtok_ext.training.overfit import center_latent, muon_and_adamw
 from vtok_ext.training.start_weights import start
+from vtok_ext.training.studies.clip_measures import strata
 from vtok_ext.training.studies.clip_store import clip_store, fingerprint
 from vtok_ext.training.studies.kinds import Progress, shared_folder
 from vtok_ext.training.studies.row_picture import reconstruction_picture
 from vtok_ext.training.studies.row_result import RowResult
+from vtok_ext.training.studies.row_settings import read_settings
+from vtok_ext.training.studies.row_training import train_steps
 from vtok_ext.training.tokenizer_task import to_video
 
 # Beyond any number of training clips, so that the held-out ones are none of them.
 _HELD_OUT_SEED = 1_000_000_000
-_GRADIENT_CLIP = 1.0
 _CENTERING_CLIPS = 16
 _PICTURE_FRAMES = 6
 
@@ -92,14 +91,7 @@ class VidTokRow:
         Raises:
             ValueError: a wrong key, which names the closest, or a wrong value.
         """
-        known = [f.name for f in dataclasses.fields(cls)]
-        for key in settings:
-            if key not in known:
-                raise ValueError(
-                    f"study: settings of kind vidtok must be among {', '.join(known)}, "
-                    f"got {key!r}{closest(key, known)}"
-                )
-        row = cls(**settings)
+        row = read_settings(cls, "vidtok", settings)
         if row.model.get("regularizer") == "kl":
             raise ValueError("study: model must be discrete, its loss has no KL term, got kl")
         if not 1 <= row.eval_clips <= row.usage_clips:
@@ -188,40 +180,27 @@ def _train(
     for part in frozen:
         if part is not None:
             part.requires_grad_(False)
-    trained = [p for p in model.parameters() if p.requires_grad]
     optimizers = muon_and_adamw(model, stage.lr, row.adam_lr * stage.lr / row.lr)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    peaks = [group["lr"] for group in groups]
     order = ClipOrder(len(clips), stage.batch_size, seed=seed)
     model.train()
     if done == 0 and row.center_latent:
         center_latent(model, to_video(clips[:_CENTERING_CLIPS]))
-    for step in range(stage.steps):
-        for group, peak in zip(groups, peaks, strict=True):
-            group["lr"] = peak * _schedule(step, stage.steps, row.warmup)
+
+    def loss_of(step: int) -> Tensor:
         places = [index for _, index in order.places(step, 0)]
         video = to_video(clips[places])
-        output = model(video, step=done, compute_loss=not stage.freeze_encoder)
+        output = model(video, step=done + step, compute_loss=not stage.freeze_encoder)
         loss = (output.reconstruction - video).square().mean()
-        note = f"step {done}, loss {loss.item():.4f}"
         auxiliary = output.encoding.losses.get("aux_loss")
         if auxiliary is not None and not stage.freeze_encoder:
             loss = loss + row.aux_weight * auxiliary
-        if not math.isfinite(loss.item()):
-            raise RuntimeError(f"study: the loss became {loss.item()} at step {done}")
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, _GRADIENT_CLIP)
-        for optimizer in optimizers:
-            optimizer.step()
-        done += 1
-        progress(0.9 * done / total, note)
-    return done
+        return loss
 
+    def on_step(step: int, loss: float) -> None:
+        progress(0.9 * (done + step + 1) / total, f"step {done + step}, loss {loss:.4f}")
 
-def _schedule(step: int, num_steps: int, warmup: int) -> float:
-    return min(1.0, (step + 1) / max(1, warmup)) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+    train_steps(loss_of, optimizers, stage.steps, warmup=row.warmup, on_step=on_step)
+    return done + stage.steps
 
 
 @torch.no_grad()
@@ -264,7 +243,7 @@ def _measure(
                     )
                 ]
         progress(0.9 + 0.1 * first / row.usage_clips, "measuring")
-    result.per_clip = values | _strata(values["psnr"], motion, row.strata)
+    result.per_clip = values | strata("psnr_motion", values["psnr"], motion, row.strata)
     if counter is not None:
         usage = counter.result()
         result.summary = {
@@ -274,13 +253,3 @@ def _measure(
             "tokens": float(usage.num_tokens),
         }
     return result
-
-
-def _strata(values: list[float], motion: list[float], count: int) -> dict[str, list[float]]:
-    """Returns PSNR of the clips of each stratum, from the slowest to the fastest."""
-    order = sorted(range(len(motion)), key=motion.__getitem__)
-    found = {}
-    for i in range(count):
-        part = order[i * len(order) // count : (i + 1) * len(order) // count]
-        found[f"psnr_motion_{i + 1}"] = [values[clip] for clip in sorted(part)]
-    return found

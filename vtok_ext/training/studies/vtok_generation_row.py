@@ -11,14 +11,13 @@ the decoder's loss on true, teacher-forced and generated tokens, cpu_seconds.
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtok_ext.data.captioned import (
     CaptionedClips,
@@ -38,11 +37,11 @@ from vtok_ext.training.clip_order import ClipOrder
 from vtok_ext.training.studies.clip_store import fingerprint
 from vtok_ext.training.studies.kinds import Progress, shared_folder
 from vtok_ext.training.studies.row_result import RowResult
+from vtok_ext.training.studies.row_training import train_steps
 from vtok_ext.training.studies.vtok_clips import HELD_OUT_SEED, trained_encoder
 from vtok_ext.training.studies.vtok_row import VTokRow
 from vtok_ext.training.studies.vtok_tokens import VideoStudyLM
 
-_GRADIENT_CLIP = 1.0
 _PICTURE_FRAMES, _PICTURE_SCALE = 6, 2
 
 
@@ -121,22 +120,16 @@ def _train(
     order = ClipOrder(len(videos), row.batch_size, seed=seed)
     chooser = torch.Generator().manual_seed(seed)
     model.train()
-    for step in range(row.steps):
-        scale = min(1.0, (step + 1) / max(1, row.warmup))
-        for group in optimizer.param_groups:
-            group["lr"] = row.lr * scale * 0.5 * (1 + math.cos(math.pi * step / row.steps))
+
+    def loss_of(step: int) -> Tensor:
         places = [index for _, index in order.places(step, 0)]
         turns = [_turn(clips, index, row.generation, chooser) for index in places]
-        losses = model(videos[places], turns, step=step, generators=chooser)
-        loss = losses["loss"]
-        if not math.isfinite(loss.item()):
-            raise RuntimeError(f"study: the loss became {loss.item()} at step {step}")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, _GRADIENT_CLIP)
-        optimizer.step()
-        note = ", ".join(f"{name} {float(value):.3f}" for name, value in losses.items())
-        progress(0.1 + 0.8 * step / row.steps, f"step {step}, {note}")
+        return model(videos[places], turns, step=step, generators=chooser)["loss"]
+
+    def on_step(step: int, loss: float) -> None:
+        progress(0.1 + 0.8 * step / row.steps, f"step {step}, loss {loss:.3f}")
+
+    train_steps(loss_of, [optimizer], row.steps, warmup=row.warmup, on_step=on_step)
 
 
 def _turn(clips: CaptionedClips, index: int, generation: float, chooser: torch.Generator) -> Turn:

@@ -10,19 +10,16 @@ question. Of the run: tokens, train_seconds, cpu_seconds.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtok_ext.data.captioned import QUESTION_KINDS, CaptionedClips
 from vtok_ext.data.captioned.questions import vocabulary
-from vtok_ext.models._config import closest
 from vtok_ext.models.vision_encoder import SmallViT
 from vtok_ext.models.vtok import VTok
 from vtok_ext.models.vtok_config import VTokConfig
@@ -32,6 +29,8 @@ from vtok_ext.models.vtok_text import WordTokenizer
 from vtok_ext.training.clip_order import ClipOrder
 from vtok_ext.training.studies.kinds import Progress, shared_folder
 from vtok_ext.training.studies.row_result import RowResult
+from vtok_ext.training.studies.row_settings import read_settings
+from vtok_ext.training.studies.row_training import train_steps
 from vtok_ext.training.studies.vtok_clips import HELD_OUT_SEED, EncoderSettings, StudyClips
 from vtok_ext.training.studies.vtok_tokens import StudyLM
 
@@ -40,7 +39,6 @@ GROUPS = {
     "motion": ("direction", "speed"),
     "events": ("reversal", "blink", "appearance", "appearing shape", "order"),
 }
-_GRADIENT_CLIP = 1.0
 
 
 _Row = TypeVar("_Row", bound="VTokRow")
@@ -92,17 +90,10 @@ class VTokRow:
     @classmethod
     def of(cls: type[_Row], settings: dict[str, Any]) -> _Row:
         """Returns checked settings. Raises ValueError for a wrong key, naming the closest."""
-        known = [f.name for f in dataclasses.fields(cls)]
-        for key in settings:
-            if key not in known:
-                raise ValueError(
-                    f"study: settings of kind {cls.kind} must be among {', '.join(known)}, "
-                    f"got {key!r}{closest(key, known)}"
-                )
         plain: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()
         }
-        return cls(**plain)
+        return read_settings(cls, cls.kind, plain)
 
     def encoder(self) -> EncoderSettings:
         """Returns the settings that all rows share."""
@@ -194,24 +185,20 @@ def _train(model: StudyLM, row: VTokRow, stock: StudyClips, seed: int, progress:
     asked = [stock.questions(i) for i in range(len(stock.maps))]
     chooser = torch.Generator().manual_seed(seed)
     model.train()
-    for step in range(row.steps):
-        scale = min(1.0, (step + 1) / max(1, row.warmup))
-        for group in optimizer.param_groups:
-            group["lr"] = row.lr * scale * 0.5 * (1 + math.cos(math.pi * step / row.steps))
+
+    def loss_of(step: int) -> Tensor:
         places = [index for _, index in order.places(step, 0)]
         turns = []
         for index in places:
             number = int(torch.randint(len(asked[index]), (), generator=chooser))
             question = asked[index][number]
             turns.append(Turn(UNDERSTANDING, question.text, question.answer))
-        loss = model(stock.maps[places].float(), turns, step=step)["loss"]
-        if not math.isfinite(loss.item()):
-            raise RuntimeError(f"study: the loss became {loss.item()} at step {step}")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, _GRADIENT_CLIP)
-        optimizer.step()
-        progress(0.2 + 0.7 * step / row.steps, f"step {step}, loss {loss.item():.3f}")
+        return model(stock.maps[places].float(), turns, step=step)["loss"]
+
+    def on_step(step: int, loss: float) -> None:
+        progress(0.2 + 0.7 * step / row.steps, f"step {step}, loss {loss:.3f}")
+
+    train_steps(loss_of, [optimizer], row.steps, warmup=row.warmup, on_step=on_step)
 
 
 @torch.no_grad()
