@@ -5,7 +5,7 @@ import torch
 
 import vtok_ext as vt
 from vtok_ext.models import VidTok, VidTokConfig
-from vtok_ext.models.multiply_adds import count_multiply_adds
+from vtok_ext.models.multiply_adds import count_multiply_adds, multiply_adds_of
 
 KL = "vidtok_kl_causal_488_4chn"
 ABLATIONS = [f"{KL}_full_3d", f"{KL}_without_blender", f"{KL}_without_3d"]
@@ -39,6 +39,13 @@ def test_work_is_that_of_the_padded_clip():
     whole = count_multiply_adds(VidTok, config, 17, 64, 64)
     assert count_multiply_adds(VidTok, config, 14, 57, 60) == whole
     assert count_multiply_adds(VidTok, config, 13, 64, 64) < whole
+
+
+def test_a_model_with_weights_does_the_work_of_its_configuration(build):
+    """Although its pass in place runs operations that no counter of products knows."""
+    model = build(KL)
+    work = multiply_adds_of(lambda: model.run_networks(1, 9, 32, 32))
+    assert work == count_multiply_adds(VidTok, model.config, 9, 32, 32)
 
 
 def test_work_of_one_convolution():

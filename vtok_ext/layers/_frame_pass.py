@@ -10,7 +10,8 @@ Functional layers allocate every activation; at 17x128x128 that is 5 million pag
 of the time. Here every page is touched once, the activations of a chunk stay in the cache, and
 the peak is that of a chunk. A layer's parameters are read outside its `forward`, hence only while
 nobody could tell: `runs_in_place` says no with gradients, under torch.compile, with hooks,
-parametrizations, replaced classes (adapters), another device or dtype.
+parametrizations, replaced classes (adapters), modes that watch operations (counters of products
+know PyTorch's), another device or dtype.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ def runs_in_place(network: nn.Module, x: Tensor, containers: Collection[type]) -
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     if type(x) not in TENSORS or x.device.type != "cpu" or x.numel() == 0:
+        return False
+    if type(x) is Tensor and torch._C._len_torch_dispatch_stack():
         return False
     first = next(network.parameters())
     dtype = autocast_dtype("cpu") or x.dtype

@@ -31,7 +31,9 @@ _LAYOUT = torch.channels_last_3d
 #     3 -> 128, 22x128x128: im2col 190, oneDNN 76; with gradients 562, as a batch of two 986
 # So is a kernel of 1x1 within frames on one thread. Forwards oneDNN is therefore called by name.
 # Gradients would be sent back to im2col; there the item is doubled, with a gradient of zero for the
-# copy, which selects oneDNN and pays from about 16 channels on. bfloat16 always takes oneDNN.
+# copy, which selects oneDNN and pays from about 16 channels on, unless the weight is heavy (below):
+#     256 channels, 6x8x8 (18): im2col 7, oneDNN as a batch of two 11; 512, 5x8x8 (43) 20 / 60
+# bfloat16 always takes oneDNN.
 SMALL_ELEMENTS = 20480
 DOUBLING_PAYS_CHANNELS = 16
 
@@ -46,7 +48,10 @@ DOUBLING_PAYS_CHANNELS = 16
 #     512 channels, 3x4x4 (288) 6.3 / 2.8 / 2.0; 3x8x8 (72) 7.6 / 4.2 / 5.4; 7x8x8 (31) 14 / 12
 #         / 23; 5x18x18 (9) 29 / 21
 #     256 channels, 4x8x8 (27) 1.5 / 1.3 / 2.6; 4x16x16 (7) 4.4 / 4.6 / 10
-HEAVY_WEIGHT = 8
+# On another processor, 512 channels, as they are / contiguous:
+#     7x16x16 (8) 71 / 59, input gradient 94 / 81, weight gradient 108 / 93; 9x16x16 (6) 109 / 102,
+#         123 / 108, 132 / 113; 13x16x16 (4) 161 / 141, 218 / 188, 220 / 217
+HEAVY_WEIGHT = 5
 GEMM_WEIGHT = 80
 
 # Note [Kernels along time on the CPU]
@@ -276,7 +281,7 @@ def _convolve(
     dilation: Sequence[int] = g.dilation
     pads: Sequence[int] = padding
     is_single = frames.dtype == torch.float32
-    if weight.numel() > HEAVY_WEIGHT * (1 if is_single else 3) * frames.numel():
+    if _is_heavy(weight, frames):
         frames = frames.contiguous()
         is_plain = g.groups == 1 and all(n == 1 for n in dilation)
         if is_single and is_plain and weight.numel() > GEMM_WEIGHT * frames.numel():
@@ -291,6 +296,11 @@ def _convolve(
     else:
         y = torch.convolution(frames, weight, bias, stride, pads, dilation, False, [0], g.groups)
     return views.from_lines(y, height) if as_lines else y
+
+
+def _is_heavy(weight: Tensor, frames: Tensor) -> bool:
+    factor = HEAVY_WEIGHT * (1 if frames.dtype == torch.float32 else 3)
+    return weight.numel() > factor * frames.numel()
 
 
 def _folds(x: Tensor, weight: Tensor, state: Tensor | None, g: Geometry) -> bool:
@@ -349,8 +359,10 @@ def _backward(
     if as_lines:
         grad, frames, weight = views.lines(grad), views.lines(frames), weight[..., 0]
         stride, dilation, pads = stride[:2], dilation[:2], pads[:2]
-    items = frames.shape[0]
-    if _is_small(frames) and frames.shape[1] >= DOUBLING_PAYS_CHANNELS:
+    items, is_heavy = frames.shape[0], _is_heavy(weight, frames)
+    if is_heavy and not (as_images or as_lines):
+        grad, frames = grad.contiguous(), frames.contiguous()
+    if _is_small(frames) and frames.shape[1] >= DOUBLING_PAYS_CHANNELS and not is_heavy:
         frames = torch.cat([frames, frames])
         grad = torch.cat([grad, torch.zeros_like(grad)])
     grad_frames, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
