@@ -12,6 +12,7 @@ runs. Upsampling rows include the upsampling. The floor is the greater of two ti
 the rate of the fastest product of matrices or images measured in this run, and copying the bytes.
 """
 
+import math
 import os
 from collections import Counter
 from functools import cache
@@ -127,7 +128,8 @@ def agree(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def make_case(name: str, shape: ConvShape, count: int, dtype: torch.dtype, direction: str) -> Case:
     t, h, w = shape.output
     elements = shape.channels * shape.frames * shape.height * shape.width
-    elements += shape.columns * t * h * w + shape.columns * shape.channels * 27
+    elements += shape.columns * t * h * w
+    elements += shape.columns * shape.channels * math.prod(shape.kernel)
     label = f"{name}: {count} x {shape.name}, {shape.flops / 1e9:.1f} GFLOP"
     return Case(
         "causal_conv3d",

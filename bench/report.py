@@ -147,10 +147,29 @@ def table(name: str) -> str:
             "|---" * len(head) + "|",
             *rows,
             "",
+            *(convolution_sums(result) if name == "causal_conv3d" else []),
         ]
     if not any(is_gpu(r) for r in results):
         lines += [NO_GPU, ""]
     return "\n".join(lines)
+
+
+def convolution_sums(result: dict) -> list[str]:
+    """Lines with the sum over all convolutions of a network, each as often as it runs."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for case in result["cases"]:
+        network = case["shape"].partition(":")[0]
+        groups.setdefault((network, case["direction"]), []).append(case)
+    lines = []
+    for (network, direction), cases in groups.items():
+        for allocation in ("default", "tuned"):
+            ratio = ratios(cases, EAGER, allocation)
+            if ratio != "-":
+                lines.append(
+                    f"- {network}, {direction}, {allocation} allocator: {ratio} the best of both "
+                    f"PyTorch forms of each shape ({len(cases)} shapes)."
+                )
+    return [*lines, ""]
 
 
 def ratios(cases: Iterable[dict], baselines: tuple[str, ...], allocation: str) -> str:

@@ -6,7 +6,7 @@ import sys
 import torch
 
 import vtok_ext as vt
-from vtok_ext.cli.conv3d_advice import known_problems
+from vtok_ext.cli.conv3d_advice import known_problems, paths
 from vtok_ext.cli.doctor import _warnings, examine, loaded_openmp_runtimes
 
 
@@ -109,9 +109,20 @@ def test_doctor_names_torch_and_cudnn_pairs_with_bad_convolutions(vtok):
     assert known_problems("2.8.0+cu128", 90701) == []
     report = vtok("doctor", "--json").json
     assert report["conv3d"]["path_on_cpu"] == "oneDNN through torch"
-    assert report["conv3d"]["path_on_cuda"] == "kernels of vtok_ext, no cuDNN"
+    assert report["conv3d"]["path_on_cuda"] == paths(vt.build_info(), True)[0]
     report["conv3d"]["known_of_torch_conv3d"] = ["slow"]
     assert "torch.nn.Conv3d: slow" in _warnings(report)
+
+
+def test_doctor_says_what_runs_convolutions():
+    with_cuda, without = (
+        {"native": True, "cuda_version": "13.0"},
+        {"native": True, "cuda_version": None},
+    )
+    assert paths(with_cuda, True) == ("kernels of vtok_ext, no cuDNN", "oneDNN through torch")
+    assert paths(without, False) == ("none: built without CUDA", "torch without oneDNN: slow")
+    for path in paths({**with_cuda, "native": False}, True):
+        assert "VTOK_NATIVE=0" in path
 
 
 def test_importing_the_package_is_light():

@@ -108,3 +108,17 @@ def test_bad_state():
     layer = CausalConv3d(4, 4, stride=2)
     with pytest.raises(ValueError, match=r"state must be \[2, 4, 1\.\.2, 5, 6\], got \[2, 4, 3, 5"):
         layer(video(2, 4, 1, 5, 6), video(2, 4, 3, 5, 6))
+
+
+def test_hooked_child_streams_as_a_plain_one():
+    """No whole-clip convolution is streamed; a chunk without outputs has gradients, zeros."""
+    centred = CausalConv3d(4, 4, temporal="same")
+    layer = CausalConv3d(4, 4, stride=2)
+    for module in (centred.conv, layer.conv):
+        module.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match='state must be None with temporal="same"'):
+        centred(video(1, 4, 3, 4, 4), return_state=True)
+    x = video(1, 4, 1, 4, 4).requires_grad_()
+    y = layer(x)
+    assert y.shape == (1, 4, 0, 4, 4)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.zeros_like(x))

@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import vtok_ext as vt
 from vtok_ext.ops import _causal_conv3d_cpu as cpu
+from vtok_ext.ops import _causal_conv3d_function as causal_conv3d_function
 from vtok_ext.ops._causal_conv3d_geometry import make_geometry
 from vtok_ext.ops.causal_conv3d import causal_conv3d_reference
 
@@ -103,6 +104,17 @@ def test_folded_upsampling(upsample, temporal, groups, batch, monkeypatch):
     assert torch.allclose(chunked, whole, atol=1e-10)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_one_frame_doubled_in_space(stride, monkeypatch):
+    """Kernel (1, 3, 3): a transposed convolution where that pays, unless frames are left out."""
+    x = video(2, 8, 4, 4, 5, dtype=torch.float64)
+    weight, bias = video(6, 8, 1, 3, 3, dtype=torch.float64), video(6).double()
+    options = {"upsample": "space", "stride": stride}
+    monkeypatch.setattr(cpu, "FOLDING_PAYS_POSITIONS", 0)
+    expected = causal_conv3d_reference(x, weight, bias, **options)
+    assert torch.allclose(vt.causal_conv3d(x, weight, bias, **options), expected, atol=1e-10)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"stride": 2}, {"dilation": 2}, {"groups": 2}])
 @pytest.mark.parametrize("size", [2, 6, 20])
@@ -111,11 +123,16 @@ def test_heavy_weights(size, options, dtype):
     x = video(1, 96, 3, size, size, dtype=dtype)
     weight = video(96, 96 // options.get("groups", 1), 3, 3, 3, dtype=dtype, seed=1) / 50
     bias = video(96, dtype=dtype, seed=2)
-    got = vt.causal_conv3d(x, weight, bias, **options)
-    want = causal_conv3d_reference(x.double(), weight.double(), bias.double(), **options)
-    assert got.is_contiguous(memory_format=LAYOUT)
+    leaves = [leaf.requires_grad_() for leaf in (x, weight, bias)]
+    double = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    y, expected = vt.causal_conv3d(*leaves, **options), causal_conv3d_reference(*double, **options)
+    direction = video(*y.shape, dtype=dtype, seed=3)
+    found = torch.autograd.grad(y, leaves, direction)
+    right = torch.autograd.grad(expected, double, direction.double())
+    assert y.is_contiguous(memory_format=LAYOUT) and found[0].is_contiguous(memory_format=LAYOUT)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    assert (got - want).abs().max() <= tolerance * want.abs().max()
+    for got, want in zip((y, *found), (expected, *right), strict=True):
+        assert (got - want).abs().max() <= tolerance * want.abs().max()
 
 
 def run_in_chunks(x, weight, bias, plan, outputs, **options):
@@ -242,6 +259,47 @@ def test_gradient_of_the_state():
     assert torch.autograd.gradcheck(function, (x, state))
 
 
+@pytest.mark.parametrize("frozen", [{"weight"}, {"bias"}, {"x", "weight"}, {"x", "bias"}])
+def test_gradients_of_some(frozen, backend, monkeypatch):
+    """As with all; the gradient of a weight, as much work as the convolution, only if it trains."""
+    function, calls = causal_conv3d_function._causal_conv3d_weight_gradient, []
+    monkeypatch.setattr(
+        causal_conv3d_function,
+        "_causal_conv3d_weight_gradient",
+        lambda *arguments: calls.append(1) or function(*arguments),
+    )
+    tensors = {"x": video(1, 8, 3, 4, 4), "weight": video(8, 8, 3, 3, 3), "bias": video(8)}
+    tensors = {name: t.to(backend.device).requires_grad_() for name, t in tensors.items()}
+    y = vt.causal_conv3d(**tensors, activation="silu")
+    everything = dict(zip(tensors, torch.autograd.grad(y.sum(), tensors.values()), strict=True))
+    calls.clear()
+    for name in frozen:
+        tensors[name] = tensors[name].detach()
+    trained = {name: t for name, t in tensors.items() if name not in frozen}
+    found = torch.autograd.grad(
+        vt.causal_conv3d(**tensors, activation="silu").sum(), trained.values()
+    )
+    assert len(calls) == ("weight" in trained)
+    for name, grad in zip(trained, found, strict=True):
+        assert torch.allclose(grad, everything[name], rtol=1e-5, atol=1e-4)
+
+
+def test_what_came_before_an_activation_is_kept_for_gradients_only(monkeypatch):
+    forward, kept = causal_conv3d_function._causal_conv3d_forward, []
+    monkeypatch.setattr(
+        causal_conv3d_function,
+        "_causal_conv3d_forward",
+        lambda *arguments: kept.append(arguments[9]) or forward(*arguments),
+    )
+    x, weight, mix = video(1, 4, 2, 4, 4), video(4, 4, 1, 1, 1), torch.zeros(1)
+    vt.causal_conv3d(x, weight, activation="silu", blend=(x, mix))
+    vt.causal_conv3d(x, weight.requires_grad_(), blend=(x, mix)).sum().backward()
+    assert kept == [False, False]
+    vt.causal_conv3d(x, weight, activation="silu").sum().backward()
+    vt.causal_conv3d(x, weight, blend=(x, mix.requires_grad_())).sum().backward()
+    assert kept[2:] == [True, True]
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, LAYOUT])
 def test_gradients_in_any_layout_are_taken(memory_format, backend):
     x, weight = video(2, 8, 2, 4, 4).to(backend.device), video(8, 8, 3, 3, 3).to(backend.device)
@@ -279,6 +337,8 @@ def test_small_batches_take_another_path_with_the_same_result(channels):
         (64, {"dilation": 2, "temporal": "valid"}),
         (64, {"stride": 2}),
         (64, {"groups": 2}),
+        (64, {"temporal": "same"}),
+        (64, {"temporal": "same", "dilation": 4, "bias": True}),  # an outer tap sees 3 of 7 frames
     ],
 )
 def test_kernels_along_time_against_float64(channels, options, dtype):
@@ -389,6 +449,17 @@ def call(x=(1, 4, 3, 5, 6), weight=(4, 4, 3, 3, 3), bias=None, **options):
             ValueError,
             r"spatial_padding must be .*, got \(\(0, 1\),\)",
             {"spatial_padding": ((0, 1),)},
+        ),
+        (ValueError, "spatial_padding must be .*, got 1", {"spatial_padding": 1}),
+        (ValueError, r"spatial_padding must be .*, got \(1, 1\)", {"spatial_padding": (1, 1)}),
+        (ValueError, r"spatial_padding must be .*-1", {"spatial_padding": ((0, 0), (-1, 0))}),
+        (ValueError, "stride must be an integer .*, got 2.0", {"stride": 2.0}),
+        (TypeError, "residual must be a torch.Tensor, got float", {"residual": 1.0}),
+        (TypeError, "state must be a torch.Tensor, got int", {"state": 0}),
+        (
+            TypeError,
+            "mix_factor must be a torch.Tensor, got float",
+            {"blend": (torch.zeros(1, 4, 3, 5, 6), 0.3)},
         ),
         (ValueError, "upsample must be one of .*, got 'both'", {"upsample": "both"}),
         (ValueError, "activation must be one of .*, got 'relu'", {"activation": "relu"}),

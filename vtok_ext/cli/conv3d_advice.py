@@ -1,7 +1,8 @@
 """What is known of 3-D convolution in this torch, and which path this package takes.
 
 Users of networks on plain torch.nn.Conv3d meet these; `causal_conv3d` runs kernels of its own on
-CUDA and oneDNN on CPUs, so that none of them touches it. Sources: issues 163539, 166643 and 174051
+CUDA and oneDNN on CPUs, and its definition (VTOK_NATIVE=0) computes in float32, so that none of
+them touches it. Sources: issues 163539, 166643 and 174051
 of pytorch/pytorch.
 """
 
@@ -11,17 +12,35 @@ from typing import Any
 
 import torch
 
+from vtok_ext._native import build_info
+
+_DEFINITION = "its definition in plain torch (VTOK_NATIVE=0): slow"
+
 
 def conv3d_state() -> dict[str, Any]:
     """Returns this package's path and what is known of the installed torch and cuDNN."""
     cudnn = torch.backends.cudnn.version() if torch.version.cuda else None
-    has_onednn = torch.backends.mkldnn.is_available()
+    on_cuda, on_cpu = paths(build_info(), torch.backends.mkldnn.is_available())
     return {
-        "path_on_cuda": "kernels of vtok_ext, no cuDNN",
-        "path_on_cpu": "oneDNN through torch" if has_onednn else "torch without oneDNN: slow",
+        "path_on_cuda": on_cuda,
+        "path_on_cpu": on_cpu,
         "cudnn": cudnn,
         "known_of_torch_conv3d": known_problems(torch.__version__, cudnn),
     }
+
+
+def paths(build: dict[str, Any], has_onednn: bool) -> tuple[str, str]:
+    """Returns what runs a causal convolution on CUDA and on a CPU.
+
+    Args:
+        build: as `build_info()`.
+        has_onednn: whether this torch has oneDNN.
+    """
+    if not build["native"]:
+        return _DEFINITION, _DEFINITION
+    has_kernels = build["cuda_version"] is not None
+    on_cuda = "kernels of vtok_ext, no cuDNN" if has_kernels else "none: built without CUDA"
+    return on_cuda, "oneDNN through torch" if has_onednn else "torch without oneDNN: slow"
 
 
 def known_problems(torch_version: str, cudnn: int | None) -> list[str]:

@@ -159,13 +159,13 @@ class _CausalConv(nn.Module):
         self.temporal, self.front, self.spatial_padding = temporal, front, spatial_padding
         self.upsample, self.activation = upsample, activation
 
-    def pad(self, x: Tensor, state: Tensor | None = None) -> Tensor:
+    def pad(self, x: Tensor, state: Tensor | None = None, return_state: bool = False) -> Tensor:
         """Returns [B, C, p + T, H, W], the frames that the convolution consumes.
 
         Frames that `upsample="time"` repeats are repeated here.
         """
         g = self.geometry
-        state = check_stream(x, self.kernel, g, self.temporal, state, False)
+        state = check_stream(x, self.kernel, g, self.temporal, state, return_state)
         frames = repeat_nearest(x, g.repeat_time, 1)
         if self.temporal not in TEMPORAL_PADDINGS or (state is None and x.shape[2] == 0):
             return frames  # nothing to add, or a stream that has not started
@@ -193,7 +193,8 @@ class _CausalConv(nn.Module):
             )
         if self.num_outputs(padded.shape[2]) == 0:
             weight_shape = [self.out_channels, 0, *self.kernel]  # an adapter may not say
-            return padded.new_empty(g.output_shape(padded.shape, weight_shape, 0))
+            empty = padded.new_empty(g.output_shape(padded.shape, weight_shape, 0))
+            return empty + 0 * padded.sum()  # with gradients: zeros
         frames = repeat_nearest(padded, 1, g.repeat_space)
         if not isinstance(self.spatial_padding, str):  # else the child pads
             frames = F.pad(frames, (g.left, g.right, g.top, g.bottom))
@@ -222,7 +223,7 @@ class _CausalConv(nn.Module):
                 residual=residual,
                 blend=blend,
             )
-        padded = self.pad(x, state)
+        padded = self.pad(x, state, return_state)
         y = self.convolve(padded)
         if residual is not None:
             y = y + residual.to(y.dtype)

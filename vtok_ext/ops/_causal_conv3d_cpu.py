@@ -68,8 +68,9 @@ LINE_PRODUCT_CHANNELS = 64
 
 # Adding up taps at every call pays from about so many values per channel on. Measured, two cores,
 # time without folding / with it: 5x16x16, 512 channels in space 0.4; 5x32x32 in space 1.05 and in
-# time 0.9; 10x64x64, 256 channels 1.3 in space and in time.
-FOLDING_PAYS_POSITIONS = 8192
+# time 0.9; 10x64x64, 256 channels 1.3 in space and in time. On another processor 1.5, 1.8, 1.6 and
+# at 256 channels of 10x32x32 2.0.
+FOLDING_PAYS_POSITIONS = 4096
 
 
 def forward(
@@ -322,7 +323,7 @@ def _convolve_folded(
     One frame doubled in space is a transposed convolution; otherwise all phases are channels of one
     convolution.
     """
-    if g.repeat_space == 2 and weight.shape[2] == 1 and g.groups == 1:
+    if g.repeat_space == 2 and weight.shape[2] == 1 and g.stride_t == 1 and g.groups == 1:
         return channels_last(upsampled_conv3d(channels_last(x), transposed_weight(weight), bias))
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_LAYOUT)
     phases = folding.folded_weight(weight, g)
@@ -348,7 +349,7 @@ def _backward(
     as_images = views.runs_as_images(weight, g)
     as_lines = views.runs_as_lines(frames, weight, padding, g)
     if as_lines and wanted == 1 and _pays_products(weight, frames, g):
-        return _line_products(grad, frames, weight.shape[2], has_bias, g)
+        return _line_products(grad, frames, weight.shape[2], padding[0], has_bias, g)
     batch, height = frames.shape[0], frames.shape[3]
     stride: Sequence[int] = g.stride
     dilation: Sequence[int] = g.dilation
@@ -393,17 +394,22 @@ def _line_products(
     grad: Tensor,  # [B, O, T', H, W]
     frames: Tensor,  # [B, C, P, H, W]
     taps: int,
+    padding: int,  # zeros before and behind the frames
     has_bias: bool,
     g: Geometry,
 ) -> tuple[None, Tensor, Tensor | None]:
     """Returns the gradients of a weight [O, C, taps, 1, 1] and of the bias, a product per tap."""
-    rows = grad.permute(0, 2, 3, 4, 1).flatten(1, 3)  # [B, T' * H * W, O]
-    columns, length = frames.permute(0, 2, 3, 4, 1), grad.shape[2]
+    rows = grad.permute(0, 2, 3, 4, 1)  # [B, T', H, W, O]
+    columns = frames.permute(0, 2, 3, 4, 1)  # [B, P, H, W, C]
     found = frames.new_zeros(taps, grad.shape[1], frames.shape[1])
     for k in range(taps):
-        first = k * g.dilation[0]
+        first = k * g.dilation[0] - padding  # the frame that output 0 sees
+        seeing = slice(max(0, -first), max(0, min(rows.shape[1], columns.shape[1] - first)))
+        seen = slice(seeing.start + first, seeing.stop + first)
+        if seeing.start >= seeing.stop:
+            continue
         for i in range(frames.shape[0]):
-            seen = columns[i, first : first + length].flatten(0, 2)
-            found[k].addmm_(rows[i].t(), seen)
-    grad_bias = rows.sum((0, 1)) if has_bias else None
+            left, right = rows[i, seeing].flatten(0, 2), columns[i, seen].flatten(0, 2)
+            found[k].addmm_(left.t(), right)
+    grad_bias = rows.sum((0, 1, 2, 3)) if has_bias else None
     return None, found.permute(1, 2, 0).contiguous()[..., None, None], grad_bias

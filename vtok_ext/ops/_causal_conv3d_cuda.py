@@ -7,9 +7,11 @@ csrc/causal_conv3d/causal_conv3d.h.
 A vector of 16 bytes must lie in one pixel: a source with another number of channels (3 of pictures,
 6 of a latent) is copied with zeros up to the next multiple, and its weights with it.
 
-Other workspaces are partial sums alone. A product that is split (small grids, never in a stream)
-takes splits * positions * O * 4 bytes, splits <= 16; the weight's gradient takes
-splits * O * (taps * C + 1) * 4 bytes, at most 256 MiB unless one split is larger.
+A weight is reordered once per call (taps before channels), and folded for upsampling. The input's
+gradient behind upsampling is computed for the repeated values, 4 times as many in space and twice
+in time, and then summed. Other workspaces are partial sums alone. A product that is split (small
+grids, never in a stream) takes splits * positions * O * 4 bytes, splits <= 16; the weight's
+gradient takes splits * O * (taps * C + 1) * 4 bytes, at most 256 MiB unless one split is larger.
 """
 
 from __future__ import annotations

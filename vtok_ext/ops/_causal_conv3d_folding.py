@@ -19,12 +19,15 @@ from vtok_ext.ops._causal_conv3d_geometry import Geometry
 
 
 def folds(weight: Tensor, state_frames: int | None, g: Geometry) -> bool:
-    """Whether the convolution has the form above: 3 taps, step 1, and just that padding."""
+    """Whether the convolution has the form above: 3 taps, step 1, and just that padding.
+
+    In time a chunk and its whole clip fold, or neither does: half results are those of the clip.
+    """
     kernel = weight.shape[2:]
     front = g.front if state_frames is None else state_frames
     in_time = g.repeat_time == 2 and (kernel[0], g.stride_t, g.dilation_t) == (3, 1, 1)
     if in_time:
-        return front == 2 and g.back == 0 and g.repeat_space == 1
+        return front == g.front == 2 and g.back == 0 and g.repeat_space == 1
     steps = (*g.stride[1:], *g.dilation[1:])
     pads = (g.top, g.bottom, g.left, g.right)
     return g.repeat_space == 2 and (*kernel[1:], *steps, *pads) == (3, 3, *(1,) * 8)

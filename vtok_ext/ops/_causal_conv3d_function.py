@@ -175,9 +175,9 @@ class CausalConv3dFunction(OpFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Keeps what the backward pass reads."""
-        x, weight, bias, state, residual, other, mix_factor, *_ = inputs
+        x, weight, _, state, _, other, mix_factor, *_ = inputs
         ctx.geometry, ctx.silu, ctx.keep, _ = inputs[7:]
-        ctx.has_bias, ctx.x_shape = bias is not None, x.shape
+        ctx.x_shape = x.shape
         ctx.state_frames = -1 if state is None else state.shape[2]
         preactivation = output[1] if ctx.keep else None
         ctx.save_for_backward(x, weight, state, other, mix_factor, preactivation)
@@ -204,10 +204,13 @@ class CausalConv3dFunction(OpFunction):
             grad_x, grad_state = _causal_conv3d_input_gradient(
                 grad, weight, ctx.x_shape, ctx.state_frames, ctx.geometry
             )
-        if needs[1] or needs[2]:
+        if needs[1]:
             grad_weight, grad_bias = _causal_conv3d_weight_gradient(
-                grad, x, weight, state, ctx.has_bias, ctx.geometry
+                grad, x, weight, state, needs[2], ctx.geometry
             )
+        elif needs[2]:
+            real = torch.promote_types(grad.dtype, torch.float32)
+            grad_bias = grad.sum((0, 2, 3, 4), dtype=real).to(grad.dtype)
         found = (grad_x, grad_weight, grad_bias, grad_state, grad, grad_other, grad_mix)
         return (*(g if n else None for g, n in zip(found, needs, strict=False)), *(None,) * 4)
 

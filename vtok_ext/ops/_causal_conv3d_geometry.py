@@ -9,7 +9,7 @@ state = padded - outputs * stride                         frames that later outp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 TEMPORAL = ("zeros", "replicate", "same", "valid")
 UPSAMPLE = (None, "space", "time")
@@ -125,13 +125,18 @@ def make_geometry(
 
 
 def _triple(name: str, value: int | Sequence[int]) -> tuple[int, int, int]:
-    sizes = (value, 1, 1) if isinstance(value, int) else tuple(value)
+    sizes = (value, 1, 1) if isinstance(value, int) else _as_tuple(value)
     if len(sizes) != 3 or not all(isinstance(s, int) and s >= 1 for s in sizes):
         raise ValueError(
             f"causal_conv3d: {name} must be an integer >= 1 (in time) or three (t, h, w), "
             f"got {value!r}"
         )
     return sizes
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    """Returns a sequence as a tuple, and nothing of what is none."""
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
 
 
 def _temporal_padding(
@@ -179,7 +184,7 @@ def _spatial_padding(
                 f"got {list(kernel)}"
             )
         return spare[1] // 2, spare[1] // 2, spare[2] // 2, spare[2] // 2
-    sides = [tuple(side) for side in padding]
+    sides = [_as_tuple(side) for side in _as_tuple(padding)]
     values = [value for side in sides for value in side]
     if [len(side) for side in sides] != [2, 2] or not all(
         isinstance(value, int) and value >= 0 for value in values

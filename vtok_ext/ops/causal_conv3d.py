@@ -47,6 +47,7 @@ def causal_conv3d_reference(
     activation: str | None = None,
 ) -> Any:
     """The definition of `causal_conv3d` in plain PyTorch: arguments, result and errors as there."""
+    _check_are_tensors(blend, x=x, weight=weight, bias=bias, state=state, residual=residual)
     _check_weight(weight)
     x, weight, bias, state, residual, blend = _cast(x, weight, bias, state, residual, blend)
     g = make_geometry(
@@ -95,22 +96,34 @@ def _cast(
     blend: Blend | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Blend | None]:
     """The tensors in the dtype of autocast where that is on; the state always in that of x."""
-    dtype = autocast_dtype(x.device.type) if isinstance(x, Tensor) else None
-    if dtype is not None and x.dtype != torch.float64:
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None and x.is_floating_point() and x.dtype != torch.float64:
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         residual = None if residual is None else residual.to(dtype)
         blend = None if blend is None else (blend[0].to(dtype), blend[1])
-    if state is not None and isinstance(x, Tensor):
+    if state is not None:
         state = state.to(x.dtype)
     return x, weight, bias, state, residual, blend
 
 
+def _check_are_tensors(blend: Blend | None, **tensors: Tensor | None) -> None:
+    """Raises TypeError for what is no tensor; x and weight must be there."""
+    if blend is not None:
+        if not isinstance(blend, tuple | list) or len(blend) != 2:
+            raise TypeError(
+                f"causal_conv3d: blend must be (tensor, mix_factor), got {type(blend).__name__}"
+            )
+        tensors |= {"blend[0]": blend[0], "mix_factor": blend[1]}
+    for name, tensor in tensors.items():
+        is_optional = name in ("bias", "state", "residual")
+        if not isinstance(tensor, Tensor) and not (is_optional and tensor is None):
+            raise TypeError(
+                f"causal_conv3d: {name} must be a torch.Tensor, got {type(tensor).__name__}"
+            )
+
+
 def _check_weight(weight: Tensor) -> None:
-    if not isinstance(weight, Tensor):
-        raise TypeError(
-            f"causal_conv3d: weight must be a torch.Tensor, got {type(weight).__name__}"
-        )
     if weight.dim() != 5 or 0 in weight.shape:
         raise ValueError(
             f"causal_conv3d: weight must be [O, C / groups, kt, kh, kw], got {list(weight.shape)}"
@@ -145,22 +158,18 @@ def _check_causal_conv3d(
     if residual is not None:
         _check_like_output("residual", residual, shape, x)
     if blend is not None:
-        if not isinstance(blend, tuple | list) or len(blend) != 2:
-            raise TypeError(
-                f"causal_conv3d: blend must be (tensor, mix_factor), got {type(blend).__name__}"
-            )
         _check_like_output("blend", blend[0], shape, x)
-        if blend[1].numel() != 1 or blend[1].dtype not in FLOATING:
+        mix_factor = blend[1]
+        if mix_factor.numel() != 1 or mix_factor.dtype not in FLOATING:
             raise ValueError(
                 "causal_conv3d: mix_factor must be one floating element, "
-                f"got {list(blend[1].shape)} {blend[1].dtype}"
+                f"got {list(mix_factor.shape)} {mix_factor.dtype}"
             )
+        _check_device("mix_factor", mix_factor, x)
     return state
 
 
 def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"causal_conv3d: x must be a torch.Tensor, got {type(x).__name__}")
     check_floating("causal_conv3d", "x", x)
     if x.dim() != 5 or x.shape[1] == 0:
         raise ValueError(f"causal_conv3d: x must be [B, C, T, H, W], C >= 1, got {list(x.shape)}")
@@ -184,6 +193,10 @@ def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) 
 def _check_kind(name: str, tensor: Tensor, x: Tensor) -> None:
     if tensor.dtype != x.dtype:
         raise TypeError(f"causal_conv3d: {name} must be {x.dtype} as x, got {tensor.dtype}")
+    _check_device(name, tensor, x)
+
+
+def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
     if tensor.device != x.device:
         raise ValueError(f"causal_conv3d: {name} must be on {x.device}, got {tensor.device}")
 
@@ -235,8 +248,7 @@ def check_stream(
             f"causal_conv3d: state must be [{batch}, {channels}, {frames}, {height}, {width}], "
             f"got {list(state.shape)}"
         )
-    if state.device != x.device:
-        raise ValueError(f"causal_conv3d: state must be on {x.device}, got {state.device}")
+    _check_device("state", state, x)
     return state
 
 
@@ -281,9 +293,16 @@ def _runs_natively(x: Tensor) -> bool:
     return not isinstance(x, Tensor) or x.device.type in ("cpu", "cuda", "meta")
 
 
-def _keeps_preactivation(activation: str | None, blend: Blend | None) -> bool:
-    """Whether the backward pass reads what came before the activation or the blend."""
-    return torch.is_grad_enabled() and (activation is not None or blend is not None)
+def _keeps_preactivation(tensors: Sequence[Tensor | None], silu: bool) -> bool:
+    """Whether the backward pass reads what came before activation and blend.
+
+    Args:
+        tensors: those of `CausalConv3dFunction`, mix_factor last.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    needs = [t is not None and t.requires_grad for t in tensors]
+    return any(needs) if silu else needs[-1]
 
 
 def causal_conv3d(
@@ -365,6 +384,7 @@ def causal_conv3d(
             blend=blend,
             activation=activation,
         )
+    _check_are_tensors(blend, x=x, weight=weight, bias=bias, state=state, residual=residual)
     _check_weight(weight)
     x, weight, bias, state, residual, blend = _cast(x, weight, bias, state, residual, blend)
     kernel = weight.shape[2:]
@@ -373,9 +393,9 @@ def causal_conv3d(
         x, weight, bias, g, temporal, state, return_state, residual, blend, activation
     )
     other, mix_factor = (None, None) if blend is None else blend
+    tensors, silu = (x, weight, bias, state, residual, other, mix_factor), activation == "silu"
     y = CausalConv3dFunction.apply(
-        *(x, weight, bias, state, residual, other, mix_factor),
-        *(list(g), activation == "silu", _keeps_preactivation(activation, blend)),
+        *(*tensors, list(g), silu, _keeps_preactivation(tensors, silu)),
         state is None and not return_state,  # see Note [Bits do not depend on the tile], csrc/
     )[0]
     return (y, next_state(x, state, g, kernel)) if return_state else y
