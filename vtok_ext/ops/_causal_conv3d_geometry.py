@@ -193,4 +193,4 @@ def _spatial_padding(
             'causal_conv3d: spatial_padding must be "same" or ((top, bottom), (left, right)) with '
             f"integers >= 0, got {padding!r}"
         )
-    return tuple(values)  # type: ignore[return-value]
+    return tuple(values)
