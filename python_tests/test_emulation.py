@@ -347,6 +347,7 @@ ERRORS = {
     "too_much_static_shared": r"too much static shared memory: with array 'second' .* 57344 bytes",
     "static_and_dynamic_shared": r"too much shared memory: 1024 static and 101376 dynamic bytes",
     "too_much_dynamic_shared": r"dynamic shared memory: the limit is 101376 bytes, got 102400",
+    "shared_without_opt_in": r"24576 static and 30720 dynamic bytes, .* 49152 without opting in",
     "divergent_collective": rf"divergent collective: .* {SITE} while lane \d+ waits .* {SITE}",
     "barrier_in_divergent_code": rf"barrier in divergent code: .* __syncthreads {SITE} while",
     "barrier_against_warp_barrier": (

@@ -2,10 +2,9 @@
 // emulation (csrc/emulation).
 //
 //   VTOK_SHARED(type, name, count);      a static shared array, 16-byte aligned
-//   VTOK_DYNAMIC_SHARED(type, name);     the dynamic shared memory of the launch as `type* name`,
-//   16-byte aligned VTOK_LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, arguments...);
-//   VTOK_LAUNCH_SM90(...)                the same for a kernel that only runs on sm_90: up to 227
-//   KiB instead of 99
+//   VTOK_DYNAMIC_SHARED(type, name);     the dynamic shared memory as `type* name`, aligned too
+//   VTOK_LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, arguments...);
+//   VTOK_LAUNCH_SM90(...)                for a kernel of sm_90 alone: 227 KiB instead of 99
 //
 // `kernel` with several template arguments goes into parentheses. The grid must not be empty:
 // callers return early for zero elements. A launch that fails throws std::runtime_error("KERNEL:
@@ -20,6 +19,7 @@
 #include <type_traits>
 
 #include "half.h"
+#include "shared_memory_limits.h"
 #include "stream.h"
 
 #ifdef VTOK_EMULATE_CUDA
@@ -28,6 +28,8 @@
 
 #include <cuda_runtime.h>
 
+#include <mutex>
+#include <set>
 #include <utility>
 
 #define VTOK_SHARED(type, name, count) __shared__ __align__(16) type name[count]
@@ -109,6 +111,24 @@ inline bool has_wgmma([[maybe_unused]] int device_index) {
 #endif
 }
 
+// Lets `kernel` use all shared memory of a block on the current device. Set once and never lowered:
+// threads that launch it with other sizes do not take each other's memory.
+inline void opt_in_to_shared_memory(const void* kernel, const char* name) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int> > done;
+  int device = 0, most = 0;
+  check_cuda(cudaGetDevice(&device), name);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (done.count({kernel, device}) != 0) return;
+  cudaFuncAttributes attributes;
+  check_cuda(cudaFuncGetAttributes(&attributes, kernel), name);
+  check_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  most - static_cast<int>(attributes.sharedSizeBytes)),
+             name);
+  done.insert({kernel, device});
+}
+
 template <typename... Parameters, typename... Arguments>
 void launch_kernel(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
                    size_t dynamic_shared_bytes, Stream stream, Arguments&&... arguments) {
@@ -116,11 +136,8 @@ void launch_kernel(const char* name, void (*kernel)(Parameters...), dim3 grid, d
     throw std::runtime_error(std::string(name) +
                              ": grid must not be empty (return early for zero elements)");
   }
-  constexpr size_t kDefaultLimit = 48 << 10;  // beyond it a kernel has to opt in
-  if (dynamic_shared_bytes > kDefaultLimit) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(dynamic_shared_bytes)),
-               name);
+  if (dynamic_shared_bytes > kDynamicWithoutOptIn) {
+    opt_in_to_shared_memory(reinterpret_cast<const void*>(kernel), name);
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;

@@ -6,14 +6,14 @@
 #include <cstring>
 #include <new>
 
+#include "../core/shared_memory_limits.h"
 #include "canary.h"
 #include "execution.h"
 
 namespace vtok::emulation {
 namespace {
 
-constexpr size_t kStaticLimit = 48 << 10;  // of every CUDA device; more needs dynamic shared memory
-constexpr size_t kCanaryBytes = 128;       // on either side of an array
+constexpr size_t kCanaryBytes = 128;  // on either side of an array
 constexpr size_t kUsableBytes = 256 << 10;
 constexpr size_t kGuardBytes = 1 << 20;
 
@@ -68,14 +68,17 @@ void SharedMemory::begin_block() {
 char* SharedMemory::place(SharedSite& site) {
   const size_t bytes = round_up_16(site.bytes);
   static_bytes_ += bytes;
-  if (static_bytes_ > kStaticLimit) {
+  if (static_bytes_ > kSharedWithoutOptIn) {
     fail("too much static shared memory: with array '" + std::string(site.name) +
          "' the kernel uses " + std::to_string(static_bytes_) + " bytes, the limit is " +
-         std::to_string(kStaticLimit) + " (use dynamic shared memory)");
+         std::to_string(kSharedWithoutOptIn) + " (use dynamic shared memory)");
   }
-  if (static_bytes_ + dynamic_bytes_ > limit_) {
+  const bool opts_in = dynamic_bytes_ > kDynamicWithoutOptIn;
+  const size_t limit = opts_in ? limit_ : kSharedWithoutOptIn;
+  if (static_bytes_ + dynamic_bytes_ > limit) {
     fail("too much shared memory: " + std::to_string(static_bytes_) + " static and " +
-         std::to_string(dynamic_bytes_) + " dynamic bytes, the limit is " + std::to_string(limit_));
+         std::to_string(dynamic_bytes_) + " dynamic bytes, the limit is " + std::to_string(limit) +
+         (opts_in ? "" : " without opting in"));
   }
   site.launch = shared_memory_launch;
   site.address = next_ + kCanaryBytes;

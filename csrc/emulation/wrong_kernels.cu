@@ -120,6 +120,11 @@ __global__ void static_and_dynamic_shared(const float* x, float* y, int) {
   values[threadIdx.x] = x[threadIdx.x];
   y[threadIdx.x] = values[threadIdx.x];
 }
+__global__ void shared_without_opt_in(const float* x, float* y, int) {
+  VTOK_SHARED(float, values, 6 * 1024);
+  values[threadIdx.x] = x[threadIdx.x];
+  y[threadIdx.x] = values[threadIdx.x];
+}
 
 // Collectives.
 
@@ -337,6 +342,7 @@ const Case kCases[] = {
     VTOK_CASE("too_much_static_shared", too_much_static_shared, 1, kThreads, 0),
     VTOK_CASE("static_and_dynamic_shared", static_and_dynamic_shared, 1, kThreads, 99 * 1024),
     VTOK_CASE("too_much_dynamic_shared", static_and_dynamic_shared, 1, kThreads, 100 * 1024),
+    VTOK_CASE("shared_without_opt_in", shared_without_opt_in, 1, kThreads, 30 * 1024),
     VTOK_CASE("divergent_collective", divergent_collective, 1, kThreads, 0),
     VTOK_CASE("barrier_in_divergent_code", barrier_in_divergent_code, 1, kThreads, 0),
     VTOK_CASE("barrier_against_warp_barrier", barrier_against_warp_barrier, 1, kThreads, 0),

@@ -60,6 +60,7 @@ TRIPLANE_GATHER = OpCase(
         _with_coords(_planes(1, 5, 3, 7, 5), 2, reduce="product"),
         _with_coords(_planes(2, 1, 1, 1, 1), 1),
         _with_coords(_planes(1, 130, 3, 530, 9), 300),  # tiles of sums in both directions
+        _with_coords(_planes(1, 32, 4, 4, 8), 20),  # 48 KiB of dynamic beside static shared memory
         _with_coords(_planes(2, 3, 4, 5, 8), 0),
         _with_coords(_planes(0, 3, 4, 5, 8), 6),
     ],

@@ -11,6 +11,7 @@ import vtok_ext as vt
 from vtok_ext.ops import _causal_conv3d_cpu as cpu
 from vtok_ext.ops import _causal_conv3d_function as causal_conv3d_function
 from vtok_ext.ops._causal_conv3d_geometry import make_geometry
+from vtok_ext.ops._causal_conv3d_onednn import is_small
 from vtok_ext.ops.causal_conv3d import causal_conv3d_reference
 
 LAYOUT = torch.channels_last_3d
@@ -97,7 +98,7 @@ def test_folded_upsampling(upsample, temporal, groups, batch, monkeypatch):
     options = {"upsample": upsample, "temporal": temporal, "groups": groups}
     monkeypatch.setattr(cpu, "FOLDING_PAYS_POSITIONS", 0)
     sizes = ((3, 3, 3), 1, 1, groups, temporal, None, "same", upsample)
-    assert cpu._folds(x, weight, None, make_geometry(*sizes))
+    assert cpu._folds(x.shape, weight, None, make_geometry(*sizes))
     whole = causal_conv3d_reference(x, weight, bias, **options)
     assert torch.allclose(vt.causal_conv3d(x, weight, bias, **options), whole, atol=1e-10)
     chunked, _ = run_in_chunks(x, weight, bias, [1, 2], {}, **options)
@@ -113,6 +114,35 @@ def test_one_frame_doubled_in_space(stride, monkeypatch):
     monkeypatch.setattr(cpu, "FOLDING_PAYS_POSITIONS", 0)
     expected = causal_conv3d_reference(x, weight, bias, **options)
     assert torch.allclose(vt.causal_conv3d(x, weight, bias, **options), expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kernel", "options"),
+    [
+        ((1, 3, 3), {"upsample": "space"}),
+        ((3, 3, 3), {"upsample": "time"}),
+        ((3, 3, 1), {"upsample": "time", "temporal": "replicate"}),
+        ((3, 5, 3), {"upsample": "time", "spatial_padding": ((1, 1), (0, 0))}),
+        # Not folded: an adjoint with another stride, and a padding that is not even.
+        ((3, 3, 3), {"upsample": "time", "stride": (1, 2, 2)}),
+        ((3, 3, 3), {"upsample": "time", "spatial_padding": ((1, 0), (1, 1))}),
+        ((3, 3, 3), {"upsample": "space"}),
+    ],
+)
+def test_gradients_of_folded_upsampling(kernel, options, dtype, monkeypatch):
+    x, weight = video(2, 6, 3, 5, 6, dtype=dtype), video(8, 6, *kernel, dtype=dtype, seed=1) / 4
+    leaves = [leaf.requires_grad_() for leaf in (x, weight, video(8, dtype=dtype, seed=2))]
+    double = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = causal_conv3d_reference(*double, **options)
+    direction = video(*expected.shape, dtype=dtype, seed=3)
+    right = torch.autograd.grad(expected, double, direction.double())
+    monkeypatch.setattr(cpu, "FOLDING_PAYS_POSITIONS", 0)
+    found = torch.autograd.grad(vt.causal_conv3d(*leaves, **options), leaves, direction)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    assert found[0].is_contiguous(memory_format=LAYOUT)
+    for a, b in zip(found, right, strict=True):
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -316,7 +346,7 @@ def test_gradients_in_any_layout_are_taken(memory_format, backend):
 def test_small_batches_take_another_path_with_the_same_result(channels):
     """See Note [Small batches on the CPU]."""
     x = video(1, channels, 5, 8, 9).contiguous(memory_format=LAYOUT)
-    assert cpu._is_small(x) and not cpu._is_small(x.double())
+    assert is_small(x) and not is_small(x.double())
     weight = video(6, channels, 3, 3, 3)
     leaves = [x.requires_grad_(), weight.requires_grad_()]
     y, expected = vt.causal_conv3d(x, weight), causal_conv3d_reference(x, weight)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vtok_ext import _native
+from vtok_ext.ops._causal_conv3d_folding import four_taps
 from vtok_ext.ops._norm_act_kernels import NORMS
 
 _LAYOUT = torch.channels_last_3d
@@ -80,11 +81,7 @@ def transposed_weight(weight: Tensor) -> Tensor:
     stride 2 and padding 1 with the kernel [w2, w1 + w2, w0 + w1, w0] along each axis: 4 products
     per output instead of 9, and no copy to interleave the phases. Sums are rounded once.
     """
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    for axis in (3, 4):
-        w0, w1, w2 = wide.unbind(axis)
-        wide = torch.stack([w2, w1 + w2, w0 + w1, w0], axis)
-    return wide.to(weight.dtype).contiguous()
+    return four_taps(weight, (3, 4)).contiguous()
 
 
 def upsampled_conv3d(

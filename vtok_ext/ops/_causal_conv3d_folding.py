@@ -8,9 +8,18 @@ added up. With weights w0, w1, w2 and x[-1] before x[0]:
 
 In space 36 products per four outputs become 16, in time 3 per output 2. Half weights are added in
 float32 and rounded once.
+
+Seen from x, a value goes to four outputs along the axis. The gradient of x is a convolution with
+stride 2 of the gradient of y, and that of the weight the one of its four taps, added up:
+
+    dx[q] = w2 dy[2q + o] + (w1 + w2) dy[2q + o + 1] + (w0 + w1) dy[2q + o + 2] + w0 dy[2q + o + 3]
+
+with o = 0 in time and -1 in space.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -55,6 +64,55 @@ def folded_weight(
         phases = [part for row in rows for part in _fold_axis(row, 4, "odd")]
     stacked = torch.stack([p.unflatten(0, (g.groups, -1)) for p in phases], 1)
     return stacked.to(weight.dtype)
+
+
+def four_taps(weight: Tensor, axes: Sequence[int]) -> Tensor:
+    """Returns `weight` with [w2, w1 + w2, w0 + w1, w0] for three taps along `axes`."""
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    for axis in axes:
+        w0, w1, w2 = wide.unbind(axis)
+        wide = torch.stack([w2, w1 + w2, w0 + w1, w0], axis)
+    return wide.to(weight.dtype)
+
+
+def folds_gradients(weight: Tensor, g: Geometry) -> bool:
+    """Whether gradients of a whole clip that `folds` have the form above, too: no other strides."""
+    kernel = weight.shape[2:]
+    if g.repeat_space == 2:
+        return g.groups == 1 and kernel[0] == 1 and g.stride_t == 1 and g.front == g.back == 0
+    is_even = g.top == g.bottom < kernel[1] and g.left == g.right < kernel[2]
+    return g.groups == 1 and is_even and g.stride[1:] == g.dilation[1:] == (1, 1)
+
+
+def adjoint(weight: Tensor, g: Geometry) -> tuple[Tensor, Geometry, tuple[int, int, int]]:
+    """Returns the convolution of the gradient of y [B, O, T', H', W'] that gives the one of x.
+
+    In time its first frame belongs to the one before the clip.
+
+    Returns:
+        (weight [C, O, ...], geometry, equal padding).
+    """
+    plain = g._replace(front=0, back=0, top=0, bottom=0, left=0, right=0)
+    plain = plain._replace(repeat_time=1, repeat_space=1, replicate=0)
+    if g.repeat_space == 2:
+        taps = four_taps(weight, (3, 4))
+        return taps.transpose(0, 1), plain._replace(stride_h=2, stride_w=2), (0, 1, 1)
+    taps = four_taps(weight, (2,)).flip(3, 4)
+    padding = (2, weight.shape[3] - 1 - g.top, weight.shape[4] - 1 - g.left)
+    return taps.transpose(0, 1), plain._replace(stride_t=2), padding
+
+
+def weight_gradient_of_adjoint(
+    grad: Tensor,  # [C, O, ...], of the weight of `adjoint`
+    g: Geometry,
+) -> Tensor:
+    """Returns the gradient of the weight [O, C, kt, kh, kw]."""
+    grad = grad.transpose(0, 1)
+    grad = grad.flip(3, 4) if g.repeat_time == 2 else grad
+    for axis in (3, 4) if g.repeat_space == 2 else (2,):
+        k0, k1, k2, k3 = grad.unbind(axis)
+        grad = torch.stack([k2 + k3, k1 + k2, k0 + k1], axis)
+    return grad
 
 
 def folded_geometry(g: Geometry) -> Geometry:
