@@ -3,14 +3,17 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import peak_bytes
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vtok_ext as vt
 from vtok_ext import _native
+from vtok_ext.layers import _frame_pass
 from vtok_ext.models.memory_rehearsal import free_bytes, predicted_bytes
 from vtok_ext.models.planning import MemoryPlan, plan_stream, predict_stream
 from vtok_ext.ops import _causal_conv3d_cuda
@@ -77,6 +80,27 @@ def test_rehearsal_counts_what_is_alive(model):
     assert predicted_bytes(model, lambda: [p * 1 for p in model.parameters()]) == sum(
         p.nbytes for p in model.parameters()
     )
+
+
+@torch.no_grad()
+def test_rehearsal_leaves_other_threads_alone(build, clip):
+    model, video = build(NAME, ch_mult=(1, 2)), clip(1, 5, 16, 16)
+    expected, found = model.encode_chunk(video), []
+
+    @torch.no_grad()
+    def in_other_thread():
+        found.append(model.encode_chunk(video))
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            found.append(_frame_pass.takes(fake.from_tensor(video)))
+
+    def run():
+        with ThreadPoolExecutor() as other:
+            other.submit(in_other_thread).result()
+        model.encode_chunk(torch.zeros(video.shape))
+
+    alone = predicted_bytes(model, lambda: model.encode_chunk(torch.zeros(video.shape)))
+    assert predicted_bytes(model, run) == alone
+    assert torch.equal(found[0], expected) and not found[1]
 
 
 def test_plans_keep_to_the_memory(model):

@@ -52,10 +52,13 @@ _KNOWN = {
     *(ResidualBlock1d, ResidualBlock2d, ResidualBlock3d),
     *(SpatialDownsample, SpatialUpsample, TemporalDownsample, TemporalUpsample),
 }
-# What a pass may run on; a rehearsal of its memory adds tensors without memory.
-TENSORS: set[type] = {Tensor}
 # Bytes of the largest activation of a chunk; see Note [Passes in place]. Measured at 17x128x128.
 CHUNK_BYTES = 32 << 20
+
+
+def takes(x: Tensor) -> bool:
+    """Returns whether `x` has memory to work in; a rehearsal of a pass puts another answer here."""
+    return type(x) is Tensor
 
 
 def runs_in_place(network: nn.Module, x: Tensor, containers: Collection[type]) -> bool:
@@ -67,7 +70,7 @@ def runs_in_place(network: nn.Module, x: Tensor, containers: Collection[type]) -
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    if type(x) not in TENSORS or x.device.type != "cpu" or x.numel() == 0:
+    if not takes(x) or x.device.type != "cpu" or x.numel() == 0:
         return False
     if type(x) is Tensor and torch._C._len_torch_dispatch_stack():
         return False

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from threading import RLock, get_ident
 from typing import Any
 
 import torch
@@ -107,28 +108,39 @@ def rehearsal(model: nn.Module) -> Iterator[_LiveBytes]:
             yield live
 
 
+# One rehearsal at a time: what they replace is put back in the order of a stack.
+_ONE_AT_A_TIME = RLock()
+
+
 @contextmanager
 def _without_kernels() -> Iterator[None]:
     """Within it, `layers._frame_pass` and convolutions on a GPU take tensors without memory.
 
-    Their addresses are made up; the norm that writes into a buffer and kernels do nothing.
+    Their addresses are made up; the norm that writes into a buffer and kernels do nothing. All that
+    is so in this thread: others may compute in the meantime.
     """
 
     def address(tensor: Tensor) -> int:
         return (tensor.untyped_storage()._cdata << 40) + tensor.storage_offset()
 
-    with ExitStack() as stack:
+    with _ONE_AT_A_TIME, ExitStack() as stack:
         stack.enter_context(_replaced(FakeTensor, "data_ptr", address))
         stack.enter_context(_replaced(_frame_pass, "norm_act_into", lambda *_: None))
         stack.enter_context(_replaced(_causal_conv3d_cuda, "_launch", lambda *_: None))
-        stack.enter_context(_replaced(_frame_pass, "TENSORS", {Tensor, FakeTensor}))
+        types = (Tensor, FakeTensor)
+        stack.enter_context(_replaced(_frame_pass, "takes", lambda x: type(x) in types))
         yield
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    had, before = name in vars(owner), vars(owner).get(name)
-    setattr(owner, name, value)
+def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Within it, this thread calls `function` as `owner.name`, all others what it was before."""
+    had, before, thread = name in vars(owner), getattr(owner, name), get_ident()
+
+    def call(*arguments: Any) -> Any:
+        return (function if get_ident() == thread else before)(*arguments)
+
+    setattr(owner, name, call)
     try:
         yield
     finally:
