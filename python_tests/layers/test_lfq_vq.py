@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from helpers import needs_one_graph
 
 from vtok_ext.layers import LFQ, VQ
 from vtok_ext.layers.vq import _LARGEST_MATRIX
@@ -84,6 +85,14 @@ def test_half_latents_and_autocast(layer, dtype):
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layer(z, compute_loss=True)[1], layer(z)[1])
         assert losses["aux_loss"].isfinite()
+
+
+@needs_one_graph
+@pytest.mark.parametrize("layer", [LFQ(4), VQ(16, 4)])
+def test_indices_to_codes_compiles_without_a_break(layer):
+    indices = torch.arange(16).view(2, 4, 2)
+    compiled = torch.compile(layer.indices_to_codes, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(indices), layer.indices_to_codes(indices))
 
 
 def test_lfq_refuses():

@@ -37,6 +37,16 @@ def test_encode_and_decode_compile_without_a_break(shallow, clip):
 
 
 @needs_one_graph
+@torch.no_grad()
+def test_decoding_of_ids_compiles(build):
+    options = {"ch_mult": (1, 2), "regularizer": "vq", "codebook_size": 16}
+    model = build("vidtok_kl_causal_488_4chn", **options)
+    ids = torch.arange(8).view(1, 2, 2, 2)
+    decode = torch.compile(model.decode, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(decode(ids), model.decode(ids), **TOLERANCE)
+
+
+@needs_one_graph
 @pytest.mark.parametrize("name", NAMES[1:3])
 def test_stateful_chunk_compiles(build, name):
     kl_model = build(name, ch_mult=(1, 2))

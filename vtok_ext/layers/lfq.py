@@ -120,15 +120,17 @@ class LFQ(nn.Module):
         """Codes [B, D, ...] in {-1, 1} of indices [B, ...].
 
         Raises:
-            TypeError, ValueError: indices are not integers, or outside 0..2^D - 1.
+            TypeError, ValueError: indices are not integers, or (CPU) outside 0..2^D - 1.
         """
         if indices.is_floating_point() or indices.dtype == torch.bool:
             raise TypeError(f"LFQ: indices must be integers, got {indices.dtype}")
-        if indices.numel() and (indices.min() < 0 or indices.max() >= self.codebook_size):
-            raise ValueError(
-                f"LFQ: indices must lie in 0..{self.codebook_size - 1}, "
-                f"got {int(indices.min())}..{int(indices.max())}"
-            )
+        # Elsewhere the values would be waited for, and a graph would break.
+        if indices.numel() and indices.is_cpu and not torch.compiler.is_compiling():
+            low, high = (int(bound) for bound in torch.aminmax(indices))
+            if low < 0 or high >= self.codebook_size:
+                raise ValueError(
+                    f"LFQ: indices must lie in 0..{self.codebook_size - 1}, got {low}..{high}"
+                )
         places = torch.arange(self.num_bits, device=indices.device)
         bits = (indices.long().unsqueeze(-1) >> places) & 1
         return (2 * bits - 1).to(dtype).movedim(-1, self.channel_dim)

@@ -132,15 +132,17 @@ class VQ(nn.Module):
         """Codes [B, D, ...] of indices [B, ...].
 
         Raises:
-            TypeError, ValueError: indices are not integers, or outside 0..N - 1.
+            TypeError, ValueError: indices are not integers, or (CPU) outside 0..N - 1.
         """
         if indices.is_floating_point() or indices.dtype == torch.bool:
             raise TypeError(f"VQ: indices must be integers, got {indices.dtype}")
-        if indices.numel() and (indices.min() < 0 or indices.max() >= self.codebook_size):
-            raise ValueError(
-                f"VQ: indices must lie in 0..{self.codebook_size - 1}, "
-                f"got {int(indices.min())}..{int(indices.max())}"
-            )
+        # Elsewhere the values would be waited for, and a graph would break.
+        if indices.numel() and indices.is_cpu and not torch.compiler.is_compiling():
+            low, high = (int(bound) for bound in torch.aminmax(indices))
+            if low < 0 or high >= self.codebook_size:
+                raise ValueError(
+                    f"VQ: indices must lie in 0..{self.codebook_size - 1}, got {low}..{high}"
+                )
         return self.codebook[indices.long()].detach().to(dtype).movedim(-1, self.channel_dim)
 
     @torch.no_grad()
