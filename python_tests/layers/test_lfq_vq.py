@@ -169,6 +169,28 @@ def test_vq_moving_averages_are_their_definition():
 
 
 @pytest.mark.parametrize("kind", ["gradient", "ema"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_vq_averages_of_half_layers_are_those_of_float32(kind, dtype):
+    options = {"codebook": kind, "restart_dead": True}
+    torch.manual_seed(0)
+    layer, z = VQ(4, 2, **options), latent(1, 2, 50).to(dtype)
+    with torch.no_grad():
+        layer.codebook.copy_(layer.codebook.to(dtype))
+    half = VQ(4, 2, **options)
+    half.load_state_dict(layer.state_dict())
+    half.to(dtype)
+    for _ in range(3):
+        layer(z.float())
+        half(z)
+    assert half.count.dtype == torch.float32 and torch.equal(half.count, layer.count)
+    assert half.codebook.dtype == (torch.float32 if kind == "ema" else dtype)
+    assert torch.equal(half.codebook.float(), layer.codebook)
+    if kind == "ema":
+        assert half.total.dtype == torch.float32 and torch.equal(half.total, layer.total)
+    assert half.double().count.dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", ["gradient", "ema"])
 def test_training_finds_clusters(kind):
     """Eight far clusters: vectors end at all of their centres when dead ones move."""
     centres = 3 * latent(8, 2, seed=5)

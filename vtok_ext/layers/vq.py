@@ -43,7 +43,8 @@ class VQ(nn.Module):
         decay: of the moving averages.
         dead_count: assignments per batch below which a vector is dead.
 
-    The codebook starts uniform in +-1 / N. With torch.distributed, moving averages and restarts are
+    The codebook starts uniform in +-1 / N. Moving averages, an "ema" codebook among them, stay
+    float32 in a layer of half precision. With torch.distributed, moving averages and restarts are
     those of all ranks, which must call the layer equally often.
 
     Raises:
@@ -145,6 +146,16 @@ class VQ(nn.Module):
                 )
         return self.codebook[indices.long()].detach().to(dtype).movedim(-1, self.channel_dim)
 
+    def _apply(self, fn, recurse=True):
+        """Moves and converts as any module, but rounds no moving average to half precision: a step
+        of 1 - decay = 0.01 is lost to the 8 bits of bfloat16."""
+        precise = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers(recurse=False):
+            if buffer.itemsize < precise[name].itemsize:
+                setattr(self, name, precise[name].to(buffer.device))
+        return self
+
     @torch.no_grad()
     def _nearest(self, tokens: Tensor) -> Tensor:
         """Returns int64 [n], the nearest vector of each token [n, D]."""
@@ -173,11 +184,12 @@ class VQ(nn.Module):
         """One step of the moving averages, and restarts."""
         if not (self.follows_averages or self.restart_dead):
             return
-        count = torch.zeros_like(self.count).index_add_(0, nearest, torch.ones_like(tokens[:, 0]))
+        count = tokens.new_zeros(self.codebook_size)
+        count.index_add_(0, nearest, torch.ones_like(tokens[:, 0]))
         _sum_over_ranks(count)
         self.count.mul_(self.decay).add_(count, alpha=1 - self.decay)
         if self.follows_averages:
-            total = torch.zeros_like(self.total).index_add_(0, nearest, tokens)
+            total = torch.zeros_like(self.total, dtype=tokens.dtype).index_add_(0, nearest, tokens)
             _sum_over_ranks(total)
             self.total.mul_(self.decay).add_(total, alpha=1 - self.decay)
             num_tokens = self.count.sum()
