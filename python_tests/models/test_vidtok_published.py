@@ -76,6 +76,15 @@ def test_one_frame_rate_step_makes_no_difference(build):
     assert not torch.allclose(apart, whole, atol=1e-2)
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+@torch.no_grad()
+def test_nearest_interpolation_is_the_same_in_chunks(build, overlap):
+    model = build(KL_488, ch_mult=(1, 2, 2), interpolation="nearest")
+    whole = model.decode(latent(5), frames="reference")
+    found = decode_published(model, latent(5), chunk_frames=8, overlap=overlap)
+    assert torch.allclose(found, whole, atol=ATOL)
+
+
 @pytest.mark.parametrize("plan", [[1] * 6, [2, 4], [1, 5], [6]])
 @torch.no_grad()
 def test_stream_equals_the_published_decoding(kl, plan):

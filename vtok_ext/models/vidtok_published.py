@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -98,11 +97,12 @@ class UpsampleBehind(_PublishedUpsample):
 
 
 def _replace_upsampling(decoder: Decoder, kind: type[_PublishedUpsample]) -> Decoder:
-    """Returns a decoder on the same parameters with other temporal upsampling."""
+    """Returns a decoder on the same parameters with other linear interpolation in time."""
     other = copy.deepcopy(decoder, {id(p): p for p in decoder.parameters()})
     for stage in other.up_temporal:
-        if isinstance(stage.upsample, TemporalUpsample):
-            stage.upsample = kind(stage.upsample)
+        layer = stage.upsample
+        if isinstance(layer, TemporalUpsample) and layer.interpolation == "linear":
+            stage.upsample = kind(layer)
     return other
 
 
@@ -297,13 +297,15 @@ def decode_published(
         num_frames, size = encoding.num_frames, encoding.size
     latent = encoding.latent if isinstance(encoding, Encoding) else encoding
     latent = model.to_latent("decode_published", latent)
-    build = OverlapDecoder if overlap else partial(_replace_upsampling, kind=UpsampleApart)
-    decoder, state, frames = build(model.decoder), None, []
+    chunked = published_chunks(model) if overlap else model
+    decoder = chunked.decoder if overlap else _replace_upsampling(model.decoder, UpsampleApart)
+    state, frames = None, []
     for chunk in _first_and_chunks(latent, chunk_frames // model.temporal_factor):
         decoded, state = decoder(chunk, state, True)
         frames.append(decoded)
-    if overlap:
-        frames.append(decoder(latent[:, :, :0], state))
+    rest = chunked.decode_rest(state) if overlap else None
+    if rest is not None:
+        frames.append(rest)
     video = torch.cat(frames, dim=2)
     video = video if num_frames is None else video[:, :, -num_frames:]
     return model._finish("decode_published", video, num_frames, size, output)
