@@ -133,6 +133,26 @@ def test_automatic_tiles_keep_to_the_memory(model):
     assert ample.decoder.choose_tile(shape) == (160, 192)
 
 
+@torch.no_grad()
+def test_automatic_tiles_keep_to_the_memory_of_longer_clips(model):
+    one, four = (torch.zeros(1, 4, t, 40, 48) for t in (1, 4))
+    need = predicted_bytes(model, lambda: model.decoder(torch.zeros(one.shape)))
+    view = model.tiled("auto", memory=int(1.1 * need))
+    height = 40 * model.spatial_factor
+    assert view.decoder.choose_tile((1, *one.shape[2:]))[0] == height
+    tile = view.decoder.choose_tile((1, *four.shape[2:]))
+    assert tile[0] < height
+    tiled = model.tiled(tile)
+    assert predicted_bytes(model, lambda: tiled.decoder(torch.zeros(four.shape))) <= 1.1 * need
+    chunk = 16 // model.temporal_factor
+    for latent in (one, four):  # whatever a stream begins with
+        _, state = view.decode_chunk(latent, None, True)
+        planned = view.decoder.choose_tile((1, max(chunk, latent.shape[2]), 40, 48))
+        assert tuple(state["tile"].shape[1:3]) == planned
+    with pytest.raises(ValueError, match="tiled: memory must be at least"):
+        model.tiled("auto", memory=2**10).stream_decoder().push(one)
+
+
 def test_clips_of_models_without_causality(build):
     model = build("vidtok_kl_noncausal_488_4chn", ch_mult=(1, 2, 2))
     size = {"height": 64, "width": 64}

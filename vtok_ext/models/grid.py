@@ -270,7 +270,8 @@ class GridTokenizer(VideoTokenizer):
         Args:
             tile: (height, width) in positions of a feature map that are computed at once, at every
                 resolution, with a few more around them; or "auto": the largest for which encoding
-                or decoding fits into `memory`, as the planner predicts at the first call.
+                or decoding fits into `memory`, as the planner predicts at the first call for a
+                shape; a stream keeps one that does for chunks of 16 frames.
             mode: "exact": equal to the whole picture; "blended": overlapping tiles of (height,
                 width) pixels, each by itself, faded into each other.
             overlap: of blended tiles, as a share of a tile.

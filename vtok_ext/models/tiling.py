@@ -112,8 +112,9 @@ class TiledNetwork(nn.Module):
         network: an encoder or decoder, `y = network(x)` or `y, state = network(x, state, True)`.
         steps: returns its steps; asked at every call, so that replaced children are found.
         segments: of these steps.
-        choose_tile: (B, T, H, W) of the input -> (height, width): positions of a feature map that
-            are computed at once, at every resolution; the neighbours come on top.
+        choose_tile: (B, T, H, W) of the input, and whether a stream begins with it -> (height,
+            width): positions of a feature map that are computed at once, at every resolution; the
+            neighbours come on top.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class TiledNetwork(nn.Module):
         network: nn.Module,
         steps: Callable[..., list[Step]],
         segments: Sequence[Segment],
-        choose_tile: Callable[[tuple[int, int, int, int]], Tile],
+        choose_tile: Callable[[tuple[int, int, int, int], bool], Tile],
     ) -> None:
         super().__init__()
         self.__dict__.update(network.__dict__)  # parameters, children, hooks
@@ -132,7 +133,8 @@ class TiledNetwork(nn.Module):
         self, x: Tensor, state: State | None = None, return_state: bool = False, **options: bool
     ):
         """Returns what the network does; options are those of its steps."""
-        tile = continued_tile(state, x) or self.choose_tile((x.shape[0], *x.shape[2:]))
+        shape = x.shape[0], *x.shape[2:]
+        tile = continued_tile(state, x) or self.choose_tile(shape, return_state)
         empty = x[:, :, :0]
         if self._is_one(tile, x.shape[3:]):
             state = None if state is None else {n: v for n, v in state.items() if n != "tile"}
@@ -273,7 +275,7 @@ def tiled_view(
         return _blended(model, view, fixed, overlap)
     networks = {}
     for name in ("encoder", "decoder"):
-        choose = (lambda shape: fixed) if fixed else _planned(model, name, memory)
+        choose = (lambda *_: fixed) if fixed else _planned(model, name, memory)
         steps, segments = local_segments(model, name)
         networks[name] = TiledNetwork(getattr(model, name), steps, segments, choose)
     # copy.copy shares the dict of children; nothing of `model` may change.
@@ -295,15 +297,28 @@ def _blended(model: Any, view: Any, tile: Tile | None, overlap: float) -> Any:
 
 
 def _planned(model: Any, network: str, memory: int | None):
-    """Returns what gives the tile for (B, T, H, W) of a network's input, once per B, H, W."""
+    """Returns what gives the tile for (B, T, H, W) of a network's input, planned once for each.
+
+    A stream keeps the tile that it began with, often with a single frame: its tile is planned for
+    the chunks that the planner makes, or where these do not fit, for its first one.
+    """
     known: dict[tuple[int, ...], Tile] = {}
 
-    def choose(shape: tuple[int, int, int, int]) -> Tile:
-        from vtok_ext.models.planning import choose_tile  # it builds on this file
+    def choose(shape: tuple[int, int, int, int], is_stream: bool = False) -> Tile:
+        from vtok_ext.models import planning  # it builds on this file
 
-        key = (shape[0], *shape[2:])
+        longest = planning.MOST_FRAMES_PER_CHUNK
+        if network == "decoder":
+            longest = max(1, longest // model.temporal_factor)
+        length = max(shape[1], longest) if is_stream else shape[1]
+        key = (shape[0], length, *shape[2:])
         if key not in known:
-            known[key] = choose_tile(model, network, shape, memory)
+            try:
+                known[key] = planning.choose_tile(model, network, key, memory)
+            except ValueError:
+                if length == shape[1]:
+                    raise
+                known[key] = planning.choose_tile(model, network, shape, memory)
         return known[key]
 
     return choose
