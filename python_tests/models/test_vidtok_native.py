@@ -198,10 +198,23 @@ def _hook(find):
     return attach
 
 
+def _replace_forward(model):
+    block = model.decoder.up_temporal[0].block[0]
+    forward, calls = block.conv1.forward, []
+
+    def counted(*args, **options):
+        calls.append(args)
+        return forward(*args, **options)
+
+    block.conv1.forward = counted
+    return lambda: len(calls)
+
+
 SEEN = {
     "adapter 2d": _adapt_2d,
     "adapter 1d": _adapt_1d,
     "adapter upsampling": _adapt_upsampling,
+    "forward of an instance": _replace_forward,
     "hook on a norm": _hook(lambda m: m.decoder.up_temporal[0].block[0].norm1),
     "hook on a child": _hook(lambda m: m.encoder.down_temporal[0].block[0].conv2.conv),
     "hook on attention": _hook(lambda m: m.encoder.mid.attn_1.proj_out),
@@ -221,6 +234,49 @@ def test_fusion_stops_where_somebody_looks(build, clip, passes, name, what):
         found = model.decode(model.encode(video))
     assert count() == 1 and passes.count(False) == 1
     close(found, expected)
+
+
+@pytest.mark.parametrize("register", ["forward_hook", "forward_pre_hook"])
+def test_hooks_of_all_modules_are_called(build, clip, passes, register):
+    model = build("vidtok_kl_causal_488_4chn", ch_mult=(1, 2))
+    video, seen = clip(1, 3, 8, 8), set()
+    register = getattr(torch.nn.modules.module, f"register_module_{register}")
+    with torch.no_grad():
+        expected = model.encode_chunk(video)
+        handle = register(lambda module, *_: seen.add(module))
+        try:
+            found = model.encode_chunk(video)
+        finally:
+            handle.remove()
+    close(found, expected)
+    assert passes == [True, False]
+    assert seen >= {layer for layer in model.encoder.modules() if layer._parameters}
+
+
+def test_recomputed_blocks_run_in_place(build, clip, passes):
+    from vtok_ext.training.blocks import recompute_activations
+
+    model = build("vidtok_kl_causal_488_4chn", ch_mult=(1, 2))
+    video = clip(1, 3, 8, 8)
+    with torch.no_grad():
+        expected = model.encode_chunk(video)
+        recompute_activations(model)
+        recompute_activations(model)
+        assert torch.equal(model.encode_chunk(video), expected)
+        block = model.encoder.mid.block_1
+        block.forward = lambda x, *_, **__: 2 * x
+        recompute_activations(model)
+        model.encode_chunk(video)
+    assert passes == [True, True, False]
+
+
+def test_traced_model_takes_other_videos(build, clip, passes):
+    model = build("vidtok_kl_causal_488_4chn", ch_mult=(1, 2))
+    with torch.no_grad():
+        traced = torch.jit.trace(model.encode_chunk, clip(1, 3, 8, 8), check_trace=False)
+        assert passes == [False]
+        video = clip(1, 3, 8, 8, seed=1)
+        close(traced(video), model.encode_chunk(video))
 
 
 def test_parametrized_weights_are_used(build, clip, passes):

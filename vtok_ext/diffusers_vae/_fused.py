@@ -27,7 +27,7 @@ def is_plain(module: Any, kind: type[nn.Module]) -> bool:
     Adapters and parametrizations have another class; accelerate and diffusers offload and cast by
     a forward of the instance.
     """
-    return type(module) is kind and not has_hooks(module) and "forward" not in module.__dict__
+    return type(module) is kind and not has_hooks(module)
 
 
 def is_idle_dropout(module: Any) -> bool:

@@ -9,9 +9,9 @@ Note [Passes in place]
 Functional layers allocate every activation; at 17x128x128 that is 5 million page faults, a quarter
 of the time. Here every page is touched once, the activations of a chunk stay in the cache, and
 the peak is that of a chunk. A layer's parameters are read outside its `forward`, hence only while
-nobody could tell: `runs_in_place` says no with gradients, under torch.compile, with hooks,
-parametrizations, replaced classes (adapters), modes that watch operations (counters of products
-know PyTorch's), another device or dtype.
+nobody could tell: `runs_in_place` says no with gradients, under torch.compile and torch.jit.trace,
+with hooks, a replaced `forward`, parametrizations, replaced classes (adapters), modes that watch
+operations (counters of products know PyTorch's), another device or dtype.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def runs_in_place(network: nn.Module, x: Tensor, containers: Collection[type]) -
         network: of known layers within `containers`, classes that do nothing but call those.
         x: its input.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if not takes(x) or x.device.type != "cpu" or x.numel() == 0:
         return False

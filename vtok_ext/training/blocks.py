@@ -23,6 +23,7 @@ from vtok_ext.layers import (
     TemporalDownsample,
     TemporalUpsample,
 )
+from vtok_ext.layers._hooks import same_forward
 from vtok_ext.layers.transformer import QueryBlock, TransformerBlock
 from vtok_ext.layers.volume import VolumeBlock, VolumeDown, VolumeUp
 from vtok_ext.models.gpt import CausalBlock
@@ -70,7 +71,8 @@ def recompute_activations(model: nn.Module) -> int:
     """Returns how many blocks now keep their input only and are run again in the backward pass."""
     found = blocks(model)
     for block in found:
-        block.forward = functools.partial(_recomputed, block, block.forward)
+        forward = functools.partial(_recomputed, block, block.forward)
+        block.forward = same_forward(block, forward)
     return len(found)
 
 
