@@ -279,6 +279,16 @@ def test_traced_model_takes_other_videos(build, clip, passes):
         close(traced(video), model.encode_chunk(video))
 
 
+def test_default_device_does_not_matter(build, clip, passes):
+    model = build("vidtok_kl_causal_488_4chn_v1_1", ch_mult=(1, 2))
+    video = clip(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = model.decode(model.encode(video))
+        with torch.device("meta"):
+            found = model.decode(model.encode(video))
+    assert passes == [True] * 4 and torch.equal(found, expected)
+
+
 def test_parametrized_weights_are_used(build, clip, passes):
     model = build("vidtok_kl_causal_488_4chn", ch_mult=(1, 2))
     video = clip(1, 3, 8, 8)

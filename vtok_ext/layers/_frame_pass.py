@@ -102,7 +102,7 @@ class Pool:
             flat = min(fitting, key=Tensor.numel)
             self._free = [other for other in self._free if other is not flat]
         else:
-            flat = torch.empty(count, dtype=self.dtype)
+            flat = torch.empty(count, dtype=self.dtype, device="cpu")
         buffer = flat[:count].view(1, frames, height, width, channels).permute(0, 4, 1, 2, 3)
         self._taken[buffer.data_ptr()] = flat
         return buffer

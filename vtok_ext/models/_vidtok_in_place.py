@@ -97,7 +97,8 @@ def _blocks(run: FramePass, name: str, space: Any, time: Any, x: Tensor) -> Tens
 
 
 def _video(run: FramePass, channels: int, shape: tuple[int, ...]) -> Tensor:
-    return torch.empty((1, channels, *shape), dtype=run.dtype, memory_format=_LAYOUT)
+    size = (1, channels, *shape)
+    return torch.empty(size, dtype=run.dtype, device="cpu", memory_format=_LAYOUT)
 
 
 class EncoderPass:
