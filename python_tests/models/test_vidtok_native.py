@@ -148,6 +148,34 @@ def test_in_place_bfloat16_is_as_exact_as_layers(build, clip, passes, name):
             assert error <= 1.5 * allowed
 
 
+@pytest.mark.parametrize("name", ["vidtok_kl_causal_488_4chn", "vidtok_kl_causal_488_4chn_v1_1"])
+@pytest.mark.parametrize("chunk_bytes", [1, 20_000, 2**25])
+def test_items_of_a_batch_share_weights(build, clip, monkeypatch, passes, name, chunk_bytes):
+    """Folded once for all, and every item is what it is alone, in streams too."""
+    model, video = build(name, ch_mult=(1, 2, 2)), clip(3, 9, 16, 24)
+    monkeypatch.setattr(_frame_pass, "CHUNK_BYTES", chunk_bytes)
+    fold, folded = _frame_pass.transposed_weight, []
+    monkeypatch.setattr(
+        _frame_pass, "transposed_weight", lambda weight: folded.append(0) or fold(weight)
+    )
+
+    def results(x):
+        raw, state = model.encode_chunk(x[:, :, :5], None, True)
+        more, following = model.encode_chunk(x[:, :, 5:], state, True)
+        latent = torch.cat([raw, more], 2)[:, :4]
+        frames, waiting = model.decode_chunk(latent[:, :, :2], None, True)
+        rest, last = model.decode_chunk(latent[:, :, 2:], waiting, True)
+        states = (*state.values(), *following.values(), *waiting.values(), *last.values())
+        return latent, frames, rest, model.decode_chunk(latent), *states
+
+    with torch.no_grad():
+        model.decode_chunk(model.encode(video).latent)
+        assert len(folded) == 2
+        for found, *alone in zip(results(video), *map(results, video.split(1)), strict=True):
+            assert torch.equal(found, torch.cat(alone))
+    assert all(passes)
+
+
 def test_inference_mode_runs_in_place(build, clip, passes):
     model = build("vidtok_kl_causal_488_4chn_v1_1", ch_mult=(1, 2))
     video = clip(1, 5, 16, 8)

@@ -118,21 +118,37 @@ class Pool:
             if flat is not None:
                 self._free.append(flat)
 
+    def take_back(self) -> None:
+        """Takes back all buffers."""
+        self._free += self._taken.values()
+        self._taken.clear()
+
 
 class FramePass:
-    """One pass through a network: its buffers, its weights in one dtype, and its stream's state.
+    """Passes of items, one by one, through a network: buffers and weights in one dtype, which all
+    share, and the state of the stream of one.
 
     Args:
         dtype: of all activations.
-        previous: the network's state after the preceding chunk of a stream, None at its start.
     """
 
-    def __init__(self, dtype: torch.dtype, previous: State | None) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         self.pool = Pool(dtype)
-        self.dtype, self.previous = dtype, previous
+        self.dtype = dtype
+        self._weights: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._taps: dict[int, list[Tensor]] = {}
+        self.begin(None)
+
+    def begin(self, previous: State | None) -> None:
+        """Goes on to the next item; what is left of the one before has been copied.
+
+        Args:
+            previous: the network's state after the preceding chunk of a stream, None at its start.
+        """
+        self.pool.take_back()
+        self.previous = previous
         self.following: dict[str, Tensor] = {}  # maybe views of buffers
         self._held: dict[str, Tensor] = {}  # buffers whose last frames the next chunk reads
-        self._weights: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def before(self, name: str, x: Tensor, fewest: int, most: int) -> Tensor | None:
         """Returns the `fewest` to `most` frames that the state called `name` has, None at the start
@@ -169,6 +185,13 @@ class FramePass:
             bias = None if bias is None else bias.to(self.dtype)
             self._weights[id(conv)] = (weight.to(self.dtype), bias)
         return self._weights[id(conv)]
+
+    def taps(self, conv: nn.Module) -> list[Tensor]:
+        """Returns the weights [O, C, 1, kh, kw] of a convolution for every frame that it sees."""
+        if id(conv) not in self._taps:
+            weight, _ = self.weights(conv)
+            self._taps[id(conv)] = [tap.contiguous() for tap in weight.split(1, 2)]
+        return self._taps[id(conv)]
 
     def add_conv(
         self, out: Tensor, x: Tensor, conv: nn.Module, stride: Sequence[int] = (1, 1, 1)

@@ -38,8 +38,8 @@ class ProductUpsample:
         self.run, self.name = run, name
         self.linear = layer.interpolation == "linear"
         self.replicate = layer.conv.temporal == "replicate"
-        weight, self.bias = run.weights(layer.conv)
-        self.taps = [weight[:, :, k : k + 1].contiguous() for k in range(3)]
+        _, self.bias = run.weights(layer.conv)
+        self.taps = run.taps(layer.conv)
         self.alpha = float(torch.sigmoid(layer.mix_factor.double()))
         self.started = run.previous is not None
         self.last: Tensor | None = None  # x[i - 1] to interpolate from

@@ -47,11 +47,11 @@ def each_item(
 ) -> Any:
     """Returns `run` of every item of a batch joined, or `(result, state)`."""
     dtype = autocast_dtype("cpu") or x.dtype
+    in_place = FramePass(dtype)
     results, states = [], []
     with without_autocast("cpu"):
         for i in range(x.shape[0]):
-            item = None if state is None else {k: v[i : i + 1] for k, v in state.items()}
-            in_place = FramePass(dtype, item)
+            in_place.begin(None if state is None else {k: v[i : i + 1] for k, v in state.items()})
             results.append(run(in_place, x[i : i + 1].to(dtype)))
             states.append(in_place.state() if return_state else {})
     if len(results) == 1:
