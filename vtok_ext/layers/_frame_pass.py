@@ -118,6 +118,10 @@ class Pool:
             if flat is not None:
                 self._free.append(flat)
 
+    def let_go(self, buffer: Tensor) -> None:
+        """Forgets a buffer: its memory is freed with the last reference to it."""
+        self._taken.pop(buffer.data_ptr(), None)
+
     def take_back(self) -> None:
         """Takes back all buffers."""
         self._free += self._taken.values()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vtok_ext.layers._frame_pass import FramePass, runs_in_place
 from vtok_ext.layers._product_upsample import ProductUpsample
-from vtok_ext.layers._state import State
+from vtok_ext.layers._state import State, owned
 from vtok_ext.ops._dtypes import autocast_dtype, without_autocast
 from vtok_ext.ops.temporal_resample import temporal_downsample_blend
 
@@ -72,7 +72,7 @@ def _conv_in(run: FramePass, network: Encoder | Decoder, x: Tensor) -> Tensor:
     """Returns `x` behind the front frames of the first convolution."""
     conv: Any = network.conv_in
     padded = conv.pad(x, run.before("conv_in", x, 2, 2))
-    run.following["conv_in"] = padded[:, :, padded.shape[2] - 2 :]
+    run.following["conv_in"] = owned(padded[:, :, padded.shape[2] - 2 :])
     return padded.contiguous(memory_format=_LAYOUT)
 
 
@@ -115,61 +115,65 @@ class EncoderPass:
 
     def __call__(self, run: FramePass, x: Tensor) -> Tensor:
         """Returns the raw latent of x [1, C, T, H, W]."""
-        encoder, padded = self.encoder, _conv_in(run, self.encoder, x)
-
-        def begin(start: int, stop: int) -> Tensor:
-            weight, _ = run.weights(encoder.conv_in)
-            y = run.pool.zeros(weight.shape[0], stop - start, *x.shape[3:])
-            run.add_conv(y, padded[:, :, start : stop + 2], encoder.conv_in)
-            return y
-
-        source: Callable[[int, int], Tensor] = begin
-        shape = tuple(x.shape[2:])
+        encoder = self.encoder
+        x = _conv_in(run, encoder, x)
         for level in range(len(encoder.down)):
-            x = self._level(run, level, source, shape)
-            run.release(f"down_temporal.{level}.block.", self.keep_state)
-            source, shape = _slices(x), tuple(x.shape[2:])
+            # Only `x` keeps a whole clip alive from here on: of each level, until the next is done.
+            x = self._level(run, level, x)
+            x = self._halve_time(run, level, x)
         _middle(run, encoder.mid, x)
         weight, _ = run.weights(encoder.conv_out)
-        out = _video(run, weight.shape[0], shape)
+        out = _video(run, weight.shape[0], tuple(x.shape[2:]))
         _conv_out(run, encoder, x, out)
         return out
 
-    def _level(
-        self,
-        run: FramePass,
-        level: int,
-        source: Callable[[int, int], Tensor],  # (start, stop) -> frames, which are overwritten
-        shape: tuple[int, ...],
-    ) -> Tensor:
-        """Returns the output of a level whose input is [1, C, *shape]."""
+    def _level(self, run: FramePass, level: int, before: Tensor) -> Tensor:
+        """Returns the output of a level but for its halving in time, for whose front frames it has
+        room.
+
+        Args:
+            run: the pass.
+            level: of the encoder.
+            before: the output of the level before, which is overwritten; of the first level the
+                video behind its front frames.
+        """
         space: Any = self.encoder.down[level]
         time: Any = self.encoder.down_temporal[level]
-        width = space.block[0].conv1.out_channels
-        name = f"down_temporal.{level}.downsample"
-        num_frames, height, width_px = shape
-        front = 0 if time.downsample is None else self._front(run, name)
-        halved = (height // 2, width_px // 2) if space.downsample is not None else shape[1:]
+        width, name = space.block[0].conv1.out_channels, f"down_temporal.{level}"
+        height, width_px = before.shape[3:]
+        num_frames = before.shape[2] - (2 if level == 0 else 0)
+        front = 0 if time.downsample is None else self._front(run, f"{name}.downsample")
+        halved = (height // 2, width_px // 2) if space.downsample is not None else before.shape[3:]
         chunk = run.num_frames(width, height, width_px)
-        if space.downsample is None and chunk >= num_frames:
-            return _blocks(run, f"down_temporal.{level}", space, time, source(0, num_frames))
-        out = run.pool.empty(width, front + num_frames, *halved)
-        for start in range(0, num_frames, chunk):
-            stop = min(start + chunk, num_frames)
-            x = source(start, stop)
-            y = _blocks(run, f"down_temporal.{level}", space, time, x)
-            target = out[:, :, front + start : front + stop]
-            if space.downsample is None:
-                target.copy_(y)
-            else:
-                run.space_down(target.zero_(), space.downsample, y)
-            if y is not x:
-                run.pool.give(y)
-            if level == 0:  # further levels are given slices
-                run.pool.give(x)
-        if time.downsample is None:
-            return out
-        return self._halve_time(run, name, time.downsample, out, front)
+        if space.downsample is None and not front and chunk >= num_frames:
+            out = _blocks(run, name, space, time, self._input(run, level, before, 0, num_frames))
+        else:
+            out = run.pool.empty(width, front + num_frames, *halved)
+            for start in range(0, num_frames, chunk):
+                stop = min(start + chunk, num_frames)
+                x = self._input(run, level, before, start, stop)
+                y = _blocks(run, name, space, time, x)
+                target = out[:, :, front + start : front + stop]
+                if space.downsample is None:
+                    target.copy_(y)
+                else:
+                    run.space_down(target.zero_(), space.downsample, y)
+                if y is not x:
+                    run.pool.give(y)
+                if level == 0:  # further levels are given slices
+                    run.pool.give(x)
+        run.release(f"{name}.block.", self.keep_state)
+        run.pool.let_go(before)
+        return out
+
+    def _input(self, run: FramePass, level: int, before: Tensor, start: int, stop: int) -> Tensor:
+        """Returns frames [start, stop) of a level's input, to be overwritten."""
+        if level > 0:
+            return before[:, :, start:stop]
+        weight, _ = run.weights(self.encoder.conv_in)
+        y = run.pool.zeros(weight.shape[0], stop - start, *before.shape[3:])
+        run.add_conv(y, before[:, :, start : stop + 2], self.encoder.conv_in)
+        return y
 
     def _front(self, run: FramePass, name: str) -> int:
         """Returns how many frames precede the input of a temporal halving."""
@@ -177,10 +181,14 @@ class EncoderPass:
             return run.previous[name].shape[2]
         return 2 if self.first_alone else 1
 
-    @staticmethod
-    def _halve_time(run: FramePass, name: str, layer: Any, padded: Tensor, front: int) -> Tensor:
-        """Returns half as many frames; writes the front frames of `padded`."""
-        before = run.before(name, padded, 1, 2)
+    def _halve_time(self, run: FramePass, level: int, padded: Tensor) -> Tensor:
+        """Returns half as many frames where the level does that; writes the front frames of
+        `padded`."""
+        layer: Any = self.encoder.down_temporal[level].downsample
+        if layer is None:
+            return padded
+        name = f"down_temporal.{level}.downsample"
+        front, before = self._front(run, name), run.before(name, padded, 1, 2)
         if before is not None:
             padded[:, :, :front] = before
         elif layer.conv.temporal == "replicate":
@@ -188,15 +196,14 @@ class EncoderPass:
         else:
             padded[:, :, :front] = 0
         count = max(0, (padded.shape[2] - 1) // 2)
-        run.following[name] = padded[:, :, 2 * count :]
+        if self.keep_state:
+            run.following[name] = owned(padded[:, :, 2 * count :])
         y = run.pool.zeros(padded.shape[1], count, *padded.shape[3:])
         if count:
             run.add_conv(y, padded, layer.conv, (2, 1, 1))
-        return temporal_downsample_blend(padded, y, layer.mix_factor, padding="none")
-
-
-def _slices(x: Tensor) -> Callable[[int, int], Tensor]:
-    return lambda start, stop: x[:, :, start:stop]
+        halved = temporal_downsample_blend(padded, y, layer.mix_factor, padding="none")
+        run.pool.give(padded, y)
+        return halved
 
 
 class DecoderPass:
