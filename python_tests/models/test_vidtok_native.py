@@ -176,6 +176,30 @@ def test_items_of_a_batch_share_weights(build, clip, monkeypatch, passes, name, 
     assert all(passes)
 
 
+@pytest.mark.parametrize("name", CAUSAL)
+@torch.no_grad()
+def test_frames_that_pad_a_clip_are_not_decoded(build, monkeypatch, passes, name):
+    model = build(name)
+    generator = torch.Generator().manual_seed(0)
+    latent = torch.randn(1, model.latent_channels, 3, 2, 3, generator=generator)
+    finish, num_computed = vidtok.in_place.DecoderPass._finish, []
+
+    def counted(self, run, x):
+        num_computed.append(x.shape[2])
+        finish(self, run, x)
+
+    monkeypatch.setattr(vidtok.in_place.DecoderPass, "_finish", counted)
+    whole = model.decode(latent)
+    drop = sum(num_computed) - whole.shape[2]
+    for num_frames in range(1, whole.shape[2] + 1):
+        num_computed.clear()
+        assert torch.equal(model.decode(latent, num_frames=num_frames), whole[:, :, :num_frames])
+        assert sum(num_computed) == drop + num_frames
+    with pytest.raises(ValueError, match="num_frames and size must be within the decoded"):
+        model.decode(latent, num_frames=0)
+    assert all(passes)
+
+
 def test_inference_mode_runs_in_place(build, clip, passes):
     model = build("vidtok_kl_causal_488_4chn_v1_1", ch_mult=(1, 2))
     video = clip(1, 5, 16, 8)

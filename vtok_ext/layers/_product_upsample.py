@@ -51,6 +51,13 @@ class ProductUpsample:
         self.waiting: list[Tensor | None] = [None, None, None]
         self.is_resumed = not self.started
 
+    def num_inputs(self, num_outputs: float) -> float:
+        """Returns how many frames of a clip its first `num_outputs` >= 1 depend on."""
+        if not self.linear:
+            return (num_outputs + 1) // 2
+        # One frame alone, one that waits for a second segment, then pairs between neighbours.
+        return 1 if num_outputs == 1 else 2 + (num_outputs - 1) // 2
+
     def _resume(self, x: Tensor) -> None:
         """Goes on where the state of the pass ends, in front of `x`."""
         self.is_resumed = True

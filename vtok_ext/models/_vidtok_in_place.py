@@ -10,6 +10,7 @@ that these run whole; at full resolution a chunk is a few frames.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -213,10 +214,14 @@ class DecoderPass:
         decoder: the network.
         drop: how many frames at the beginning are not wanted.
         final: whether the clip ends with this chunk.
+        num_frames: how many frames of a whole clip are wanted behind those; None: all.
     """
 
-    def __init__(self, decoder: Decoder, drop: int, final: bool) -> None:
+    def __init__(
+        self, decoder: Decoder, drop: int, final: bool, num_frames: int | None = None
+    ) -> None:
         self.decoder, self.drop, self.final = decoder, drop, final
+        self.num_frames = num_frames
 
     def __call__(self, run: FramePass, x: Tensor) -> Tensor:
         """Returns the frames of a latent x [1, C, T, H, W]."""
@@ -227,6 +232,7 @@ class DecoderPass:
         run.add_conv(x, padded, decoder.conv_in)
         _middle(run, decoder.mid, x)
         self.upsamplers = self._upsamplers(run)
+        self.missing = self._wanted()
         self.parts: list[Tensor] = []
         self.num_skipped = 0
         self._push(run, len(decoder.up) - 1, x)
@@ -247,15 +253,28 @@ class DecoderPass:
             if layer is not None
         }
 
+    def _wanted(self) -> list[float]:
+        """Returns how many frames each level must be given."""
+        wanted = math.inf if self.num_frames is None else self.drop + self.num_frames
+        counts = []
+        for level in range(len(self.decoder.up)):
+            if level in self.upsamplers:
+                wanted = self.upsamplers[level].num_inputs(wanted)
+            counts.append(wanted)
+        return counts
+
     def _push(self, run: FramePass, level: int, x: Tensor) -> None:
         """Sends frames, which are overwritten, through `level` and what follows."""
         if level < 0:
             self._finish(run, x)
             return
+        if x.shape[2] > self.missing[level]:  # frames that only pad the clip
+            x = x[:, :, : int(self.missing[level])]
+        self.missing[level] -= x.shape[2]
         space: Any = self.decoder.up[level]
         time: Any = self.decoder.up_temporal[level]
         chunk = run.num_frames(space.block[0].conv1.in_channels, *x.shape[3:])
-        for part in x.split(chunk, 2):
+        for part in x.split(chunk, 2) if x.shape[2] else ():
             y = _blocks(run, f"up_temporal.{level}", space, time, part)
             if space.upsample is None:
                 self._push(run, level - 1, y)

@@ -88,6 +88,10 @@ class GridTokenizer(VideoTokenizer):
         until that latent or `decode_rest`.
         """
 
+    def decode_clip(self, latent: Tensor, num_frames: int | None = None) -> Tensor:
+        """Returns the frames of a whole clip; the first `num_frames` of them are wanted."""
+        return self.decode_chunk(latent)
+
     def decode_rest(self, state: State) -> Tensor | None:
         """Returns the frames that wait in the state of a stream at its end, None if none can."""
         return None
@@ -225,7 +229,7 @@ class GridTokenizer(VideoTokenizer):
         video_input.check_frame_rule("decode", frames)
         latent = self.to_latent("decode", latent)
         if frames == "preserve":
-            video = self.decode_chunk(latent)
+            video = self.decode_clip(latent, num_frames)
         else:
             video = self.decode_reference(latent, num_frames)
         return self._finish("decode", video, num_frames, size, output)

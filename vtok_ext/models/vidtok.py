@@ -158,7 +158,7 @@ class Decoder(nn.Module):
 
     With `first_alone` (linear interpolation of version 1.1), of the f equal frames that the first
     latent of a clip becomes one is computed and returned. `drop` leaves out so many frames at the
-    beginning.
+    beginning; of a whole clip, frames behind the next `num_frames` need not be computed.
     """
 
     def __init__(self, config: VidTokConfig) -> None:
@@ -197,10 +197,11 @@ class Decoder(nn.Module):
         *,
         first_alone: bool = False,
         drop: int = 0,
+        num_frames: int | None = None,
     ):
         """Returns the frames of latent `x`, or `(frames, state)`."""
         if self._runs_in_place(x, state, first_alone):
-            run = in_place.DecoderPass(self, drop, final=not return_state)
+            run = in_place.DecoderPass(self, drop, not return_state, num_frames)
             return in_place.each_item(run, x, state, return_state)
         y = self._frames(x, state, return_state, {"first_alone": True} if first_alone else {})
         return (y[0][:, :, drop:], y[1]) if return_state else y[:, :, drop:]
@@ -413,13 +414,23 @@ class VidTok(GridTokenizer):
         if state is not None or not self.is_causal:
             return self.decoder(latent, state, return_state)
         if isinstance(self.decoder, Decoder):
-            if self.decoder.linear:
-                return self.decoder(latent, None, return_state, first_alone=True)
-            return self.decoder(latent, None, return_state, drop=drop)
+            return self.decoder(latent, None, return_state, **self._at_start)
         if not return_state:
             return self.decoder(latent)[:, :, drop:]
         frames, state = self.decoder(latent, None, True)
         return frames[:, :, drop:], state
+
+    @property
+    def _at_start(self) -> dict[str, int]:
+        """Options of a causal decoder where a clip begins."""
+        return {"first_alone": True} if self.decoder.linear else {"drop": self._num_copies}
+
+    def decode_clip(self, latent: Tensor, num_frames: int | None = None) -> Tensor:
+        """Returns the frames of a whole clip, of which the first `num_frames` are wanted."""
+        plain = self.is_causal and self.is_exact and self.backend == "native"
+        if num_frames is None or not plain or not isinstance(self.decoder, Decoder):
+            return super().decode_clip(latent, num_frames)
+        return self.decoder(latent, num_frames=max(1, num_frames), **self._at_start)
 
     def decode_rest(self, state: State) -> Tensor | None:
         """Returns the frames that wait in the state of a stream at its end, None if none can."""
