@@ -12,6 +12,7 @@ import torch
 
 from .console import Console
 from .conv3d_advice import conv3d_state
+from .cuda_use import cuda_obstacle
 
 # One process with two OpenMP runtimes oversubscribes the cores and may deadlock after fork.
 _OPENMP_LIBRARY = re.compile(r"/(lib(?:gomp|iomp5|omp)[^/]*\.so[^/]*)$")
@@ -78,8 +79,16 @@ def _usable_cpus() -> int:
 
 
 def _cuda_state() -> dict[str, Any]:
-    """Returns torch's view of CUDA: usable, the devices, or the reason against it."""
-    state: dict[str, Any] = {"usable": False, "torch_cuda": torch.version.cuda, "devices": []}
+    """Returns torch's view of CUDA: usable, the devices, or the reason against it.
+
+    `obstacles` says why the kernels of this package cannot run on devices that torch can use.
+    """
+    state: dict[str, Any] = {
+        "usable": False,
+        "torch_cuda": torch.version.cuda,
+        "devices": [],
+        "obstacles": [],
+    }
     if torch.version.cuda is None:
         state["reason"] = "this torch is a CPU build"
         return state
@@ -97,6 +106,9 @@ def _cuda_state() -> dict[str, Any]:
                 "memory_gib": round(properties.total_memory / 2**30, 1),
             }
         )
+        obstacle = cuda_obstacle(i)
+        if obstacle is not None and obstacle not in state["obstacles"]:
+            state["obstacles"].append(obstacle)
     state["usable"] = bool(state["devices"])
     if not state["usable"]:
         state["reason"] = "no CUDA device is visible"
@@ -127,6 +139,7 @@ def _warnings(report: dict[str, Any]) -> list[str]:
             f"{len(openmp)} OpenMP runtimes are loaded, which compete for the same cores; "
             f"import torch before other packages: {', '.join(openmp)}"
         )
+    warnings += [f"the GPU is not used: {line}" for line in report["cuda"]["obstacles"]]
     warnings += [f"torch.nn.Conv3d: {line}" for line in report["conv3d"]["known_of_torch_conv3d"]]
     video = report["video"]
     if not video["usable"]:

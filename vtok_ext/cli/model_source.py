@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .console import Console
+from .cuda_use import cuda_obstacle
 
 
 def resolve_device(name: str) -> torch.device:
-    """Returns the device called `name`; "auto" is CUDA where torch can use it, else the CPU.
+    """Returns the device called `name`; "auto" is CUDA where it can be used, else the CPU.
+
+    Where torch can use CUDA and the kernels of this package cannot, "auto" says so on the console.
 
     Raises:
         ValueError: not a device, or CUDA that cannot be used here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return _automatic_device()
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -33,7 +37,22 @@ def resolve_device(name: str) -> torch.device:
         raise ValueError(
             f"device: must be one of {torch.cuda.device_count()} CUDA devices, got {name!r}"
         )
+    obstacle = cuda_obstacle(device.index or 0) if device.type == "cuda" else None
+    if obstacle is not None:
+        raise ValueError(f"device: must be usable, got {name!r}, but {obstacle}")
     return device
+
+
+def _automatic_device() -> torch.device:
+    """Returns CUDA or the CPU; the process that leads warns if a GPU is left unused."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    obstacle = cuda_obstacle()
+    if obstacle is None:
+        return torch.device("cuda")
+    if os.environ.get("RANK", "0") == "0":  # of torchrun, whose process group is not there yet
+        Console().warn(f"the GPU is not used: {obstacle}")
+    return torch.device("cpu")
 
 
 def load_model_for(
