@@ -12,6 +12,7 @@ import vtok_ext as vt
 from vtok_ext.cli import encode as encode_module
 from vtok_ext.cli import reconstruct as reconstruct_module
 from vtok_ext.data.video import read_clip
+from vtok_ext.models.latent_statistics import LatentStatistics
 from vtok_ext.models.vidtok_published import decode_published, encode_published
 
 TINY = {"ch": 8, "ch_mult": (1, 1, 1, 1), "num_res_blocks": 1}
@@ -39,6 +40,45 @@ def close(frames, expected) -> bool:
 
 def source_of(video) -> torch.Tensor:
     return read_clip(video)[0][None]
+
+
+@pytest.fixture
+def normalised(saved_models, make_video, tmp_path):
+    """Returns (model, file of normalised latents), statistics far from 0 and 1, and saves both."""
+    model = vt.load_model(saved_models["kl"])
+    mean, std = torch.tensor([3.0, -2.0, 1.0, 5.0]), torch.tensor([0.1, 4.0, 2.0, 0.5])
+    model.latent_statistics = LatentStatistics({"grid": mean}, {"grid": std})
+    model.save_pretrained(tmp_path / "known")
+    with torch.no_grad():
+        encoding = model.encode(source_of(make_video(num_frames=13)), normalize=True)
+    encoding.save(tmp_path / "normalised")
+    return model, tmp_path / "normalised"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("command", ["decode", "stream"])
+def test_normalised_latents_are_restored(vtok, normalised, tmp_path, written, command):
+    model, file = normalised
+    expected = model.decode(vt.Encoding.load(file), output="uint8")
+    written.clear()
+    done = vtok(command, file, tmp_path / "back.mp4", "--model", tmp_path / "known")
+    assert done.code == 0, done.err
+    assert len(written) > 1 and close(written, expected)
+
+
+def test_normalised_latents_need_statistics(vtok, normalised, saved_models, tmp_path):
+    done = vtok("decode", normalised[1], tmp_path / "back.mp4", "--model", saved_models["kl"])
+    assert done.code == 2 and "must know its statistics of latents" in done.err
+    assert not (tmp_path / "back.mp4").exists()
+
+
+@pytest.mark.parametrize("suffix", [".webm", ".AVI", ".gif"])
+def test_a_video_that_cannot_be_written_is_no_token_file(
+    vtok, make_video, model_folder, tmp_path, suffix
+):
+    out = tmp_path / f"out{suffix}"
+    done = vtok("stream", make_video(), out, "--model", model_folder)
+    assert done.code == 2 and "output must end in .mp4" in done.err and not out.exists()
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vtok_ext.data.video import VideoWriter
 
@@ -20,6 +20,9 @@ from .memory_plan import (
 )
 from .model_source import load_model_for, resolve_device
 from .reconstruct import frames_per_chunk
+
+if TYPE_CHECKING:
+    from vtok_ext.models.latent_statistics import LatentStatistics
 
 
 def run_decode(
@@ -50,6 +53,7 @@ def run_decode(
             )
             model.check_origin("decode", reader.model_id, any_weights)
             _check_kind(reader, model)
+            statistics = model.require_statistics("decode") if reader.normalized else None
             if reader.chunk_frames is not None and memory != NO_LIMIT:
                 raise ValueError("decode: --tile and --memory must not meet published chunks")
             chunk_frames = frames_per_chunk(model, height, width)
@@ -57,7 +61,7 @@ def run_decode(
             prepared = prepare(model, "decode", *size, memory, chunk_frames, console)
             start, num_frames = time.monotonic(), 0
             with console.progress("decoding", reader.num_frames) as progress:
-                for frames in _decoded(reader, prepared, source):
+                for frames in _decoded(reader, prepared, source, statistics):
                     writer.write(frames[0].cpu())
                     num_frames += frames.shape[2]
                     _show(progress, num_frames, start)
@@ -88,8 +92,16 @@ def _check_kind(reader: Any, model: Any) -> None:
         model.tokenize(None)  # refuses, naming the models that can
 
 
-def _decoded(reader: Any, prepared: Prepared, source: Path) -> Iterator[Any]:
-    """Yields frames [1, 3, t, H, W] uint8, all in all those that the file stands for."""
+def _decoded(
+    reader: Any, prepared: Prepared, source: Path, statistics: LatentStatistics | None
+) -> Iterator[Any]:
+    """Yields frames [1, 3, t, H, W] uint8, all in all those that the file stands for.
+
+    Args:
+        reader, source: the file.
+        prepared: the model, and how much of the file it takes at a time.
+        statistics: by which the latents were normalised, None if they were not.
+    """
     import torch
 
     model = prepared.model
@@ -114,7 +126,10 @@ def _decoded(reader: Any, prepared: Prepared, source: Path) -> Iterator[Any]:
     decoder = model.stream_decoder(**options)
     per_push = max(1, prepared.chunk_frames // factor)
     for latent in reader.chunks(per_push):
-        for frames in decoder.push(latent.to(device)):
+        latent = latent.to(device)
+        if statistics is not None:
+            latent = statistics.restore(latent)
+        for frames in decoder.push(latent):
             skip, kept = _after(skip, frames)
             yield from kept
     for frames in decoder.flush():

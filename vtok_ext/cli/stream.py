@@ -12,6 +12,11 @@ from pathlib import Path
 from .memory_plan import NO_LIMIT, MemoryOptions
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")
+# Of videos that `VideoWriter` does not write: nobody means a token file by them.
+_OTHER_VIDEO_SUFFIXES = (
+    *(".webm", ".avi", ".gif", ".mpg", ".mpeg", ".m2v", ".ts", ".mts", ".m2ts", ".wmv", ".flv"),
+    *(".ogv", ".ogg", ".3gp", ".vob", ".mxf", ".y4m", ".apng"),
+)
 
 
 def direction_of(source: Path, out: Path) -> str:
@@ -19,7 +24,7 @@ def direction_of(source: Path, out: Path) -> str:
 
     Raises:
         FileNotFoundError: there is no file `source`.
-        ValueError: both are token or latent files.
+        ValueError: both are token or latent files, or `out` a video of a kind that is not written.
     """
     from vtok_ext.models.encoding_stream import encoding_kind
 
@@ -27,6 +32,11 @@ def direction_of(source: Path, out: Path) -> str:
     try:
         encoding_kind(source)
     except ValueError:
+        if out.suffix.lower() in _OTHER_VIDEO_SUFFIXES:
+            raise ValueError(
+                f"stream: output must end in {', '.join(VIDEO_SUFFIXES)} to be a video, or in no "
+                f"suffix of videos to be a token or latent file, got {out}"
+            ) from None
         return "reconstruct" if to_video else "encode"
     if not to_video:
         raise ValueError(

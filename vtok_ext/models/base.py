@@ -267,7 +267,7 @@ class VideoTokenizer(nn.Module):
         """Returns `encoding`, with a latent of mean 0 and std 1 in the same layout if `wanted`."""
         if not wanted:
             return encoding
-        latent = self._statistics("encode").normalize_as_given(encoding.latent)
+        latent = self.require_statistics("encode").normalize_as_given(encoding.latent)
         return dataclasses.replace(encoding, latent=latent, normalized=True)
 
     def _denormalized(self, encoding: Encoding | Latent, wanted: bool) -> Encoding | Latent:
@@ -275,15 +275,16 @@ class VideoTokenizer(nn.Module):
         if isinstance(encoding, Encoding):
             if not encoding.normalized:
                 return encoding
-            latent = self._statistics("decode").restore(encoding.latent)
+            latent = self.require_statistics("decode").restore(encoding.latent)
             return dataclasses.replace(encoding, latent=latent, normalized=False)
         if not wanted:
             return encoding
         if isinstance(encoding, Tensor) and not encoding.is_floating_point():
             raise ValueError("decode: latent must be floating with normalize=True, got integer ids")
-        return self._statistics("decode").restore(encoding)
+        return self.require_statistics("decode").restore(encoding)
 
-    def _statistics(self, op: str) -> LatentStatistics:
+    def require_statistics(self, op: str) -> LatentStatistics:
+        """Returns `latent_statistics`. Raises ValueError, with the remedy, where there are none."""
         if self.latent_statistics is None:
             raise ValueError(
                 f"{op}: {self.name} must know its statistics of latents for normalize, got "

@@ -142,6 +142,7 @@ class EncodingReader:
             [1, L, D].
         num_latents: t; 0 without portions.
         num_frames, size, fps, frame_rule, model_id: as in `Tokens` and `Encoding`.
+        normalized: whether latents were normalised by the model's statistics, as in `Encoding`.
         chunk_frames: of the published chunked encoding, None for any other.
 
     Raises:
@@ -178,6 +179,7 @@ class EncodingReader:
         )
         self.frame_rule, self.model_id = reader.frame_rule(), reader.model_id()
         self.chunk_frames = reader.chunk_frames()
+        self.normalized = reader.facts.get("normalized") is True
         return self
 
     def __exit__(self, *error: object) -> None:
