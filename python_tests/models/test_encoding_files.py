@@ -48,6 +48,14 @@ def test_encoding_round_trips(model, clip, tmp_path):
         assert (a is None and b is None) or torch.equal(a, b)
 
 
+def test_a_latent_that_is_a_view_of_its_moments_round_trips(tmp_path):
+    """As the mean of a posterior is for one clip, where the view is contiguous."""
+    moments = torch.randn(1, 8, 2, 3, 3)
+    vt.Encoding(moments[:, :4], 5, (24, 24), moments=moments).save(tmp_path / "clip.latent")
+    loaded = vt.Encoding.load(tmp_path / "clip.latent")
+    assert torch.equal(loaded.moments, moments) and torch.equal(loaded.latent, moments[:, :4])
+
+
 def test_encoding_of_planes_round_trips(tmp_path):
     planes = {"xy": torch.randn(1, 4, 2, 2), "xt": torch.randn(1, 4, 2, 3)}
     vt.Encoding(planes, 3, (2, 2)).save(tmp_path / "planes")

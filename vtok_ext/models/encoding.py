@@ -189,7 +189,13 @@ def _save(path, kind: str, tensors: dict[str, Tensor], facts: dict[str, Any]) ->
     from safetensors.torch import save_file
 
     header = {"format": f"vtok_ext.{kind}", "version": FORMAT_VERSION, **facts}
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain, storages = {}, set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        # The mean of a posterior is a view of its moments; safetensors refuses shared memory.
+        storage = value.untyped_storage().data_ptr()
+        plain[name] = value.clone() if storage in storages else value
+        storages.add(storage)
     with atomic_path(path) as temporary:
         save_file(plain, temporary, metadata={"vtok_ext": json.dumps(header)})
 
