@@ -15,7 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import vtok_ext as vt
+from vtok_ext.cli import study
 from vtok_ext.cli.failures import describe_failure
+from vtok_ext.models.failed_computation import FailedComputationError
 
 
 def fails(result, words, code=2):
@@ -168,6 +170,30 @@ def test_bad_options_of_reconstruct(vtok, make_video, model_folder, tmp_path, op
     assert listing(tmp_path) == [source]
 
 
+def test_a_model_that_is_neither_folder_nor_on_a_hub(vtok, make_video, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    source = make_video("good.mp4")
+    result = vtok("reconstruct", source, "-o", tmp_path / "out.mp4", "--model", "run/modle")
+    fails(result, "must be an existing folder, got 'run/modle'; as a hub id it needs huggingface")
+    assert listing(tmp_path) == [source]
+
+
+def test_an_absent_package_of_an_extra(vtok, make_video, tmp_path, monkeypatch):
+    """The folder is known by its config.json, the library that reads it is not there."""
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    (tmp_path / "wan").mkdir()
+    (tmp_path / "wan" / "config.json").write_text('{"_class_name": "AutoencoderKLWan"}')
+    result = vtok("encode", make_video(), tmp_path / "out", "--model", tmp_path / "wan")
+    fails(result, "diffusers must be installed (pip install 'vtok_ext[diffusers]'), got no module")
+
+
+def test_an_absent_logger_is_found_before_anything_is_written(vtok, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    options = ("run.loggers=[tensorboard,wandb]", "--out", tmp_path / "run", "--device", "cpu")
+    fails(vtok("train", "smoke_fsq", *options), "must name installed packages, got 'wandb'")
+    assert listing(tmp_path) == []
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA works here")
 def test_cuda_that_cannot_be_used(vtok, make_video, model_folder, tmp_path):
     options = ("--model", model_folder, "-o", tmp_path / "out.mp4", "--device", "cuda")
@@ -234,6 +260,14 @@ def test_bad_tensors_are_bad_input(model_folder, call, words):
         (PermissionError(13, "Permission denied", "/a"), 2, "Permission denied: /a"),
         (FileNotFoundError("load_model: there is no model"), 2, "load_model: there is no model"),
         (TypeError("op: x must be float, got int"), 2, "op: x must be float, got int"),
+        (ImportError("op: x must be installed, got none"), 2, "op: x must be installed, got none"),
+        (FailedComputationError("study: 2 runs failed"), 2, "study: 2 runs failed"),
+        (
+            ImportError("cannot import name 'x'"),
+            1,
+            "internal error: ImportError: cannot import name 'x' (set VTOK_DEBUG=1 for the "
+            "traceback)",
+        ),
         (
             TypeError("unsupported operand"),
             1,
@@ -249,6 +283,12 @@ def test_bad_tensors_are_bad_input(model_folder, call, words):
 )
 def test_exit_codes(error, code, line):
     assert describe_failure(error) == (code, line)
+
+
+def test_a_study_with_failed_runs(vtok, monkeypatch):
+    monkeypatch.setattr(study, "run_study_command", lambda **options: ["a, seed 1: diverged"])
+    words = "study: every run must end, got 1 that failed, the first: a, seed 1: diverged"
+    fails(vtok("study", "quantizers"), words)
 
 
 def test_internal_error_and_debugging(vtok, monkeypatch):

@@ -9,6 +9,7 @@ from helpers import RELEASE
 
 import vtok_ext as vt
 from vtok_ext.models import CoordTokConfig, SiT, SiTConfig
+from vtok_ext.models.failed_computation import FailedComputationError
 from vtok_ext.models.generator import LatentOrigin
 from vtok_ext.models.latent_statistics import (
     LatentStatistics,
@@ -374,7 +375,7 @@ def test_latents_that_are_not_finite_are_no_sample(sampler):
     with torch.no_grad():
         model.t_embedder.mlp[0].bias.fill_(float("nan"))
     options = {"sampler": sampler, "method": "euler", "num_steps": 2}
-    with pytest.raises(RuntimeError, match="latents of SiT must be finite"):
+    with pytest.raises(FailedComputationError, match="latents of SiT must be finite"):
         model.sample(1, **options)
 
 

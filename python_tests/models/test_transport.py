@@ -8,6 +8,7 @@ MEAN + STD x0.
 import pytest
 import torch
 
+from vtok_ext.models.failed_computation import FailedComputationError
 from vtok_ext.models.ode import ODE_METHODS, sample_ode
 from vtok_ext.models.sde import DIFFUSIONS, LAST_STEPS, sample_sde
 from vtok_ext.models.transport import PATHS, PREDICTIONS, Transport, map_state, noise_like
@@ -305,5 +306,5 @@ def test_errors(call, message):
 def test_other_states_and_wild_networks_are_refused():
     with pytest.raises(TypeError, match="state must be a tensor, or a tuple or dict of tensors"):
         sample_ode(Transport(), None, [1, 2])
-    with pytest.raises(RuntimeError, match="velocities must be finite"):
+    with pytest.raises(FailedComputationError, match="velocities must be finite"):
         sample_ode(Transport(), lambda x, t: x / 0, draw(1, 2))

@@ -5,7 +5,8 @@ import torch
 
 import vtok_ext as vt
 from vtok_ext.data.procedural import procedural_clip
-from vtok_ext.training.overfit import center_latent, overfit_clip
+from vtok_ext.models.failed_computation import FailedComputationError
+from vtok_ext.training.overfit import center_latent, learn_by_heart, overfit_clip
 
 SMALL = {"ch": 16, "ch_mult": (1, 1, 2, 4), "num_res_blocks": 1}
 
@@ -102,3 +103,10 @@ def test_a_video_the_model_does_not_take():
     model = vt.create_model("vidtok_fsq_causal_488_262144", **SMALL)
     with pytest.raises(ValueError, match="video must"):
         overfit_clip(model, torch.full((1, 3, 1, 16, 16), float("nan")), max_steps=1)
+
+
+def test_a_loss_that_is_no_number_is_not_a_defect_of_the_code():
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    with pytest.raises(FailedComputationError, match="loss must be finite, got nan at step 1"):
+        learn_by_heart(lambda step: (weight * float("nan")).sum(), [optimizer], max_steps=2)

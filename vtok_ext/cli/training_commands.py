@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from vtok_ext.models.failed_computation import FailedComputationError
+
 from .failures import Interrupted
 from .options import (
     AnyWeightsOption,
@@ -211,7 +213,9 @@ def study(
         as_json=as_json,
     )
     if failed:
-        raise RuntimeError(f"study: {len(failed)} runs failed, the first: {failed[0]}")
+        raise FailedComputationError(
+            f"study: every run must end, got {len(failed)} that failed, the first: {failed[0]}"
+        )
 
 
 def grow(

@@ -122,7 +122,8 @@ def resolve_folder(
         patterns: of the files to download.
 
     Raises:
-        FileNotFoundError: there is no such folder, and no hub id has this form.
+        FileNotFoundError: there is no such folder, and no hub id has this form, or huggingface_hub,
+            which downloads those, is not installed.
     """
     if os.path.isdir(source):
         return os.fspath(source)
@@ -131,7 +132,13 @@ def resolve_folder(
             f"from_pretrained: source must be a folder of save_pretrained or a hub id "
             f"(owner/name), got {os.fspath(source)!r}"
         )
-    hub = require_hub("from_pretrained")
+    try:
+        hub = require_hub("from_pretrained")
+    except ImportError as error:
+        raise FileNotFoundError(
+            f"from_pretrained: source must be an existing folder, got {os.fspath(source)!r}; as a "
+            "hub id it needs huggingface_hub (pip install huggingface_hub)"
+        ) from error
     return hub.snapshot_download(str(source), allow_patterns=list(patterns))
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtok_ext.models.failed_computation import FailedComputationError
 from vtok_ext.models.transport import Network, State, Transport, map_state, state_parts
 
 
@@ -195,11 +196,13 @@ def _adaptive(
                 return after
             time, x, rate = time + step, after, rates[-1]
         step *= _change(ratio)
-    raise RuntimeError(f"sample_ode: dopri5 must arrive within {max_steps} steps, got to {time:g}")
+    raise FailedComputationError(
+        f"sample_ode: dopri5 must arrive within {max_steps} steps, got to {time:g}"
+    )
 
 
-def _not_finite(time: float) -> RuntimeError:
-    return RuntimeError(
+def _not_finite(time: float) -> FailedComputationError:
+    return FailedComputationError(
         f"sample_ode: velocities must be finite, got NaN or infinity from |t| = {abs(time):g} on"
     )
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vtok_ext.layers.kl import Generators
 from vtok_ext.models._config import closest
 from vtok_ext.models.coordtok_networks import PatchEmbedding
+from vtok_ext.models.failed_computation import FailedComputationError
 from vtok_ext.models.generator import LatentGenerator
 from vtok_ext.models.latent_statistics import LatentStatistics
 from vtok_ext.models.ode import sample_ode
@@ -286,7 +287,7 @@ class SiT(LatentGenerator):
         else:
             x = sample_sde(self.transport, network, noise, generator=generator, **options)
         if not all(bool(part.isfinite().all()) for part in state_parts(x)):
-            raise RuntimeError(
+            raise FailedComputationError(
                 f"sample: latents of {self.name} must be finite, got NaN or infinity; its weights "
                 "are damaged, or guidance, norm or steps too large for them"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,6 +42,19 @@ def open_sinks(
     """
     kinds: dict[str, Any] = {"tensorboard": TensorBoardSink, "wandb": WandbSink}
     return [kinds[name](out, first_step, recipe) for name in names]
+
+
+def check_sinks(names: Sequence[str]) -> None:
+    """Returns None if the packages of the sinks are there; asked before a run writes anything.
+
+    Raises:
+        ImportError: a package is absent; the message names what to install.
+    """
+    for name in names:
+        try:
+            importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
+        except ImportError as error:
+            raise _absent(name) from error
 
 
 class TensorBoardSink:

@@ -27,7 +27,7 @@ from vtok_ext.training import checkpoint as checkpoints
 from vtok_ext.training.clip_checks import check_clips, clips_of
 from vtok_ext.training.clip_order import ClipOrder, buckets_of, step_batches
 from vtok_ext.training.distributed import any_rank, on_rank_0, rank, wait_for_all, world_size
-from vtok_ext.training.log_sinks import open_sinks
+from vtok_ext.training.log_sinks import check_sinks, open_sinks
 from vtok_ext.training.parallel import local
 from vtok_ext.training.recipe import Recipe
 from vtok_ext.training.run_log import RunLog
@@ -133,6 +133,7 @@ class _Run:
         self.folder = out / "checkpoints"
         self.writer = checkpoints.CheckpointWriter(self.folder, device)
         found = self._found(resume)
+        on_rank_0(lambda: check_sinks(recipe.run.loggers))
         self.training = build_training(recipe, device)
         for line in self.training.task.notes():
             warn(line)
@@ -144,8 +145,8 @@ class _Run:
         if found is not None:
             self._load(found)
         self.first_step = self.training.step
-        on_rank_0(self._write_recipe)
         self._open_log()
+        on_rank_0(self._write_recipe)
         self.step = Stepper(self.training)
         # After everything that draws random numbers: noise of this run begins or goes on here.
         if found is None or not checkpoints.restore_generators(found, device):
@@ -198,6 +199,7 @@ class _Run:
 
         def begin() -> None:
             names = self.recipe.run.loggers
+            self.out.mkdir(parents=True, exist_ok=True)
             sinks = open_sinks(names, self.out, self.first_step, self.recipe.to_dict())
             self.log = RunLog(path, self.first_step, sinks=sinks)
 
@@ -206,7 +208,6 @@ class _Run:
     def _write_recipe(self) -> None:
         import yaml
 
-        self.out.mkdir(parents=True, exist_ok=True)
         with output_file(self.out / "recipe.yaml", "train") as partial:
             text = yaml.safe_dump(self.recipe.to_dict(), sort_keys=False)
             partial.write_text(text, encoding="utf-8")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from vtok_ext.models.failed_computation import FailedComputationError
 from vtok_ext.models.vidtok import VidTok
 from vtok_ext.training.muon import Muon
 
@@ -79,7 +80,7 @@ def overfit_clip(
 
     Raises:
         ValueError: no limit at all, or one that is not positive; a video the model does not take.
-        RuntimeError: the loss is not finite.
+        FailedComputationError: the loss is not finite.
     """
     _check_limits(max_steps, max_seconds, min_steps)
     model.train()
@@ -122,7 +123,7 @@ def learn_by_heart(
         max_steps, max_seconds, min_steps, on_step: see `overfit_clip`.
 
     Raises:
-        RuntimeError: the loss is not finite.
+        FailedComputationError: the loss is not finite.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     parameters = [p for group in groups for p in group["params"]]
@@ -137,7 +138,9 @@ def learn_by_heart(
         of_steps = step / (max_steps or math.inf)
         fraction = min(1.0, max(of_steps, min(of_time, step / min_steps)))
         if not math.isfinite(loss):
-            raise RuntimeError(f"overfit_clip: the loss became {loss} at step {step}")
+            raise FailedComputationError(
+                f"overfit_clip: the loss must be finite, got {loss} at step {step}"
+            )
         if on_step is not None:
             # Videos span 2, so the peak signal is 4 in squared units.
             on_step(OverfitProgress(step, fraction, -10 * math.log10(loss / 4 + 1e-8)))

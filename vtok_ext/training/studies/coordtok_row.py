@@ -143,7 +143,7 @@ def run_row(settings: dict[str, Any], seed: int, folder: Path, progress: Progres
 
     Raises:
         ValueError: wrong settings.
-        RuntimeError: a loss became NaN or infinite.
+        FailedComputationError: a loss became NaN or infinite.
     """
     row = CoordTokRow.of(settings)
     torch.manual_seed(seed)

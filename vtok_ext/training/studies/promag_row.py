@@ -122,7 +122,7 @@ def run_row(settings: dict[str, Any], seed: int, folder: Path, progress: Progres
 
     Raises:
         ValueError: wrong settings.
-        RuntimeError: a loss became NaN or infinite.
+        FailedComputationError: a loss became NaN or infinite.
     """
     row = PromagRow.of(settings)
     shared = shared_folder(folder)

@@ -63,7 +63,7 @@ def write_report(
             draw_plot(study, study.plot, runs, picture)
             drawn = True
         except ModuleNotFoundError as error:
-            warn(f"no plot: {error}; install vtok_ext[bench] for it")
+            warn(f"no plot: {error}; install 'vtok_ext[eval]' for it")
     lines = [f"# Study: {study.name.replace('_', ' ')}", "", study.about.strip(), ""]
     if smoke:
         lines += ["**A smoke run: it shows that the study runs, its numbers mean nothing.**", ""]

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn, optim
 
 from vtok_ext.data.atomic_output import output_file
+from vtok_ext.models.failed_computation import FailedComputationError
 from vtok_ext.training.overfit import clipped_step
 
 
@@ -38,7 +39,7 @@ def train_steps(
         on_step: called after each step with it and its loss.
 
     Raises:
-        RuntimeError: the loss became NaN or infinite.
+        FailedComputationError: the loss became NaN or infinite.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     trained = [parameter for group in groups for parameter in group["params"]]
@@ -49,7 +50,9 @@ def train_steps(
             group["lr"] = peak * rising * 0.5 * (1 + math.cos(math.pi * step / num_steps))
         loss = clipped_step(loss_of(step), trained, optimizers)
         if not math.isfinite(loss):
-            raise RuntimeError(f"study: the loss became {loss} at step {step}")
+            raise FailedComputationError(
+                f"study: the loss must be finite, got {loss} at step {step}"
+            )
         on_step(step, loss)
 
 

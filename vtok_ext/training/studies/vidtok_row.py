@@ -131,7 +131,7 @@ def run_row(settings: dict[str, Any], seed: int, folder: Path, progress: Progres
 
     Raises:
         ValueError: wrong settings.
-        RuntimeError: the loss became NaN or infinite.
+        FailedComputationError: the loss became NaN or infinite.
     """
     row = VidTokRow.of(settings)
     torch.manual_seed(seed)

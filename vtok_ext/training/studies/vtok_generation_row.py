@@ -93,7 +93,7 @@ def run_row(settings: dict[str, Any], seed: int, folder: Path, progress: Progres
 
     Raises:
         ValueError: wrong settings.
-        RuntimeError: the loss became NaN or infinite.
+        FailedComputationError: the loss became NaN or infinite.
     """
     row = GenerationRow.of(settings)
     shape = (row.num_frames, row.size, row.size)
