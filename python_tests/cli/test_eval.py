@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_vtok import tiny_fsq
 
 import vtok_ext as vt
 from vtok_ext.cli import reconstruct as reconstruct_module
@@ -138,6 +139,18 @@ def test_refusals(vtok, make_video, model_folder, tmp_path):
     ):
         result = vtok("eval", *arguments)
         assert result.code == 2 and words in result.err, result.err
+
+
+def test_vtok_is_told_the_frame_rate(vtok, make_video, tmp_path):
+    """Which decides how many tokens it makes: 12 frames at 10 per second are 1.2 seconds."""
+    model = tiny_fsq()
+    model.save_pretrained(tmp_path / "model")
+    video = make_video("slow.mp4", num_frames=12, timestamps=[60 * t for t in range(12)])
+    report = vtok("eval", video, "--model", tmp_path / "model", "--json").json
+    with torch.no_grad():
+        ids = model.tokenize(source_of(video), fps=float(read_clip(video)[2].fps)).ids
+        assert ids.shape[1] > model.tokenize(source_of(video)).ids.shape[1]
+    assert report["codebook_usage"]["num_tokens"] == ids.numel()
 
 
 def test_coordtok_takes_windows_of_its_length(vtok, make_video, tmp_path):

@@ -81,6 +81,24 @@ def test_whole_videos_as_tokens_with_several_workers(vtok, videos, model_folder,
     assert entry["num_frames"] == 12 and entry["padded_frames"] == 13
 
 
+def test_the_frame_rate_decides_which_frames_a_vtok_samples(vtok, videos, make_video, tmp_path):
+    """As `vtok encode` has it, also where videos of two rates have one shape and one length."""
+    (videos / "e.mp4").unlink()
+    make_video("videos/bb.mp4", num_frames=12, timestamps=[60 * t for t in range(12)])
+    tiny_vtok(levels=(4, 4, 4)).save_pretrained(tmp_path / "model")
+    options = ("--model", tmp_path / "model", *CPU)
+    assert vtok("tokenize", videos, tmp_path / "data", *options).code == 0
+    tokens = LatentDataset(tmp_path / "data")
+    counts = {}
+    for i, entry in enumerate(tokens.entries):
+        done = vtok("encode", videos / entry["video"], tmp_path / "tokens", *options)
+        assert done.code == 0, done.err
+        expected = vt.Tokens.load(tmp_path / "tokens")
+        assert torch.equal(tokens[i], expected.ids[0]) and entry["fps"] == expected.fps
+        counts[entry["video"]] = len(tokens[i])
+    assert counts["bb.mp4"] > counts["b.mp4"]  # 12 frames take three times as long
+
+
 def start(folder, *arguments):
     return subprocess.Popen(
         [sys.executable, "-m", "vtok_ext.cli", "tokenize", *map(str, arguments)],

@@ -238,8 +238,9 @@ def _evaluated(
         if options.protocol == "default" and model.is_causal:
             return [_streamed(reader, options, model, shared)]
         video = torch.cat(list(frames_of(reader, options, 64)), dim=2)
+        fps = float(reader.info.fps) or None
     if options.protocol == "default":
-        return [_whole(path, video, model, shared)]
+        return [_whole(path, video, fps, model, shared)]
     s = model.spatial_factor
     if s is None:
         raise ValueError(f"eval: --protocol reference must be given a VidTok, got {model.name}")
@@ -259,7 +260,7 @@ def _evaluated(
     return scores
 
 
-def _whole(path: Path, video: Tensor, model: Any, shared: Shared) -> _Scores:
+def _whole(path: Path, video: Tensor, fps: float | None, model: Any, shared: Shared) -> _Scores:
     """Returns the scores of a video encoded at once, by a CoordTok in windows of its length."""
     scores, length = _Scores(shared), video.shape[2]
     if isinstance(model, CoordTok):
@@ -270,7 +271,7 @@ def _whole(path: Path, video: Tensor, model: Any, shared: Shared) -> _Scores:
                 f"{list(video.shape[3:])}; --size scales and crops it"
             )
     for part in video.split(length, dim=2):
-        encoding = model.encode(part.to(_device(model)))
+        encoding = model.encode(part.to(_device(model)), fps=fps)
         shared.count(encoding.indices)
         scores.add(model.decode(encoding), part)
     return scores

@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,12 @@ from vtok_ext.data.latent_shards import Shard
 from vtok_ext.data.procedural import procedural_clip
 from vtok_ext.data.video import VideoReadError, VideoTimes, read_frames_at, read_times
 from vtok_ext.data.video_list import VideoItem
+from vtok_ext.models.grid import GridTokenizer
 
 KINDS = ("tokens", "latent")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FRAMES_PER_CHUNK = 16
+_PROCEDURAL_FPS = 30
 # Longest decoder memory that is looked for, in latent frames. VidTok 488's convolutions reach back
 # some 45: 34 at the rate of the latents, 12 frames each at twice and four times that rate.
 _LONGEST_WARMUP = 64
@@ -82,12 +83,13 @@ class TokenizeSettings:
 
 @dataclass(frozen=True)
 class _Clip:
-    """Frames [3, T, H, W] uint8 with their times."""
+    """Frames [3, T, H, W] uint8 with their times, and their rate per second if it is known."""
 
     frames: Tensor
     timestamps: list[int]
     time_base: str
     original_size: tuple[int, int]
+    fps: float | None
 
 
 def procedural_videos(count: int) -> list[VideoItem]:
@@ -118,7 +120,8 @@ class _Videos:
         assert count is not None and size is not None  # checked by `tokenize_shard`
         seed = int(video.name.rpartition("-")[2])
         frames = procedural_clip(count, *size, seed=seed, motion="erratic")
-        return [_Clip(frames, list(range(count)), "1/30", size)]
+        rate = _PROCEDURAL_FPS
+        return [_Clip(frames, list(range(count)), f"1/{rate}", size, float(rate))]
 
     def _clips(self, video: VideoItem) -> list[_Clip] | str:
         settings, content = self.settings, video.content()
@@ -128,6 +131,8 @@ class _Videos:
         starts = list(range(0, len(chosen) - length + 1, length))[: settings.max_clips]
         if not starts:
             return f"has {len(chosen)} of {length} frames"
+        # That of the file, as `vtok encode` takes it, not of the clip's times: they are rounded.
+        fps = settings.fps or float(times.fps) or None
         found = []
         for start in starts:
             stamps = [times.timestamps[i] for i in chosen[start : start + length]]
@@ -135,7 +140,7 @@ class _Videos:
             original = (frames.shape[2], frames.shape[3])
             if settings.size is not None:
                 frames = fit(frames, *settings.size)
-            found.append(_Clip(frames.contiguous(), stamps, str(times.time_base), original))
+            found.append(_Clip(frames.contiguous(), stamps, str(times.time_base), original, fps))
         return found
 
 
@@ -196,7 +201,7 @@ def tokenize_shard(
         for number, clip in enumerate(clips):
             key = f"{shard.number * per_shard + position:08d}-{number:05d}"
             entries.append({"key": key, **_facts(video, clip, model)})
-            if waiting and waiting[0][1].shape != clip.frames.shape:
+            if waiting and not _share_a_batch(model, waiting[0], (entries[-1], clip.frames)):
                 _encode(model, waiting, settings, tensors)
             waiting.append((entries[-1], clip.frames))
             if len(waiting) == settings.batch_size:
@@ -206,18 +211,27 @@ def tokenize_shard(
     shard.write(tensors, entries, unreadable, settings_hash)
 
 
+def _share_a_batch(
+    model: Any, one: tuple[dict[str, Any], Tensor], other: tuple[dict[str, Any], Tensor]
+) -> bool:
+    """Returns whether two clips, each with its entry, can be encoded at once."""
+    if one[1].shape != other[1].shape:
+        return False
+    # A grid only records the rate; other models choose frames by it.
+    return isinstance(model, GridTokenizer) or one[0]["fps"] == other[0]["fps"]
+
+
 def _facts(video: VideoItem, clip: _Clip, model: Any) -> dict[str, Any]:
     num_frames, height, width = clip.frames.shape[1:]
-    s, f = model.spatial_factor, model.temporal_factor
+    s = model.spatial_factor
     padded = None if s is None else [-(-height // s) * s, -(-width // s) * s]
-    alone = int(model.is_causal)
     return {
         "video": video.name,
         "timestamps": clip.timestamps,
         "time_base": clip.time_base,
-        "fps": _rate(clip),
+        "fps": clip.fps,
         "num_frames": num_frames,
-        "padded_frames": None if f is None else alone - (alone - num_frames) // f * f,
+        "padded_frames": _padded_frames(model, num_frames),
         "original_size": list(clip.original_size),
         "size": [height, width],
         "padded_size": padded,
@@ -225,10 +239,13 @@ def _facts(video: VideoItem, clip: _Clip, model: Any) -> dict[str, Any]:
     }
 
 
-def _rate(clip: _Clip) -> float | None:
-    """Returns the mean number of frames per second, None for a single frame."""
-    ticks = clip.timestamps[-1] - clip.timestamps[0]
-    return (len(clip.timestamps) - 1) / float(ticks * Fraction(clip.time_base)) if ticks else None
+def _padded_frames(model: Any, num_frames: int) -> int | None:
+    """Returns how many frames the latents of a clip stand for, None where that is meaningless."""
+    if not isinstance(model, GridTokenizer):
+        return None
+    s, alone = model.spatial_factor, int(model.starts_alone)
+    num_latents = model.token_grid(num_frames, s, s)[0]
+    return alone + (num_latents - alone) * model.temporal_factor
 
 
 @torch.no_grad()
@@ -243,7 +260,8 @@ def _encode(
         return
     device = next(model.parameters()).device
     video = torch.stack([frames for _, frames in waiting]).to(device)
-    for (entry, _), latent in zip(waiting, _latents(model, video, settings), strict=True):
+    latents = _latents(model, video, settings, waiting[0][0]["fps"])
+    for (entry, _), latent in zip(waiting, latents, strict=True):
         planes = latent if isinstance(latent, dict) else {}
         entry["planes"] = sorted(planes)
         entry["latent_frames"] = None
@@ -259,8 +277,10 @@ def _stored(x: Tensor, settings: TokenizeSettings) -> Tensor:
     return (x.to(DTYPES[settings.dtype]) if x.is_floating_point() else x).cpu().contiguous()
 
 
-def _latents(model: Any, video: Tensor, settings: TokenizeSettings) -> Iterator[Any]:
-    """Yields the latent or ids of each clip [B, 3, T, H, W] uint8."""
+def _latents(
+    model: Any, video: Tensor, settings: TokenizeSettings, fps: float | None
+) -> Iterator[Any]:
+    """Yields the latent or ids of each clip [B, 3, T, H, W] uint8 of `fps` frames per second."""
     if settings.num_frames is None and model.is_causal and hasattr(model, "encode_chunk"):
         stream = model.stream_encoder(output="tokens" if settings.kind == "tokens" else "latent")
         parts = []
@@ -269,7 +289,7 @@ def _latents(model: Any, video: Tensor, settings: TokenizeSettings) -> Iterator[
         parts += stream.flush()
         yield from torch.cat(parts, 1 if settings.kind == "tokens" else 2)
         return
-    encoding = model.encode(video)
+    encoding = model.encode(video, fps=fps)
     if settings.kind == "tokens":
         yield from encoding.indices
     elif isinstance(encoding.latent, Tensor):
