@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -81,13 +82,24 @@ def test_previous_demo_is_replaced_and_reproduced(demo, vtok, tmp_path):
     out = tmp_path / "out"
     first = vtok("demo", "--steps", 2, "--out", out, "--json")
     assert first.code == 0, first.err
-    (out / "stale").write_text("from before")
+    (out / "model" / "model.safetensors").write_bytes(b"from before")
     second = vtok("demo", "--steps", 2, "--out", out, "--json")
     assert second.code == 0, second.err
     assert {entry.name for entry in out.iterdir()} == FILES
     assert list(tmp_path.iterdir()) == [out]
     if first.json["training"]["precision"] == second.json["training"]["precision"]:
         assert first.json["psnr"] == second.json["psnr"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "model/notes.txt"])
+def test_a_previous_demo_with_foreign_files_stays(demo, vtok, tmp_path, name):
+    out = tmp_path / "out"
+    shutil.copytree(demo, out)
+    (out / name).write_text("precious")
+    before = sorted(out.rglob("*"))
+    refused = vtok("demo", "--steps", 1, "--out", out)
+    assert refused.code == 2 and f"got {out} with {name}" in refused.err
+    assert sorted(out.rglob("*")) == before and (out / name).read_text() == "precious"
 
 
 def test_own_video(vtok, make_video, tmp_path, monkeypatch):

@@ -59,6 +59,11 @@ def test_videos(vtok, generators, tmp_path, kind):
     difference = (frames(out / "0000.mp4").int() - second.int()).abs()
     assert float(difference.float().mean()) < 1
     assert not (out / "0001.mp4").exists()
+    # A file that the command did not write, even one named like a video of it, is never deleted.
+    (out / "0001.mp4").write_bytes(b"precious")
+    refused = vtok("generate", generators[kind], "-o", out, "-n", 1, *arguments)
+    assert refused.code == 2 and f"got {out} with 0001.mp4" in refused.err
+    assert (out / "0001.mp4").read_bytes() == b"precious" and (out / "0000.mp4").exists()
 
 
 def test_the_tokenizer_it_was_trained_on(vtok, generators, saved_models, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vtok_ext.data.atomic_output import output_file, output_folder
+from vtok_ext.data.atomic_output import output_file, output_folder, refuse_foreign_files
 
 
 def always(folder):
@@ -60,6 +60,25 @@ def test_folder_of_another_kind_is_not_replaced(tmp_path):
         with output_folder(folder, replaceable=never):
             pass
     assert (folder / "precious").read_text() == "kept"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_files_that_come_while_the_new_ones_are_made_are_kept(tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "file").write_text("old")
+
+    def only_mine(path):
+        refuse_foreign_files(path, {"file", "below/file"}, "op")
+        return True
+
+    with pytest.raises(ValueError, match=r"^op: output must be .* got .*out with below/other"):
+        with output_folder(folder, replaceable=only_mine) as partial:
+            (partial / "file").write_text("new")
+            (folder / "below").mkdir()
+            (folder / "below" / "other").write_text("kept")
+    assert (folder / "below" / "other").read_text() == "kept"
+    assert (folder / "file").read_text() == "old"
     assert list(tmp_path.iterdir()) == [folder]
 
 

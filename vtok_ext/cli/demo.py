@@ -11,7 +11,11 @@ from typing import Any
 
 import torch
 
-from vtok_ext.data.atomic_output import check_output_folder, output_folder
+from vtok_ext.data.atomic_output import (
+    check_output_folder,
+    output_folder,
+    refuse_foreign_files,
+)
 
 from .console import Console
 from .demo_clip import DemoClip, clip_from_video, default_clip
@@ -28,6 +32,10 @@ DEFAULT_SECONDS = 85.0
 # What a presentable result takes; a machine too busy for that in time gets more time.
 MIN_STEPS = 80
 _MADE_BY = "vtok demo"
+_FILES = (
+    *("reconstruction.mp4", "comparison.png", "metrics.json", "tokens.safetensors"),
+    *("model/config.json", "model/model.safetensors"),
+)
 
 
 @dataclass(frozen=True)
@@ -72,12 +80,19 @@ def run_demo(
 
 
 def _is_previous_demo(folder: Path) -> bool:
-    """Returns True if `folder` was written by this command and may therefore be replaced."""
+    """Returns True if `folder` was written by this command and may therefore be replaced.
+
+    Raises:
+        ValueError: it was, but someone has put other files into it.
+    """
     try:
         metrics = json.loads((folder / "metrics.json").read_text())
     except (OSError, ValueError):
         return False
-    return isinstance(metrics, dict) and metrics.get("made_by") == _MADE_BY
+    if not isinstance(metrics, dict) or metrics.get("made_by") != _MADE_BY:
+        return False
+    refuse_foreign_files(folder, _FILES, "demo")
+    return True
 
 
 def _train_and_reconstruct(

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from vtok_ext.data.atomic_output import output_folder
+from vtok_ext.data.atomic_output import output_folder, refuse_foreign_files
 from vtok_ext.data.picture import write_png
 from vtok_ext.data.video import VideoWriter
 from vtok_ext.models.coordtok import CoordTok
@@ -25,7 +25,7 @@ from vtok_ext.models.generator import LatentGenerator, LatentOrigin
 from .console import Console
 from .model_source import load_model_for, resolve_device
 
-_REPORT = "generate.json"
+_REPORT, _SHEET = "generate.json", "samples.png"
 _COLUMNS, _GAP, _MAX_ROWS = 6, 2, 16
 
 
@@ -73,7 +73,7 @@ def run_generate(options: GenerateOptions, *, as_json: bool) -> None:
             for first in range(0, options.num_samples, options.batch_size):
                 numbers = range(first, min(first + options.batch_size, options.num_samples))
                 for video in _batch(options, generator, tokenizer, numbers):
-                    path = folder / f"{count:04d}.mp4"
+                    path = folder / _video_name(count)
                     height, width = origin.height, origin.width
                     with VideoWriter(path, fps=fps, height=height, width=width) as writer:
                         writer.write(video)
@@ -81,7 +81,7 @@ def run_generate(options: GenerateOptions, *, as_json: bool) -> None:
                         rows.append(video)
                     count += 1
                 progress.update(count)
-        write_png(folder / "samples.png", contact_sheet(rows))
+        write_png(folder / _SHEET, contact_sheet(rows))
         report = _report(options, generator, tokenizer, target, count, fps)
         report["seconds"] = round(time.monotonic() - start, 3)
         (folder / _REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -90,8 +90,23 @@ def run_generate(options: GenerateOptions, *, as_json: bool) -> None:
     console.result(report, [*lines, f"wrote {options.out}"])
 
 
+def _video_name(number: int) -> str:
+    return f"{number:04d}.mp4"
+
+
 def _is_ours(folder: Path) -> bool:
-    return (folder / _REPORT).is_file()
+    """Returns whether this command wrote a folder, which may be replaced then.
+
+    Raises:
+        ValueError: it did, but someone has put other files into it.
+    """
+    try:
+        count = json.loads((folder / _REPORT).read_text(encoding="utf-8"))["videos"]
+        own = {_REPORT, _SHEET, *map(_video_name, range(count))}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    refuse_foreign_files(folder, own, "generate")
+    return True
 
 
 def _models(

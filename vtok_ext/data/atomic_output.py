@@ -10,7 +10,7 @@ import glob
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -103,6 +103,26 @@ def check_output_folder(folder: Path, replaceable: Callable[[Path], bool], op: s
         raise ValueError(f"{op}: output must lie in a writable folder, got {folder}")
 
 
+def refuse_foreign_files(folder: Path, own: Collection[str], op: str) -> None:
+    """Returns None if `folder` holds nothing but files that one command wrote.
+
+    Args:
+        folder: one that the command is about to replace, which deletes what is in it.
+        own: names of these files, relative to `folder`, with slashes; they need not all be there.
+        op: name used in front of the error.
+
+    Raises:
+        ValueError: there is another file; it is named.
+    """
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if name not in own and (path.is_symlink() or not path.is_dir()):
+            raise ValueError(
+                f"{op}: output must be a folder with nothing but what the same command wrote to be "
+                f"replaced, got {folder} with {name}"
+            )
+
+
 @contextmanager
 def output_folder(
     folder: str | Path, *, replaceable: Callable[[Path], bool], op: str = "output_folder"
@@ -126,6 +146,7 @@ def output_folder(
     try:
         yield partial
         if final.exists():
+            check_output_folder(final, replaceable, op)  # again: files may have come meanwhile
             os.replace(final, previous)
         try:
             os.replace(partial, final)
