@@ -13,8 +13,10 @@ from typer.testing import CliRunner  # noqa: E402
 
 import vtok_ext as vt  # noqa: E402
 from vtok_ext.cli.app import app  # noqa: E402
+from vtok_ext.data.tokenizing import _padded_frames  # noqa: E402
 from vtok_ext.data.video import VideoReader, VideoWriter  # noqa: E402
 from vtok_ext.diffusers_vae import load_diffusers_vae  # noqa: E402
+from vtok_ext.models.latent_statistics import LatentStatistics  # noqa: E402
 
 STREAMS = ["wan", "wan_residual", "cogvideox", "vidtok"]
 WRAPPED = ["wan", "wan_residual", "cogvideox", "hunyuan_video"]
@@ -64,6 +66,41 @@ def test_encodings_and_videos_are_those_of_diffusers(name):
     assert next(model.vae.parameters()) is next(vae.parameters())
     with pytest.raises(ValueError, match="tokenize: model must be discrete"):
         model.tokenize(clip)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", WRAPPED)
+def test_the_manifest_knows_how_many_frames_latents_stand_for(name):
+    """Units of several latents, and a first frame alone without causality, are counted."""
+    model = vt.wrap_diffusers(tiny.make(name))
+    for num_frames in (1, 2, 6):
+        latent = model.encode(tiny.video(num_frames)).latent
+        frames = model.decode(latent).shape[2]
+        assert _padded_frames(model, num_frames) == frames, num_frames
+
+
+def test_statistics_are_saved_beside_the_folder_of_diffusers(tmp_path):
+    model = vt.wrap_diffusers(tiny.make("wan"))
+    values = {"grid": torch.tensor([0.5, -2.0])}, {"grid": torch.tensor([3.0, 0.25])}
+    model.latent_statistics = LatentStatistics(*values)
+    model.save_pretrained(tmp_path)
+    found = load_diffusers_vae(tmp_path).latent_statistics
+    assert found.to_dict() == model.latent_statistics.to_dict()
+    path = tmp_path / "latent_statistics.json"
+    path.write_text("{")
+    with pytest.raises(ValueError, match="load_diffusers_vae: .* must be JSON"):
+        load_diffusers_vae(tmp_path)
+    model.latent_statistics = None
+    model.save_pretrained(tmp_path)
+    assert not path.exists() and load_diffusers_vae(tmp_path).latent_statistics is None
+
+
+@pytest.mark.parametrize("name", ["vidtok", "wan"])
+def test_stats_refuses_a_folder_of_diffusers_before_it_measures(name, tmp_path):
+    tiny.make(name).save_pretrained(tmp_path / "model")
+    done = CliRunner().invoke(app, ["stats", str(tmp_path / "model"), str(tmp_path / "no-data")])
+    assert isinstance(done.exception, ValueError)
+    assert "must be a folder of this package, got one of diffusers" in str(done.exception)
 
 
 @torch.no_grad()

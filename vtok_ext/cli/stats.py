@@ -12,6 +12,7 @@ from vtok_ext.models import _persistence
 from vtok_ext.models._registry import load_model
 from vtok_ext.models.base import STATISTICS_KEY
 from vtok_ext.models.latent_statistics import StatisticsCounter
+from vtok_ext.models.vidtok_diffusers import is_diffusers_folder
 from vtok_ext.models.vtok import VTok
 
 from .console import Console
@@ -22,12 +23,17 @@ def run_stats(*, model: str, data: Path, max_items: int | None, as_json: bool) -
 
     Raises:
         FileNotFoundError, ValueError: no folder of a saved model, no tokenized data set, one of
-            another model, or a model whose latents are sequences.
+            another model, a folder of diffusers, or a model whose latents are sequences.
     """
     console = Console(as_json)
     path = Path(model) / _persistence.CONFIG_NAME
     if not path.is_file():
         raise FileNotFoundError(f"stats: MODEL must be the folder of a saved model, got {model}")
+    if is_diffusers_folder(model):
+        raise ValueError(
+            f"stats: MODEL must be a folder of this package, got one of diffusers, {model}, which "
+            "has no place for statistics; `vtok convert` makes it one of this package"
+        )
     tokenizer = load_model(model)
     if isinstance(tokenizer, VTok):
         raise ValueError(
