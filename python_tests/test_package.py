@@ -81,6 +81,16 @@ def test_versions_agree():
     assert vt.__version__ == version == vt.build_info()["version"]
 
 
+def test_extras_of_the_contract_exist():
+    text = (REPOSITORY / "pyproject.toml").read_text()
+    section = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    names = set(re.findall(r"^(\w+) = ", section, re.MULTILINE))
+    assert {"video", "train", "eval", "scale", "test", "bench"} <= names
+    # What messages of the package tell users to install is there, too.
+    for path in PACKAGE.rglob("*.py"):
+        assert set(re.findall(r"vtok_ext\[(\w+)\]", path.read_text())) <= names, path
+
+
 def cuda_images(module: bytes) -> set[tuple[str, int]]:
     """{("cubin" or "ptx", architecture)} in the fat binaries of a compiled module, without CUDA's
     tools.

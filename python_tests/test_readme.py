@@ -1,7 +1,8 @@
 """The Python snippets of README.md and of each page of docs/ run, in order and in one namespace
-per file, as a reader would type them."""
+per file, as a reader would type them; so do the commands that train and run generators."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,22 @@ def check_generation(scope):
     assert all(float(x.abs().max()) < 0.1 for x in scope["by_flow"].values())
     assert scope["by_diffusion"]["yt"].shape == (2, 3, 8, 4)
     assert scope["distance"].value > 0 and scope["dynamics"].shape == (6,)
+
+
+@pytest.mark.parametrize(("page", "count"), [("README.md", 3), ("docs/generation.md", 7)])
+def test_commands_of_generators_run(page, count, tmp_path, monkeypatch):
+    """From the first `vtok train smoke_kl` to the last line that needs it, in fewer steps."""
+    from vtok_ext.cli.app import run
+
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / page).read_text()
+    commands = re.findall(r"^    vtok ((?:.*\\\n)*.*)$", text, re.MULTILINE)
+    first = next(i for i, line in enumerate(commands) if line.startswith("train smoke_kl"))
+    for line in commands[first : first + count]:
+        words = shlex.split(line.replace("\\\n", " "), comments=True)
+        fewer = ["run.steps=2"] if words[0] == "train" else ["--steps", "2"] * ("--steps" in words)
+        assert run([*words, *fewer]) == 0, line
+    assert (tmp_path / "kl" / "model").is_dir()
 
 
 def check_drop_in(scope):
