@@ -164,6 +164,7 @@ def test_published_chunks_file_to_file(
     result = vtok("stream", out, tmp_path / "back.mp4", "--model", v1_1_folder)
     assert result.code == 0, result.err
     assert close(written, decode_published(model, expected, output="uint8"))
+    assert close(written, model.detokenize(tokens, output="uint8"))
 
 
 @pytest.mark.parametrize("rule", ["reference", "preserve"])

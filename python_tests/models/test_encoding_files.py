@@ -89,6 +89,7 @@ HEADER = {
         ({"num_frames": None}, "num_frames must be an integer >= 1, got None"),
         ({"size": [16]}, r"size must be 2 integers >= 1, got \[16\]"),
         ({"frame_rule": "x"}, r"frame_rule must be one of \('preserve', 'reference'\), got 'x'"),
+        ({"chunk_frames": 0}, "chunk_frames must be an integer >= 1, got 0"),
         ({"fps": -1}, "fps must be a number > 0 or null, got -1"),
     ],
 )

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+import vtok_ext as vt
 from vtok_ext.models.vidtok_published import decode_published, encode_published
 
 KL_488 = "vidtok_kl_causal_488_4chn_v1_1"
@@ -169,6 +170,31 @@ def test_token_stream_of_published_chunks(build, clip):
     stream = model.stream_encoder("tokens", streaming="reference", chunk_frames=4)
     ids = torch.cat(stream.push(video) + stream.flush(), dim=1)
     assert torch.equal(ids, encode_published(model, video, chunk_frames=4).indices)
+
+
+@torch.no_grad()
+def test_files_remember_the_chunks(build, kl, clip, tmp_path):
+    """What is read back decodes as it was encoded, not as a whole clip."""
+    video, path = clip(1, 12, 16, 16), tmp_path / "file"
+    encode_published(kl, video, chunk_frames=8).save(path)
+    encoding = vt.Encoding.load(path)
+    assert (encoding.chunk_frames, encoding.frame_rule) == (8, "reference")
+    expected = decode_published(kl, encoding, chunk_frames=8)
+    assert torch.equal(kl.decode(encoding), expected)
+    assert not torch.allclose(kl.decode(encoding, frames="reference"), expected, atol=1e-3)
+    assert torch.equal(kl.decode(encoding, num_frames=5, size=(9, 8)), expected[:, :, -5:, :9, :8])
+    with pytest.raises(ValueError, match="must be a VidTok 1.1 without tiles, got"):
+        kl.decode(encoding, tile=(16, 16))
+    kl.encode(video).save(path)
+    assert vt.Encoding.load(path).chunk_frames is None
+
+    fsq = build("vidtok_fsq_causal_488_32768_v1_1")
+    chunked = encode_published(fsq, video, chunk_frames=8)
+    grid, facts = tuple(chunked.indices.shape[1:]), (chunked.num_frames, chunked.size)
+    vt.Tokens(chunked.indices, grid, *facts, frame_rule="reference", chunk_frames=8).save(path)
+    tokens = vt.Tokens.load(path)
+    assert tokens.chunk_frames == 8
+    assert torch.equal(fsq.detokenize(tokens), decode_published(fsq, chunked, chunk_frames=8))
 
 
 def test_refused_arguments(kl, kl_model, clip):

@@ -185,6 +185,7 @@ class VideoTokenizer(nn.Module):
             fps=encoding.fps,
             model_id=self.model_id,
             frame_rule=encoding.frame_rule,
+            chunk_frames=encoding.chunk_frames,
         )
 
     def detokenize(
@@ -212,6 +213,7 @@ class VideoTokenizer(nn.Module):
             tokens.size,
             fps=tokens.fps,
             frame_rule=tokens.frame_rule,
+            chunk_frames=tokens.chunk_frames,
         )
         return self.decode(encoding, output=output)
 

@@ -49,6 +49,8 @@ class Encoding:
         positions: int32 [B, L, 2] of a sequence latent [B, L, D]: frame and slot of each token, see
             `VTok`; None for other latents.
         normalized: whether the latent was normalised by the model's statistics (`normalize=True`).
+        chunk_frames: frames per chunk after the first frame, of a clip encoded in the published
+            chunks of VidTok 1.1 and decoded so (see `vidtok_published`); None for any other.
     """
 
     latent: Tensor | dict[str, Tensor]
@@ -62,6 +64,7 @@ class Encoding:
     model_id: str = ""
     positions: Tensor | None = None
     normalized: bool = False
+    chunk_frames: int | None = None
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes everything but `losses` to `path`. Raises OSError when that is impossible."""
@@ -77,6 +80,7 @@ class Encoding:
             "frame_rule": self.frame_rule,
             "model_id": self.model_id,
             **({"normalized": True} if self.normalized else {}),
+            **_chunk_facts(self.chunk_frames),
         }
         _save(path, "encoding", tensors, facts)
 
@@ -106,6 +110,7 @@ class Encoding:
                 frame_rule=reader.frame_rule(),
                 model_id=reader.model_id(),
                 normalized=reader.facts.get("normalized") is True,
+                chunk_frames=reader.chunk_frames(),
             )
 
 
@@ -116,7 +121,7 @@ class Tokens:
     Attributes:
         ids: int32 [B, t, h, w] codebook indices (int64 above 2^31 codes).
         grid: (t, h, w).
-        num_frames, size, fps, frame_rule: as in Encoding.
+        num_frames, size, fps, frame_rule, chunk_frames: as in Encoding.
         model_id: `VideoTokenizer.model_id` of the model that made them; "" when unknown.
     """
 
@@ -127,6 +132,7 @@ class Tokens:
     fps: float | None = None
     model_id: str = ""
     frame_rule: str = "preserve"
+    chunk_frames: int | None = None
 
     def __post_init__(self) -> None:
         """Checks that ids and grid agree."""
@@ -148,6 +154,7 @@ class Tokens:
             "fps": self.fps,
             "model_id": self.model_id,
             "frame_rule": self.frame_rule,
+            **_chunk_facts(self.chunk_frames),
         }
         _save(path, "tokens", {"ids": self.ids}, facts)
 
@@ -168,6 +175,7 @@ class Tokens:
                 fps=reader.fps(),
                 model_id=reader.model_id(),
                 frame_rule=reader.frame_rule(),
+                chunk_frames=reader.chunk_frames(),
             )
 
 
@@ -183,6 +191,10 @@ class Output:
 
     reconstruction: Tensor
     encoding: Encoding
+
+
+def _chunk_facts(chunk_frames: int | None) -> dict[str, int]:
+    return {} if chunk_frames is None else {"chunk_frames": chunk_frames}
 
 
 def _save(path, kind: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:

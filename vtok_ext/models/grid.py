@@ -7,6 +7,7 @@ Encoding records. Since nothing is added that depends on the length before the e
 stream never needs to know it, and equals the whole-clip result.
 """
 
+import dataclasses
 from abc import abstractmethod
 from typing import Any
 
@@ -206,13 +207,14 @@ class GridTokenizer(VideoTokenizer):
             num_frames, size: crop to T and (H, W); default what the Encoding records, and for a
                 bare tensor all frames: f * t, without the first f - 1 of a causal model.
             output: "float", nominally in [-1, 1] and not clamped; or "uint8", clamped and rounded.
-            frames: the frame rule of `encode`; default what the Encoding records, and "preserve".
+            frames: the frame rule of `encode`, on the whole clip; default what the Encoding
+                records, published chunks included, and "preserve".
             tile: compute tile by tile, exactly; (height, width) or "auto" as in `tiled`.
             normalize: a bare latent is normalised; an Encoding says so itself.
 
         Raises:
             TypeError, ValueError: an argument is not as described, or asks for more than there is,
-                or an Encoding records another model.
+                or an Encoding records another model, or published chunks that this model has not.
         """
         encoding = self._denormalized(encoding, normalize)  # type: ignore[assignment]
         if tile is not None:
@@ -224,6 +226,12 @@ class GridTokenizer(VideoTokenizer):
             latent = encoding.latent  # type: ignore[assignment]
             num_frames = encoding.num_frames if num_frames is None else num_frames
             size = encoding.size if size is None else size
+            if encoding.chunk_frames is not None and frames is None:
+                from vtok_ext.models.vidtok_published import decode_published  # builds on this file
+
+                chunked: Any = decode_published  # refuses models that are no VidTok 1.1
+                whole = dataclasses.replace(encoding, num_frames=num_frames, size=size)
+                return chunked(self, whole, chunk_frames=encoding.chunk_frames, output=output)
             frames = encoding.frame_rule if frames is None else frames
         frames = "preserve" if frames is None else frames
         video_input.check_frame_rule("decode", frames)

@@ -221,6 +221,7 @@ def encode_published(
         losses={name: torch.stack([part[name] for part in losses]).mean() for name in losses[0]},
         fps=fps,
         frame_rule="reference",
+        chunk_frames=chunk_frames,
     )
 
 
@@ -283,7 +284,8 @@ def decode_published(
     Args:
         model: a VidTok 1.1.
         encoding: as for `VidTok.decode`; a bare latent gives all f * t frames.
-        chunk_frames: frames per chunk after the first latent, a multiple of f.
+        chunk_frames: frames per chunk after the first latent, a multiple of f; with `overlap` all
+            lengths give the same.
         overlap: whether each chunk saw one latent of the next, as in the published evaluation.
         output: "float" or "uint8".
 
