@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 import vtok_ext as vt
 from vtok_ext.models import VidTok
 from vtok_ext.models._checkpoint import read_checkpoint
+from vtok_ext.models._registry import _version_in_name
 from vtok_ext.models.vidtok_released import released_config
 
 KL, KL_1_1 = "vidtok_kl_causal_488_4chn", "vidtok_kl_causal_488_4chn_v1_1"
@@ -230,3 +231,46 @@ def test_weights_of_a_saved_model_know_their_version(build, tmp_path):
     assert vt.load_model(weights, name=KL_1_1, **SMALL).reference_version == "1.1"
     with pytest.raises(ValueError, match="name must be that of a version 1.1 model"):
         vt.load_model(weights, name=KL, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("stem", "version"),
+    [
+        (KL, "1.0"),
+        (KL_1_1, "1.1"),
+        (f"{KL}_ema", "1.0"),
+        (f"{KL} (1)", "1.0"),
+        (f"{KL}-last.step=100", "1.0"),
+        (f"my.{KL.upper()}", "1.0"),
+        (KL.replace("_", "-"), "1.0"),
+        (f"{KL}_v1.1", "1.1"),
+        (f"{KL}_v1-1_ema", "1.1"),
+        (f"{KL_1_1} (1)", "1.1"),
+        ("vidtok_v1.1", "1.1"),
+        ("vidtok_v1_0", "1.0"),
+        # These say nothing.
+        ("last", None),
+        ("model_v1 (1)", None),
+        ("model_v1_12", None),
+        ("conv1_1", None),
+        (f"{KL}s", None),
+        ("vidtok_kl_causal_488_5chn", None),
+    ],
+)
+def test_version_in_the_name_of_a_file(stem, version):
+    assert _version_in_name(stem) == version
+
+
+def test_renamed_checkpoints_of_another_version_are_refused(build, tmp_path):
+    weights = {name: value.contiguous() for name, value in build(KL).state_dict().items()}
+    for stem, name, version in (
+        (f"{KL}_ema", KL_1_1, "1.0"),
+        (f"{KL} (1)", KL_1_1, "1.0"),
+        (f"{KL}_v1.1", KL, "1.1"),
+    ):
+        path = tmp_path / f"{stem}.safetensors"
+        save_file(weights, path)
+        message = f"of a version {version} model for .*{name}, .*; a file .* must be renamed"
+        with pytest.raises(ValueError, match=message):
+            vt.load_model(path, name=name, **SMALL)
+        assert vt.load_model(path, name=KL if version == "1.0" else KL_1_1, **SMALL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import re
 from typing import Any
 
 from vtok_ext.models import _checkpoint, _persistence
@@ -133,17 +134,28 @@ def load_model(
 def _check_version(path: str, model: VideoTokenizer) -> None:
     """Raises when the file says that its weights belong to another version than `model`.
 
-    Files saved by this package record it. Released files carry the name of their configuration, to
-    which 1.1 adds "v1_1".
+    Files saved by this package record it; of others the name may say it.
     """
-    stem = os.path.splitext(os.path.basename(path))[0].lower()
-    said = _persistence.recorded_version(path)
-    if said is None and "v1_1" in stem:
-        said = "1.1"
-    elif said is None and stem in _presets():
-        said = "1.0"
+    said, hint = _persistence.recorded_version(path), ""
+    if said is None:
+        said = _version_in_name(os.path.splitext(os.path.basename(path))[0])
+        hint = "; a file with other weights than its name says must be renamed"
     if said not in (None, model.reference_version):
         raise ValueError(
             f"load_model: name must be that of a version {said} model for the checkpoint {path!r}, "
-            f"got {model.name}, version {model.reference_version}"
+            f"got {model.name}, version {model.reference_version}{hint}"
         )
+
+
+def _version_in_name(stem: str) -> str | None:
+    """Returns the version that the name of a checkpoint says its weights have, None if none.
+
+    Released files carry the name of their configuration, to which 1.1 adds "v1_1". Copies have
+    something before or behind it, such as "_ema" or " (1)", or write "v1.1".
+    """
+    written = re.search(r"(?<![a-z])v1[._-]([01])(?!\d)", stem.lower())
+    if written:
+        return f"1.{written[1]}"
+    words = "_".join(re.findall("[a-z0-9]+", stem.lower()))
+    named = any(f"_{name}_" in f"_{words}_" for name in VidTok.presets)
+    return "1.0" if named else None
