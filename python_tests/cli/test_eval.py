@@ -6,7 +6,9 @@ from tiny_vtok import tiny_fsq
 
 import vtok_ext as vt
 from vtok_ext.cli import reconstruct as reconstruct_module
-from vtok_ext.data.video import read_clip
+from vtok_ext.cli.eval_frames import frames_of
+from vtok_ext.cli.evaluate import EvalOptions
+from vtok_ext.data.video import VideoReader, read_clip
 from vtok_ext.models.vidtok_published import decode_published, encode_published
 
 TINY = {"ch": 8, "ch_mult": (1, 1, 1, 1), "num_res_blocks": 1}
@@ -104,6 +106,65 @@ def test_reference_of_1_0_takes_clips(vtok, make_video, make_model, name, clip_f
         values.append(vt.metrics.psnr(model.decode(encoding), target).item())
     assert result.json["psnr"] == pytest.approx(sum(values) / 2, abs=2e-3)
     assert result.json["frames"] == 2 * clip_frames
+
+
+@pytest.mark.parametrize(
+    ("fps", "interval"), [(60, 2), (50, 2), (40, 1), (30, 1), (24, 1), (12, 1), (100, 3)]
+)
+@torch.no_grad()
+def test_reference_reads_at_the_published_rate(vtok, make_video, make_model, fps, interval):
+    """Every round(fps / 30)-th frame, across the portions in which a video is read."""
+    folder = make_model("vidtok_fsq_causal_488_262144")
+    stamps = [t * 600 // fps for t in range(70)]
+    video = make_video("a.mp4", 70, 16, 16, timestamps=stamps)
+    options = ("--model", folder, "--protocol", "reference", "--max-frames", 34, "--json")
+    result = vtok("eval", video, *options)
+    assert result.code == 0, result.err
+    assert result.json["videos"][0]["interval"] == interval and result.json["sample_fps"] == 30
+    source, model = source_of(video)[:, :, ::interval][:, :, :34], vt.load_model(folder)
+    missing = -source.shape[2] % 17
+    source = torch.cat([source, source[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
+    values = [
+        vt.metrics.psnr(model(clip, frames="reference").reconstruction, clip / 127.5 - 1).item()
+        for clip in source.split(17, dim=2)
+    ]
+    assert result.json["psnr"] == pytest.approx(sum(values) / len(values), abs=2e-3)
+    if fps == 60:
+        result = vtok("eval", video, "--model", folder, "--json").json
+        assert result["frames"] == 70 and result["sample_fps"] is None
+        assert result["videos"][0]["interval"] == 1
+
+
+def test_reference_does_not_round_what_it_resizes(make_video):
+    video, found = make_video("a.mp4", 5, 40, 64), {}
+    for protocol in ("default", "reference"):
+        options = EvalOptions([video], "", protocol=protocol, size=16)
+        with VideoReader(video) as reader:
+            found[protocol] = torch.cat(list(frames_of(reader, options, 2)), dim=2)
+    images = source_of(video)[0].transpose(0, 1).float() / 255
+    resized = torch.nn.functional.interpolate(images, (16, 26), mode="bilinear", antialias=True)
+    expected = ((resized[..., 5:21] - 0.5) / 0.5).transpose(0, 1)[None]
+    assert torch.allclose(found["reference"], expected, atol=1e-6)
+    rounded = found["default"]
+    assert rounded.dtype == torch.uint8
+    assert not torch.allclose(rounded / 127.5 - 1, expected, atol=1e-4)
+    assert torch.allclose(rounded / 127.5 - 1, expected, atol=1.001 / 255)
+
+
+@torch.no_grad()
+def test_reference_measures_what_it_does_not_round(vtok, make_video, make_model):
+    folder = make_model("vidtok_fsq_causal_488_262144")
+    video = make_video("a.mp4", 17, 24, 40)
+    options = ("--model", folder, "--protocol", "reference", "--size", 16, "--json")
+    result = vtok("eval", video, *options)
+    assert result.code == 0, result.err
+    with VideoReader(video) as reader:
+        wanted = EvalOptions([video], "", protocol="reference", size=16)
+        source = torch.cat(list(frames_of(reader, wanted, 17)), dim=2)
+    decoded = vt.load_model(folder)(source, frames="reference").reconstruction
+    assert result.json["psnr"] == pytest.approx(vt.metrics.psnr(decoded, source).item(), abs=2e-3)
+    frequency = vt.metrics.sobel_frequency(source).item()
+    assert result.json["frequency"] == pytest.approx(frequency, abs=1e-4)
 
 
 @torch.no_grad()

@@ -2,9 +2,10 @@
 
     default    exact stream over the whole video, posterior mode, every frame; mean over videos; a
                CoordTok takes windows of its own length one after the other, the last one shorter
-    reference  as the published evaluation: posterior samples; 1.1 on the longest 1 + 16 k frames in
-               overlapping chunks of 16, other versions on clips of 17 frames (16 without
-               causality), the last one completed by its last frame; mean over clips
+    reference  as the published evaluation: every round(fps / 30)-th frame, not rounded to bytes
+               after --size; posterior samples; 1.1 on the longest 1 + 16 k frames in overlapping
+               chunks of 16, other versions on clips of 17 frames (16 without causality), the last
+               one completed by its last frame; mean over clips
 
 Quality is a mean over frames either way, so that grouping them by 16, as the published script does,
 changes memory only. Source of the second: scripts/inference_evaluate.py of microsoft/VidTok. LPIPS,
@@ -13,22 +14,21 @@ FVD and KVD come on request, see `eval_measures`.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vtok_ext.data.video import VideoReader
 from vtok_ext.metrics import CodebookCounter, lpips, psnr, sobel_frequency, ssim, video_dynamics
+from vtok_ext.models._video_input import to_float
 from vtok_ext.models.coordtok import CoordTok
 
 from .console import Console
+from .eval_frames import PUBLISHED_FPS, frames_of, interval_of, size_of, video_files
 from .eval_measures import MeasureOptions, Shared, lines_of_sets
 from .freed_memory import keep_freed_memory
 from .model_source import load_model_for, resolve_device
@@ -46,7 +46,6 @@ _DIGITS = {
     "dynamics": 6,
     "frequency": 4,
 }
-_VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 
 
 @dataclass(frozen=True)
@@ -89,12 +88,12 @@ def run_eval(options: EvalOptions, *, as_json: bool) -> None:
     start, rows, units = time.monotonic(), [], []
     with console.progress("evaluating", len(paths)) as progress:
         for path in paths:
-            scores = _evaluated(path, options, model, shared, generator)
+            scores, interval = _evaluated(path, options, model, shared, generator)
             shared.sets.end_video()
             if not scores:
                 console.warn(f"{path} is too short for this protocol and was left out")
             else:
-                rows.append({"video": str(path), **_mean(scores)})
+                rows.append({"video": str(path), "interval": interval, **_mean(scores)})
             units += scores if options.protocol == "reference" else scores[:1]
             progress.update(len(rows))
     if not units:
@@ -123,28 +122,16 @@ def _protocol_facts(options: EvalOptions, model: Any) -> dict[str, Any]:
         if isinstance(model, CoordTok):
             passes = f"windows of {model.config.video_shape[0]} frames"
         latents = "codes" if model.is_discrete else "mode"
-        facts = {"latents": latents, "frame_rule": "preserve", "passes": passes}
-        return {"protocol": "default", **facts, "averaged_over": "videos", "seed": None}
+        facts: dict[str, Any] = {"latents": latents, "frame_rule": "preserve", "passes": passes}
+        facts |= {"sample_fps": None, "averaged_over": "videos", "seed": None}
+        return {"protocol": "default", **facts}
     passes = f"clips of {_clip_frames(model)} frames"
     if _is_chunked(model):
         passes = f"overlapping chunks of {CHUNK_FRAMES} frames"
     latents = "codes" if model.is_discrete else "sample"
     facts = {"latents": latents, "frame_rule": "reference", "passes": passes}
-    return {"protocol": "reference", **facts, "averaged_over": "clips", "seed": options.seed}
-
-
-def video_files(given: list[Path]) -> list[Path]:
-    """Returns the files, and those in the folders, in order."""
-    found: list[Path] = []
-    for path in given:
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in _VIDEO_SUFFIXES)
-            if not inside:
-                raise ValueError(f"eval: a folder must hold videos, got none in {path}")
-            found += inside
-        else:
-            found.append(path)
-    return found
+    facts |= {"sample_fps": PUBLISHED_FPS, "averaged_over": "clips", "seed": options.seed}
+    return {"protocol": "reference", **facts}
 
 
 @dataclass
@@ -163,8 +150,9 @@ class _Scores:
     last_source: Tensor | None = None
 
     def add(self, decoded: Tensor, source: Tensor) -> None:
-        """Returns None after measuring decoded [1, 3, t, H, W] against uint8 [1, 3, t, H, W]."""
-        decoded, target = decoded.float().cpu(), source.float() / 127.5 - 1
+        """Returns None after measuring decoded [1, 3, t, H, W] against the source, both of them
+        float in [-1, 1] or uint8."""
+        decoded, target = decoded.float().cpu(), to_float(source, torch.float32)
         if not decoded.isfinite().all():
             raise ValueError(
                 f"eval: the model must give finite frames, got NaN or infinity after "
@@ -196,7 +184,7 @@ class _Scores:
         if network is None or min(source.shape[3:]) < _LPIPS_SIZE:
             self.lpips = None
         elif self.lpips is not None:
-            target = source.float() / 127.5 - 1
+            target = to_float(source, torch.float32)
             self.lpips += lpips(decoded, target, network=network, per_frame=True).sum().item()
         self.shared.sets.add("generated", decoded)
         self.shared.sets.add("real", source)
@@ -232,15 +220,24 @@ def _mean(scores: list[_Scores]) -> dict[str, Any]:
 @torch.no_grad()
 def _evaluated(
     path: Path, options: EvalOptions, model: Any, shared: Shared, generator: torch.Generator
-) -> list[_Scores]:
-    """Returns the scores of a video: one, or in the reference protocol one per clip."""
+) -> tuple[list[_Scores], int]:
+    """Returns the scores of a video, one or in the reference protocol one per clip, and its
+    interval: that of the frames which are looked at."""
     with VideoReader(path) as reader:
         if options.protocol == "default" and model.is_causal:
-            return [_streamed(reader, options, model, shared)]
+            return [_streamed(reader, options, model, shared)], 1
         video = torch.cat(list(frames_of(reader, options, 64)), dim=2)
         fps = float(reader.info.fps) or None
+        interval = interval_of(reader.info, options)
     if options.protocol == "default":
-        return [_whole(path, video, fps, model, shared)]
+        return [_whole(path, video, fps, model, shared)], interval
+    return _published_clips(path, video, model, shared, generator), interval
+
+
+def _published_clips(
+    path: Path, video: Tensor, model: Any, shared: Shared, generator: torch.Generator
+) -> list[_Scores]:
+    """Returns the scores of the clips of a video [1, 3, T, H, W] in the reference protocol."""
     s = model.spatial_factor
     if s is None:
         raise ValueError(f"eval: --protocol reference must be given a VidTok, got {model.name}")
@@ -281,7 +278,7 @@ def _streamed(reader: VideoReader, options: EvalOptions, model: Any, shared: Sha
     """Returns the scores of an exact stream; holds only frames that wait to be decoded."""
     scores, waiting, device = _Scores(shared), None, _device(model)
     encoder = model.stream_encoder("tokens" if model.is_discrete else "latent")
-    size = _size_of(reader, options)
+    size = size_of(reader, options)
     decoder = model.stream_decoder(size=size)
 
     def compare(latents: list[Tensor], end: bool) -> None:
@@ -341,35 +338,6 @@ def _clip_frames(model: Any) -> int:
     return CHUNK_FRAMES + int(getattr(model, "starts_alone", model.is_causal))
 
 
-def _size_of(reader: VideoReader, options: EvalOptions) -> tuple[int, int]:
-    if options.size is None:
-        return reader.info.height, reader.info.width
-    return options.size, options.size
-
-
-def frames_of(reader: VideoReader, options: EvalOptions, count: int) -> Iterator[Tensor]:
-    """Yields frames [1, 3, t, H, W] uint8, resized and cropped if asked for."""
-    left = math.inf if options.max_frames is None else options.max_frames
-    for chunk in reader.chunks(count):
-        frames = chunk.frames[:, : int(min(left, len(chunk.timestamps)))]
-        left -= frames.shape[1]
-        yield (frames if options.size is None else _cropped(frames, options.size))[None]
-        if left <= 0:
-            return
-
-
-def _cropped(frames: Tensor, size: int) -> Tensor:
-    """Returns [3, t, size, size]: the shorter side scaled to `size`, then the centre."""
-    height, width = frames.shape[2:]
-    scale = size / min(height, width)
-    scaled = (max(size, round(height * scale)), max(size, round(width * scale)))
-    images = frames.transpose(0, 1).float()
-    images = F.interpolate(images, scaled, mode="bilinear", antialias=True, align_corners=False)
-    top, left = (scaled[0] - size) // 2, (scaled[1] - size) // 2
-    images = images[:, :, top : top + size, left : left + size]
-    return images.round().clamp(0, 255).to(torch.uint8).transpose(0, 1)
-
-
 def _usage(usage: CodebookCounter | None) -> dict[str, Any] | None:
     if usage is None:
         return None
@@ -402,8 +370,10 @@ def _lines(report: dict[str, Any]) -> list[str]:
             f"{usage['num_used']} of {usage['codebook_size']:,} codes used, perplexity "
             f"{usage['perplexity']:.0f}"
         )
+    rate = report["sample_fps"]
+    at = "" if rate is None else f", every round(fps / {rate})-th frame"
     lines.append(
         f"protocol {report['protocol']}: {report['latents']}, {report['passes']}, frames "
-        f"{report['frame_rule']}"
+        f"{report['frame_rule']}{at}"
     )
     return lines

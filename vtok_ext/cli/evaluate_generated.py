@@ -16,8 +16,9 @@ from vtok_ext.data.video import VideoReader
 from vtok_ext.metrics import sobel_frequency, video_dynamics
 
 from .console import Console
+from .eval_frames import frames_of, video_files
 from .eval_measures import ClipSets, lines_of_sets
-from .evaluate import EvalOptions, frames_of, video_files
+from .evaluate import EvalOptions
 from .model_source import resolve_device
 
 _READ_FRAMES = 64
