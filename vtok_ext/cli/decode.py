@@ -20,6 +20,7 @@ from .memory_plan import (
 )
 from .model_source import load_model_for, resolve_device
 from .reconstruct import frames_per_chunk
+from .streaming_mode import check_published
 
 if TYPE_CHECKING:
     from vtok_ext.models.latent_statistics import LatentStatistics
@@ -36,15 +37,24 @@ def run_decode(
     device: str,
     any_weights: bool,
     as_json: bool,
+    streaming: str | None = None,
     memory: MemoryOptions = NO_LIMIT,
 ) -> None:
-    """Returns None after writing the video; it appears complete or not at all."""
+    """Returns None after writing the video; it appears complete or not at all.
+
+    The file says whether it is one of published chunks; `streaming`, unless None, must agree.
+    """
     from vtok_ext.models.encoding_stream import EncodingReader
 
     console = Console(as_json)
     target = resolve_device(device)
     arrange_freed_memory(memory)
     with EncodingReader(source) as reader:
+        mode = "exact" if reader.chunk_frames is None else "reference"
+        if streaming not in (None, mode):
+            raise ValueError(
+                f"decode: --streaming must be {mode}, as {source} was encoded, got {streaming}"
+            )
         height, width = reader.size
         options = {"height": height, "width": width, "fps": reader.fps or 30}
         with VideoWriter(out, **options) as writer:  # type: ignore[arg-type]
@@ -54,8 +64,10 @@ def run_decode(
             model.check_origin("decode", reader.model_id, any_weights)
             _check_kind(reader, model)
             statistics = model.require_statistics("decode") if reader.normalized else None
-            if reader.chunk_frames is not None and memory != NO_LIMIT:
-                raise ValueError("decode: --tile and --memory must not meet published chunks")
+            if mode == "reference":
+                check_published("decode", f"{source} in published chunks", model)
+                if memory != NO_LIMIT:
+                    raise ValueError("decode: --tile and --memory must not meet published chunks")
             chunk_frames = frames_per_chunk(model, height, width)
             size = (height, width, reader.num_frames)
             prepared = prepare(model, "decode", *size, memory, chunk_frames, console)
@@ -71,6 +83,7 @@ def run_decode(
         "model": model.name,
         "random_weights": is_random,
         "device": str(target),
+        "streaming": mode,
         "frame_rule": reader.frame_rule,
         "frames": num_frames,
         **prepared.facts,

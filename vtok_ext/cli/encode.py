@@ -29,6 +29,7 @@ from .memory_plan import (
 )
 from .model_source import load_model_for, resolve_device
 from .reconstruct import frames_per_chunk
+from .streaming_mode import check_published, check_streaming
 
 # Enough of a file to tell it from another one of the same size.
 _IDENTIFYING_BYTES = 2**20
@@ -117,9 +118,9 @@ def run_encode(options: EncodeOptions, *, as_json: bool) -> None:
 
 
 def _check(options: EncodeOptions) -> None:
+    check_streaming("encode", options.streaming)
     choices = {
         "output": (None, "tokens", "latent"),
-        "streaming": ("exact", "reference"),
         "frames": ("preserve", "reference"),
     }
     for name, allowed in choices.items():
@@ -143,6 +144,8 @@ def _kind(options: EncodeOptions, model: Any) -> str:
     """Returns "tokens" or "encoding", the kind of file."""
     if options.output == "tokens" and not model.is_discrete:
         model.tokenize(None)  # refuses, naming the models that can
+    if options.streaming == "reference":
+        check_published("encode", "--streaming reference", model)
     wanted = options.output or ("tokens" if model.is_discrete else "latent")
     if options.resume and not model.is_causal:
         raise ValueError(f"encode: --resume must be given a causal model, got {model.name}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .memory_plan import NO_LIMIT, MemoryOptions
+from .streaming_mode import check_streaming
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")
 # Of videos that `VideoWriter` does not write: nobody means a token file by them.
@@ -55,7 +56,7 @@ def run_stream(
     ema: bool,
     trust_checkpoint: bool,
     output: str | None,
-    streaming: str,
+    streaming: str | None,
     resume: bool,
     save_every_s: float,
     any_weights: bool,
@@ -63,7 +64,21 @@ def run_stream(
     as_json: bool,
     memory: MemoryOptions = NO_LIMIT,
 ) -> None:
-    """Returns None after doing what the two files call for."""
+    """Returns None after doing what the two files call for.
+
+    Args:
+        streaming: "exact" or "reference"; None for what a token or latent file was made with, and
+            for "exact" from a video.
+        save_every_s: seconds between saved states with `resume`.
+        output, resume, any_weights, ...: as in the options of the same names.
+
+    Raises:
+        ValueError: an option that is wrong, or that the two files leave no use for.
+    """
+    if streaming is not None:
+        check_streaming("stream", streaming)
+    if not save_every_s >= 0:
+        raise ValueError(f"stream: --save-every must be at least 0, got {save_every_s}")
     direction = direction_of(source, out)
     if direction == "encode":
         from .encode import EncodeOptions, run_encode
@@ -77,7 +92,7 @@ def run_stream(
             trust_checkpoint=trust_checkpoint,
             device=device,
             output=output,
-            streaming=streaming,
+            streaming=streaming or "exact",
             resume=resume,
             save_every_s=save_every_s,
             memory=memory,
@@ -88,6 +103,11 @@ def run_stream(
         raise ValueError(
             f"stream: --resume must come with a token or latent file as output, got {out}; video "
             "containers cannot be continued"
+        )
+    if output is not None:
+        raise ValueError(
+            f"stream: --output must come with a token or latent file as output, got {output} and "
+            f"the video {out}"
         )
     if direction == "decode":
         from .decode import run_decode
@@ -101,10 +121,17 @@ def run_stream(
             trust_checkpoint=trust_checkpoint,
             device=device,
             any_weights=any_weights,
+            streaming=streaming,
             as_json=as_json,
             memory=memory,
         )
         return
+    if streaming == "reference":
+        # How many frames the published chunks add to the front is known at the end only.
+        raise ValueError(
+            f"stream: --streaming reference must have a token or latent file on one side, got the "
+            f"videos {source} and {out}; encode to a file, then decode that"
+        )
     from .reconstruct import run_reconstruct
 
     run_reconstruct(

@@ -160,7 +160,13 @@ def stream(
     ema: EmaOption = False,
     trust_checkpoint: TrustOption = False,
     output: OutputOption = None,
-    streaming: StreamingOption = "exact",
+    streaming: Annotated[
+        str | None,
+        typer.Option(
+            help="exact, or reference for the published chunks of VidTok 1.1 [default: exact; from "
+            "a token or latent file, as that was encoded]."
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(

@@ -1,0 +1,105 @@
+"""`vtok encode`, `decode`, `stream`: options that do something or are refused."""
+
+import pytest
+import torch
+
+import vtok_ext as vt
+from vtok_ext.cli import reconstruct as reconstruct_module
+
+TINY = {"ch": 8, "ch_mult": (1, 1, 1, 1), "num_res_blocks": 1}
+V1_1 = "vidtok_fsq_causal_488_32768_v1_1"
+FSQ = "vidtok_fsq_causal_488_262144"
+
+
+@pytest.fixture(autouse=True)
+def short_portions(monkeypatch):
+    """Portions of one temporal factor, so that small clips are long streams."""
+    monkeypatch.setattr(reconstruct_module, "_FEATURE_MAP_BYTES", 1)
+
+
+@pytest.fixture
+def save_model(tmp_path):
+    def save(name, folder="model", **overrides):
+        torch.manual_seed(0)
+        vt.create_model(name, **{**TINY, **overrides}).save_pretrained(tmp_path / folder)
+        return tmp_path / folder
+
+    return save
+
+
+def refused(result, words) -> None:
+    assert result.code == 2 and words in result.err, (result.code, result.err)
+
+
+def test_streaming_of_a_file_is_what_it_was_encoded_with(vtok, make_video, save_model, tmp_path):
+    model, video, mp4 = save_model(V1_1), make_video("in.mp4", 12), tmp_path / "out.mp4"
+    files = {mode: tmp_path / mode for mode in ("exact", "reference")}
+    for mode, file in files.items():
+        options = ("--model", model, "--streaming", mode, "--json")
+        result = vtok("stream", video, file, *options)
+        assert result.code == 0 and result.json["streaming"] == mode, result.err
+        for options in (("--streaming", mode), ()):
+            result = vtok("stream", file, mp4, "--model", model, "--json", *options)
+            assert result.code == 0 and result.json["streaming"] == mode, result.err
+        assert vtok("decode", file, mp4, "--model", model, "--json").json["streaming"] == mode
+    mp4.unlink()
+    for mode, other in (("exact", "reference"), ("reference", "exact")):
+        result = vtok("stream", files[mode], mp4, "--model", model, "--streaming", other)
+        refused(result, f"decode: --streaming must be {mode}, as {files[mode]} was encoded, got")
+    assert not mp4.exists()
+
+
+def test_options_without_a_use_are_refused(vtok, make_video, save_model, tmp_path):
+    model, video, tokens = save_model(V1_1), make_video("in.mp4", 5), tmp_path / "tokens"
+    assert vtok("encode", video, tokens, "--model", model).code == 0
+    before = sorted(tmp_path.rglob("*"))
+    mp4 = tmp_path / "out.mp4"
+    for source in (video, tokens):
+        call = ("stream", source, mp4, "--model", model)
+        refused(vtok(*call, "--streaming", "fast"), "--streaming must be one of exact, reference")
+        refused(vtok(*call, "--output", "tokens"), "--output must come with a token or latent")
+        refused(vtok(*call, "--output", "latent"), "got latent and the video")
+        refused(vtok(*call, "--save-every", -1), "--save-every must be at least 0, got -1")
+        refused(vtok(*call, "--save-every", "nan"), "--save-every must be at least 0, got nan")
+    result = vtok("stream", video, mp4, "--model", model, "--streaming", "reference")
+    refused(result, "--streaming reference must have a token or latent file on one side")
+    assert sorted(tmp_path.rglob("*")) == before
+    result = vtok("stream", video, mp4, "--model", model, "--streaming", "exact", "--json")
+    assert result.code == 0 and result.json["frames"] == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("vidtok_fsq_noncausal_488_262144", {}),
+        (FSQ, {}),
+        ("promag_base_4x8x8", {"z_channels": 4}),
+    ],
+)
+@torch.no_grad()
+def test_models_without_published_chunks(vtok, make_video, save_model, tmp_path, name, overrides):
+    folder, video, out = save_model(name, **overrides), make_video("in.mp4", 5), tmp_path / "out"
+    words = f"must be given a causal VidTok of version 1.1, got {name}"
+    options = ("--model", folder, "--streaming", "reference")
+    for command in ("encode", "stream"):
+        refused(vtok(command, video, out, *options), f"encode: --streaming reference {words}")
+    assert not out.exists()
+    model = vt.load_model(folder)
+    latent = torch.zeros(1, model.latent_channels, 2, 2, 2)
+    chunked = vt.Encoding(latent, 5, (16, 16), frame_rule="reference", chunk_frames=16)
+    chunked.save(out)
+    refused(vtok("decode", out, tmp_path / "out.mp4", "--model", folder), words)
+    with pytest.raises(ValueError, match="decode_published: model must be of version 1.1"):
+        model.decode(chunked)
+
+
+def test_nearest_interpolation_of_1_1_keeps_its_published_chunks(
+    vtok, make_video, save_model, tmp_path
+):
+    folder = save_model(V1_1, interpolation="nearest")
+    out = tmp_path / "out"
+    options = ("--model", folder, "--streaming", "reference", "--json")
+    result = vtok("encode", make_video("in.mp4", 12), out, *options)
+    assert result.code == 0 and result.json["streaming"] == "reference", result.err
+    result = vtok("decode", out, tmp_path / "out.mp4", "--model", folder, "--json")
+    assert result.code == 0 and result.json["frames"] == 12, result.err
