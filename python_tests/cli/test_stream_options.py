@@ -1,10 +1,14 @@
-"""`vtok encode`, `decode`, `stream`: options that do something or are refused."""
+"""`vtok encode`, `decode`, `stream`: options that do something or are refused, and plans that are
+kept."""
 
 import pytest
 import torch
 
 import vtok_ext as vt
+from vtok_ext.cli import encode as encode_module
 from vtok_ext.cli import reconstruct as reconstruct_module
+from vtok_ext.models import planning
+from vtok_ext.models.planning import MemoryPlan
 
 TINY = {"ch": 8, "ch_mult": (1, 1, 1, 1), "num_res_blocks": 1}
 V1_1 = "vidtok_fsq_causal_488_32768_v1_1"
@@ -103,3 +107,52 @@ def test_nearest_interpolation_of_1_1_keeps_its_published_chunks(
     assert result.code == 0 and result.json["streaming"] == "reference", result.err
     result = vtok("decode", out, tmp_path / "out.mp4", "--model", folder, "--json")
     assert result.code == 0 and result.json["frames"] == 12, result.err
+
+
+class Killed(BaseException):
+    """An interruption at a place of our choice."""
+
+
+@pytest.mark.parametrize(
+    ("first", "later"),
+    [
+        (MemoryPlan(4, (16, 16), 1), MemoryPlan(8, None, 1)),
+        (MemoryPlan(8, None, 1), MemoryPlan(4, (16, 16), 1)),
+        (MemoryPlan(4, (16, 24), 1), None),
+    ],
+)
+@pytest.mark.parametrize("again", [("--tile", "auto"), ("--memory", 1), ("--tile", "96"), ()])
+def test_resumed_stream_keeps_its_plan(
+    vtok, make_video, model_folder, tmp_path, monkeypatch, first, later, again
+):
+    """Memory is another one by then: what would be planned now must not matter."""
+    video, out = make_video("in.mp4", 19, 40, 56), tmp_path / "out"
+    call = ("stream", video, out, "--model", model_folder, "--resume", "--save-every", 0)
+    append = encode_module._Job._append
+
+    def append_or_die(job, portions):
+        append(job, portions)
+        if job.encoder.num_frames > 8:
+            raise Killed
+
+    def plan(*arguments, **options):
+        if later is None:
+            raise ValueError("plan: memory must be larger")
+        return later
+
+    monkeypatch.setattr(planning, "plan_stream", lambda *_, **__: first)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(encode_module._Job, "_append", append_or_die)
+        vtok(*call, "--tile", "auto")
+    monkeypatch.setattr(planning, "plan_stream", plan)
+    result = vtok(*call, *again, "--json")
+    assert result.code == 0 and result.json["resumed_at_frame"] == 8, result.err
+    tile = None if first.tile is None else list(first.tile)
+    assert (result.json["tile"], result.json["chunk_frames"]) == (tile, first.chunk_frames)
+    assert ("predicted_peak_bytes" in result.json) == bool({"auto", 1} & {*again})
+    assert ("--memory 1 is less than" in result.err) == ("--memory" in again)
+    assert ("comes too late" in result.err) == ("96" in again)
+    monkeypatch.setattr(planning, "plan_stream", lambda *_, **__: first)
+    one_go = tmp_path / "one go"
+    assert vtok("encode", video, one_go, "--model", model_folder, "--tile", "auto").code == 0
+    assert out.read_bytes() == one_go.read_bytes()

@@ -26,6 +26,7 @@ from .memory_plan import (
     arrange_freed_memory,
     peak_bytes,
     prepare,
+    prepare_as_before,
 )
 from .model_source import load_model_for, resolve_device
 from .reconstruct import frames_per_chunk
@@ -86,15 +87,13 @@ def run_encode(options: EncodeOptions, *, as_json: bool) -> None:
             trust_checkpoint=options.trust_checkpoint,
         )
         kind = _kind(options, model)
-        info = reader.info
-        chunk_frames = frames_per_chunk(model, info.height, info.width)
-        size = (info.height, info.width, info.num_frames)
-        prepared = prepare(model, "encode", *size, options.memory, chunk_frames, console)
+        saved = _saved_state(options, kind) if options.resume else None
+        prepared = _prepared(options, model, reader.info, saved, console)
         start = time.monotonic()
         if options.frames == "reference" or not model.is_causal:
             result = _encode_whole(options, prepared.model, kind, reader)
         else:
-            job = _Job(options, prepared, kind, info, _identity(options.source))
+            job = _Job(options, prepared, kind, reader.info, saved)
             with console.progress("encoding", reader.info.num_frames) as progress:
                 result = job.run(reader, console, progress)
     seconds = time.monotonic() - start
@@ -176,6 +175,63 @@ def _encode_whole(options: EncodeOptions, model: Any, kind: str, reader: VideoRe
     return {"frames": video.shape[2], "grid": grid, "resumed_at_frame": 0}
 
 
+@dataclass(frozen=True)
+class _SavedState:
+    """Where an interrupted encoding goes on.
+
+    Attributes:
+        stream: `state_dict()` of its stream encoder.
+        num_frames, num_bytes: frames that were pushed, bytes that were written.
+        chunk_frames, tile: how it was prepared, see `Prepared`.
+    """
+
+    stream: dict[str, Any]
+    num_frames: int
+    num_bytes: int
+    chunk_frames: int
+    tile: tuple[int, int] | None
+
+
+def _state_path(out: Path) -> Path:
+    return out.with_name(f"{out.name}.state")
+
+
+def _saved_state(options: EncodeOptions, kind: str) -> _SavedState | None:
+    """Returns what an interrupted call for the same file left, None if there is nothing."""
+    from vtok_ext.models.encoding_stream import load_stream_state
+    from vtok_ext.models.tiling import check_tile
+
+    path = _state_path(options.out)
+    if not path.exists():
+        return None
+    state, facts = load_stream_state(path)
+    for name, mine in (("source", _identity(options.source)), ("kind", kind)):
+        if facts.get(name) != mine:
+            raise ValueError(
+                f"encode: the {name} must be that of {path}, got another; remove the state to "
+                f"start anew"
+            )
+    counts: dict[str, Any] = {
+        name: facts.get(name) for name in ("num_frames", "num_bytes", "chunk_frames")
+    }
+    if not all(isinstance(count, int) and count > 0 for count in counts.values()):
+        raise ValueError(f"encode: {path} must hold counts, got {counts}")
+    tile = facts.get("tile")
+    return _SavedState(state, tile=None if tile is None else check_tile("encode", tile), **counts)
+
+
+def _prepared(
+    options: EncodeOptions, model: Any, info: VideoInfo, saved: _SavedState | None, console: Console
+) -> Prepared:
+    """Returns the model and the chunk length, those of the saved state if there is one."""
+    size, asked = (info.height, info.width), options.memory
+    if saved is not None:
+        how = (saved.chunk_frames, saved.tile)
+        return prepare_as_before(model, "encode", *size, asked, *how, console)
+    chunk_frames = frames_per_chunk(model, *size)
+    return prepare(model, "encode", *size, info.num_frames, asked, chunk_frames, console)
+
+
 @dataclass
 class _Job:
     """One streamed encoding, from its beginning or from a saved state."""
@@ -184,7 +240,7 @@ class _Job:
     prepared: Prepared
     kind: str
     info: VideoInfo
-    identity: str
+    saved: _SavedState | None
     started_at: int = field(default=0, init=False)
 
     def run(self, reader: VideoReader, console: Console, progress: Progress) -> dict[str, Any]:
@@ -192,15 +248,16 @@ class _Job:
         from vtok_ext.models.encoding_stream import EncodingWriter
 
         out = self.options.out
+        self.identity = _identity(self.options.source)
         self.partial = temporary_sibling(out)
-        self.state_path = out.with_name(f"{out.name}.state")
+        self.state_path = _state_path(out)
         if self.options.resume:
             self.partial = out.with_name(f"{out.name}.partial")
         streaming = {} if self.options.streaming == "exact" else {"streaming": "reference"}
         output = "tokens" if self.kind == "tokens" else "latent"
         self.model, self.chunk_frames = self.prepared.model, self.prepared.chunk_frames
         self.encoder = self.model.stream_encoder(output, **streaming)
-        num_bytes = self._continue(console) if self.options.resume else 0
+        num_bytes = 0 if self.saved is None else self._continue(self.saved, console)
         self.writer = EncodingWriter(self.partial, self.kind, num_bytes)
         try:
             grid = self._encode(reader, progress)
@@ -268,33 +325,20 @@ class _Job:
             "source": self.identity,
             "kind": self.kind,
             "chunk_frames": self.chunk_frames,
+            "tile": self.prepared.tile,
             "num_frames": self.encoder.num_frames,
             "num_bytes": self.writer.num_bytes,
         }
         save_stream_state(self.state_path, self.encoder.state_dict(), facts)
 
-    def _continue(self, console: Console) -> int:
-        """Returns the bytes of the partial file to keep, after loading a state if there is one."""
-        from vtok_ext.models.encoding_stream import load_stream_state
-
-        if not self.state_path.exists():
-            return 0
-        state, facts = load_stream_state(self.state_path)
-        for name, mine in (("source", self.identity), ("kind", self.kind)):
-            if facts.get(name) != mine:
-                raise ValueError(
-                    f"encode: the {name} must be that of {self.state_path}, got another; remove "
-                    f"the state to start anew"
-                )
-        counts: list[Any] = [facts.get(n) for n in ("chunk_frames", "num_frames", "num_bytes")]
-        if not all(isinstance(count, int) and count > 0 for count in counts):
-            raise ValueError(f"encode: {self.state_path} must hold counts, got {counts}")
-        self.encoder.load_state_dict(state)
-        if self.encoder.num_frames != facts["num_frames"]:
+    def _continue(self, saved: _SavedState, console: Console) -> int:
+        """Returns the bytes of the partial file to keep, after loading the state."""
+        self.encoder.load_state_dict(saved.stream)
+        if self.encoder.num_frames != saved.num_frames:
             raise ValueError(f"encode: {self.state_path} must agree with itself, got other counts")
-        self.chunk_frames, self.started_at, num_bytes = counts
+        self.started_at = saved.num_frames
         console.say(f"continuing after {self.started_at} frames")
-        return num_bytes
+        return saved.num_bytes
 
 
 def _identity(source: Path) -> str:

@@ -39,11 +39,13 @@ class Prepared:
         model: the model, or its view in tiles.
         chunk_frames: frames to push at once, a multiple of f.
         facts: for the report.
+        tile: (height, width) of the view, None: the whole picture.
     """
 
     model: Any
     chunk_frames: int
     facts: dict[str, Any]
+    tile: tuple[int, int] | None = None
 
 
 def arrange_freed_memory(options: MemoryOptions) -> None:
@@ -74,36 +76,93 @@ def prepare(
     Raises:
         ValueError: a bad option, a model without exact tiles, or no plan within the limit.
     """
-    side = parse_tile(options.tile)
-    limit = None if options.memory is None else parse_bytes(options.memory)
+    side, limit = _asked(options)
     if side is None and limit is None:
         return Prepared(model, chunk_frames, {})
     if model.spatial_factor is None:
         raise ValueError(f"--tile and --memory must be given a model of grids, got {model.name}")
     if side != "auto" and limit is None:
-        return Prepared(model.tiled(side), chunk_frames, {"tile": side})
-    if side not in (None, "auto"):
-        raise ValueError("--tile must be auto together with --memory, got a size")
-    from vtok_ext.models.memory_rehearsal import predicted_bytes
+        return Prepared(model.tiled(side), chunk_frames, {"tile": side}, side)
     from vtok_ext.models.planning import plan_stream
 
-    predicted_bytes(model, lambda: None)  # loads parts of torch that stay, and count
-    present = present_bytes(model)
+    present = _present_before(model)
     budget = None if limit is None else max(0, limit - present)
     size = {"height": height, "width": width}
     plan = plan_stream(model, direction, memory=budget, num_frames=num_frames, **size)
+    facts = _say(plan, present, console)
+    return Prepared(plan.view(model), plan.chunk_frames, facts, plan.tile)
+
+
+def prepare_as_before(
+    model: Any,
+    direction: str,
+    height: int,
+    width: int,
+    options: MemoryOptions,
+    chunk_frames: int,
+    tile: tuple[int, int] | None,
+    console: Console,
+) -> Prepared:
+    """Returns what `prepare` returned for a stream that now goes on, whatever is asked for now.
+
+    The tile is part of the stream's state, and chunks of another length would change the order of
+    sums. Says what memory that takes where some is asked for, and warns where an option comes late.
+
+    Args:
+        model, direction, height, width, options, console: as for `prepare`.
+        chunk_frames, tile: of the stream.
+
+    Raises:
+        ValueError: a bad option, or a model without exact tiles.
+    """
+    side, limit = _asked(options)
+    view = model if tile is None else model.tiled(tile)
+    facts: dict[str, Any] = {"tile": tile, "chunk_frames": chunk_frames}
+    if limit is not None or side == "auto":
+        from vtok_ext.models.planning import MemoryPlan, predict_stream
+
+        present = _present_before(model)
+        needed = predict_stream(model, direction, (1, chunk_frames, height, width), tile)
+        facts = _say(MemoryPlan(chunk_frames, tile, needed), present, console)
+        if limit is not None and present + needed > limit:
+            console.warn(f"--memory {options.memory} is less than the stream that goes on takes")
+    elif side not in (None, tile):
+        console.warn(
+            f"--tile {options.tile} comes too late: the stream goes on with {tile or 'none'}"
+        )
+    return Prepared(view, chunk_frames, facts, tile)
+
+
+def _asked(options: MemoryOptions) -> tuple[Any, int | None]:
+    """Returns the tile, as `parse_tile`, and the limit in bytes."""
+    side = parse_tile(options.tile)
+    limit = None if options.memory is None else parse_bytes(options.memory)
+    if limit is not None and side not in (None, "auto"):
+        raise ValueError("--tile must be auto together with --memory, got a size")
+    return side, limit
+
+
+def _present_before(model: Any) -> int:
+    """Returns the bytes that the process takes before its stream begins."""
+    from vtok_ext.models.memory_rehearsal import predicted_bytes
+
+    predicted_bytes(model, lambda: None)  # loads parts of torch that stay, and count
+    return present_bytes(model)
+
+
+def _say(plan: Any, present: int, console: Console) -> dict[str, Any]:
+    """Returns a MemoryPlan for the report after saying it."""
     total = present + plan.predicted_bytes
     tile_text = "the whole picture" if plan.tile is None else f"tiles of {plan.tile[0]}"
     console.say(
         f"plan: chunks of {plan.chunk_frames} frames, {tile_text}, peak {total / 1e9:.2f} GB "
         f"({plan.predicted_bytes / 1e9:.2f} GB more than now)"
     )
-    facts = {
+    return {
         "tile": plan.tile,
         "chunk_frames": plan.chunk_frames,
         "predicted_peak_bytes": total,
     }
-    return Prepared(plan.view(model), plan.chunk_frames, facts)
 
 
 def parse_tile(text: str | None) -> Any:
