@@ -1,8 +1,10 @@
-"""`vtok encode`, `decode`, `stream`: options that do something or are refused, and plans that are
-kept."""
+"""`vtok encode`, `decode`, `stream`: options that do something or are refused, plans that are kept,
+and ids of nothing that are never written."""
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import vtok_ext as vt
 from vtok_ext.cli import encode as encode_module
@@ -156,3 +158,43 @@ def test_resumed_stream_keeps_its_plan(
     one_go = tmp_path / "one go"
     assert vtok("encode", video, one_go, "--model", model_folder, "--tile", "auto").code == 0
     assert out.read_bytes() == one_go.read_bytes()
+
+
+def damage(folder, value: float) -> None:
+    """Makes `value` of a channel of every latent of a saved model."""
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    (name,) = (name for name in weights if name.startswith("encoder.conv_out.") and "bias" in name)
+    weights[name][0] = value
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(weights, path, metadata=metadata)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        (FSQ, {}),
+        (V1_1, {}),
+        (FSQ, {"regularizer": "lfq", "levels": (), "z_channels": 4}),
+        (FSQ, {"regularizer": "vq", "levels": (), "z_channels": 4, "codebook_size": 16}),
+    ],
+)
+def test_ids_of_nan_are_not_written(vtok, make_video, save_model, tmp_path, name, overrides, value):
+    folder, video, out = save_model(name, **overrides), make_video("in.mp4", 5), tmp_path / "out"
+    damage(folder, value)
+    before = sorted(tmp_path.rglob("*"))
+    result = vtok("encode", video, out, "--model", folder)
+    refused(result, "must give finite latents, got NaN or infinity within")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("output", ["tokens", "latent"])
+def test_whole_clips_of_nan_are_not_written(vtok, make_video, save_model, tmp_path, output):
+    kind = "fsq_noncausal_488_262144" if output == "tokens" else "kl_noncausal_488_4chn"
+    folder, video = save_model(f"vidtok_{kind}"), make_video("in.mp4", 8)
+    damage(folder, float("nan"))
+    result = vtok("encode", video, tmp_path / "out", "--model", folder, "--output", output)
+    refused(result, "must give finite latents, got NaN or infinity within 8 frames")
+    assert not (tmp_path / "out").exists()

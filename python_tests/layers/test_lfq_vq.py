@@ -45,6 +45,19 @@ def test_lfq_codes_are_signs_and_indices_their_bits():
     assert layer.codebook_size == 32 and not layer.state_dict()
 
 
+@pytest.mark.parametrize("layer", [LFQ(3), VQ(8, 3)])
+@pytest.mark.parametrize("training", [True, False])
+def test_nan_has_no_id(layer, training):
+    """As for FSQ: -1, which is refused where ids are read."""
+    z = latent(2, 3, 4, 2, 2)
+    expected = layer.train(training)(z)[1].clone()
+    z[1, 2, 3, 0, 1], expected[1, 3, 0, 1] = float("nan"), -1
+    indices = layer(z)[1]
+    assert torch.equal(indices, expected) and indices.dtype == torch.int32
+    with pytest.raises(ValueError, match="indices must lie in 0..7, got -1.."):
+        layer.indices_to_codes(indices)
+
+
 @pytest.mark.parametrize(("scale", "step"), [(1.0, 0), (0.01, 1000), (0.003, 5000)])
 def test_lfq_loss_is_its_definition(scale, step):
     layer, z = LFQ(6), (scale * latent(2, 6, 2, 3, 3)).double().requires_grad_()

@@ -220,3 +220,14 @@ def test_state_of_another_stream_is_refused(fsq_model, kl_model, clip):
     resumed.load_state_dict(damaged)
     with pytest.raises(ValueError, match="must have an entry 'conv_in'"):
         resumed.push(clip(1, 4, 16, 16))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_ids_of_nan_are_refused(build, clip, value):
+    model = build("vidtok_fsq_causal_488_4096")
+    stream = model.stream_encoder("tokens")
+    stream.push(clip(1, 5, 16, 16))
+    with torch.no_grad():
+        model.encoder.conv_out.conv.bias[0] = value
+    with pytest.raises(ValueError, match="finite latents, got NaN or infinity within 9 frames"):
+        stream.push(clip(1, 4, 16, 16))

@@ -164,15 +164,29 @@ def _encode_whole(options: EncodeOptions, model: Any, kind: str, reader: VideoRe
         encode = model.tokenize if kind == "tokens" else model.encode
         encoding = encode(video.to(device), fps=fps, frames=options.frames)
     if kind == "tokens":
+        _check_finite(encoding.ids, video.shape[2])
         encoding.save(options.out)
         shape = encoding.ids.shape
     else:
+        planes = encoding.latent
+        for plane in planes.values() if isinstance(planes, dict) else [planes]:
+            _check_finite(plane, video.shape[2])
         encoding.model_id, encoding.indices, encoding.moments = model.model_id, None, None
         encoding.save(options.out)
         is_grid = isinstance(encoding.latent, torch.Tensor)
         shape = encoding.latent.shape if is_grid else (1, *model.token_grid(*video.shape[2:]))
     grid = list(shape[1:][-3:])
     return {"frames": video.shape[2], "grid": grid, "resumed_at_frame": 0}
+
+
+def _check_finite(portion: Any, num_frames: int) -> None:
+    """Raises ValueError for latents with NaN or infinity, and for ids that come from NaN: -1."""
+    ok = portion.isfinite().all() if portion.is_floating_point() else portion.min() >= 0
+    if not ok:
+        raise ValueError(
+            f"encode: the model must give finite latents, got NaN or infinity within "
+            f"{num_frames} frames"
+        )
 
 
 @dataclass(frozen=True)
@@ -309,11 +323,7 @@ class _Job:
 
     def _append(self, portions: list) -> None:
         for portion in portions:
-            if portion.is_floating_point() and not portion.isfinite().all():
-                raise ValueError(
-                    f"encode: the model must give finite latents, got NaN or infinity within "
-                    f"{self.encoder.num_frames} frames"
-                )
+            _check_finite(portion, self.encoder.num_frames)
             self.writer.append(portion)
 
     def _save(self) -> None:

@@ -88,7 +88,8 @@ class LFQ(nn.Module):
             compute_loss: whether to compute the auxiliary loss; by default in training mode only.
 
         Returns:
-            codes as z, int32 indices [B, ...], and float32 scalars (float64 for float64 z):
+            codes as z, int32 indices [B, ...], -1 where z has a NaN, and float32 scalars (float64
+            for float64 z):
                 aux_loss: what to minimise.
                 entropy, commitment: its terms before they are weighted.
                 codebook_use, codebook_perplexity: of this process's tokens.
@@ -108,6 +109,7 @@ class LFQ(nn.Module):
         losses = {}
         if self.training if compute_loss is None else compute_loss:
             losses = self._losses(z, signs, indices, step)
+        indices = indices.masked_fill(z.isnan().any(self.channel_dim), -1)
         return straight_through(z, signs), indices, losses
 
     def codes_to_indices(self, codes: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ class VQ(nn.Module):
             compute_loss: whether to compute the auxiliary loss; by default in training mode only.
 
         Returns:
-            codes as z, int32 indices [B, ...], and float32 scalars:
+            codes as z, int32 indices [B, ...], -1 where z has a NaN, and float32 scalars:
                 aux_loss: what to minimise.
                 codebook_loss, commitment: its terms before they are weighted.
                 codebook_use, codebook_perplexity: of this process's tokens.
@@ -126,6 +126,7 @@ class VQ(nn.Module):
         if self.training and torch.is_grad_enabled():
             self._learn(tokens.detach(), nearest)
         found = vectors.detach().view(rows.shape).movedim(-1, self.channel_dim).to(z.dtype)
+        nearest = nearest.masked_fill(tokens.isnan().any(1), -1)
         indices = nearest.view(rows.shape[:-1]).int()
         return straight_through(z, found), indices, losses
 

@@ -133,8 +133,8 @@ class StreamEncoder(_Stream):
             chunk: [B, 3, t, H, W], t >= 1, float in [-1, 1] or uint8; B, H, W as at the first push.
 
         Raises:
-            TypeError, ValueError: a bad chunk, another shape than before, or a stream that has
-            ended.
+            TypeError, ValueError: a bad chunk, another shape than before, a stream that has ended,
+            or NaN or infinity from the network, which ids would hide.
         """
         self._check_open("push")
         video_input.check_video("stream_encoder.push", chunk, self.model.video_channels)
@@ -181,6 +181,12 @@ class StreamEncoder(_Stream):
 
     def _encode(self, frames: Tensor) -> list[Tensor]:
         raw, self._state = self.model.encode_chunk(frames, self._state, return_state=True)
+        # A quantizer makes ids of anything. Latents are few, and ids are soon waited for anyway.
+        if self.output == "tokens" and not raw.isfinite().all():
+            raise ValueError(
+                f"stream_encoder: the model must give finite latents, got NaN or infinity within "
+                f"{self.num_frames} frames"
+            )
         latent, indices, _ = self.model.regularize(raw)
         return [latent if indices is None or self.output == "latent" else indices]
 
