@@ -47,10 +47,37 @@ def test_encoder_stream_equals_whole_clip(kl_model, clip, plan):
     assert (stream.num_frames, stream.size) == (whole.num_frames, whole.size)
 
 
+@pytest.fixture(scope="module")
+def kl_1_1(build):
+    return build("vidtok_kl_causal_488_4chn_v1_1")
+
+
+@pytest.fixture(scope="module", params=["1.0", "1.1"])
+def fsq(request, fsq_model, build):
+    """An FSQ model of either version, all of whose channels have 8 levels."""
+    return fsq_model if request.param == "1.0" else build("vidtok_fsq_causal_488_32768_v1_1")
+
+
+@pytest.mark.parametrize("plan", [[1] * 10, [3, 4, 3], [2, 7, 1]])
+def test_streams_of_1_1_take_several_clips(kl_1_1, clip, plan):
+    """Both ways, each clip for itself: the second one of a batch is what it is alone."""
+    video = clip(3, sum(plan), 12, 16)
+    latent, stream = run_encoder(kl_1_1, video, plan)
+    with torch.no_grad():
+        whole = kl_1_1.encode(video)
+        alone = kl_1_1.encode(video[1:2]).latent
+        expected = kl_1_1.decode(whole.latent)
+    assert relative_error(latent, whole.latent) <= TOLERANCE
+    assert relative_error(latent[1:2], alone) <= TOLERANCE
+    assert stream.batch == 3
+    frames, decoder = run_decoder(kl_1_1, whole.latent, [1, 2])
+    assert relative_error(torch.cat(frames + decoder.flush(), dim=2), expected) <= TOLERANCE
+
+
 @given(plan=plans)
 @SETTINGS
-def test_token_stream_equals_whole_clip(fsq_model, clip, plan):
-    video = clip(1, sum(plan), 16, 16)
+def test_token_stream_equals_whole_clip(fsq, clip, plan):
+    fsq_model, video = fsq, clip(1, sum(plan), 16, 16)
     ids, _ = run_encoder(fsq_model, video, plan, "tokens")
     with torch.no_grad():
         whole = fsq_model.encode(video)
@@ -157,6 +184,28 @@ def test_streams_of_one_model_do_not_interfere(kl_model, clip):
     with torch.no_grad():
         for out, video in zip(found, videos, strict=True):
             assert relative_error(torch.cat(out, dim=2), kl_model.encode(video).latent) <= TOLERANCE
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_decoders_of_one_model_do_not_interfere(kl_model, kl_1_1, version):
+    """Pushed in turn, with whole-clip calls between; one of them in published chunks."""
+    model = kl_model if version == "1.0" else kl_1_1
+    generator = torch.Generator().manual_seed(0)
+    latents = [torch.randn(1, 4, 5, 2, 3, generator=generator) for _ in range(3)]
+    modes = ["exact", "exact", "reference"]
+    with torch.no_grad():
+        streams = [model.stream_decoder(streaming=mode) for mode in modes]
+        expected = [model.decode(z) for z in latents]
+        alone = model.stream_decoder(streaming="reference")
+        expected[2] = torch.cat(alone.push(latents[2]) + alone.flush(), dim=2)
+        found: list[list[torch.Tensor]] = [[], [], []]
+        for part in range(5):
+            for stream, z, out in zip(streams, latents, found, strict=True):
+                out += stream.push(z[:, :, part : part + 1])
+            assert torch.equal(model.decode(latents[0]), expected[0])
+        for stream, out, whole in zip(streams, found, expected, strict=True):
+            out += stream.flush()
+            assert relative_error(torch.cat(out, dim=2), whole) <= TOLERANCE
 
 
 def test_state_has_constant_size_and_owns_its_memory(kl_model, clip):
