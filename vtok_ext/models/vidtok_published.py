@@ -305,7 +305,7 @@ def decode_published(
     for chunk in _first_and_chunks(latent, chunk_frames // model.temporal_factor):
         decoded, state = decoder(chunk, state, True)
         frames.append(decoded)
-    rest = chunked.decode_rest(state) if overlap else None
+    rest = chunked.decode_rest(state) if overlap and state is not None else None
     if rest is not None:
         frames.append(rest)
     video = torch.cat(frames, dim=2)
