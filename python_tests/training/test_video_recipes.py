@@ -5,9 +5,17 @@ import torch
 from helpers import write_video
 from tiny_recipe import tiny
 
+from vtok_ext.data.clips import VideoClips
+from vtok_ext.data.frame_sampling import FrameSampling
+from vtok_ext.data.video_list import list_videos
+from vtok_ext.training.clip_order import buckets_of
+from vtok_ext.training.dry_run import dry_run
+from vtok_ext.training.latent_clips import CachedLatents, LabelledClips
 from vtok_ext.training.loop import train
+from vtok_ext.training.overfit_check import four_clips
 from vtok_ext.training.run_log import read_log
 from vtok_ext.training.setup import build_clips
+from vtok_ext.training.tokenizer_task import TokenizerTask
 
 PLAIN = ["loss.discriminator=none", "loss.perceptual_weight=0", "run.validate_every=99"]
 
@@ -60,6 +68,17 @@ def test_every_option_of_the_data_reaches_the_clips(source):
     assert "x.mp4" in warnings[0] and warnings[1] == "left out: 1 of 9 videos"
 
 
+def test_a_dry_run_and_the_four_clips_of_overfitting_are_of_one_bucket(source):
+    """Clips of other buckets have another shape: no batch, and no four clips, can hold both."""
+    several = recipe(source, "run.batch_size=3")
+    assert dry_run(several, torch.device("cpu")).samples_per_step == 3 * several.run.accumulate
+    clips, _ = build_clips(several.data, 0, lambda line: None)
+    assert four_clips(clips).shape == (4, 3, 5, 16, 24)
+    clips.bucket_of[0] = 1  # its bucket has 4 clips, 0 and 5 to 7
+    expected = [clips[0, i] for i in (0, 5, 6, 7)]
+    assert torch.equal(four_clips(clips), torch.stack(expected))
+
+
 def test_a_run_goes_on_in_the_middle_of_an_epoch(source):
     """With other numbers of workers too."""
     train(recipe(source, "run.steps=6"), source / "whole", warn=lambda line: None)
@@ -92,3 +111,42 @@ def test_files_that_break_while_training_are_counted_and_listed(source):
     assert {line.partition(":")[0] for line in lines} == {"0.mp4", "1.mp4"}
     assert warnings[-1].startswith("2 videos could not be read while training")
     assert str(source / "run" / "damaged.txt") in warnings[-1]
+
+
+class Wrapped:
+    """As tasks wrap clips: to add a label, a length, or to keep latents."""
+
+    def __init__(self, clips):
+        self.clips = clips
+
+    def __len__(self):
+        return len(self.clips)
+
+    def __getitem__(self, place):
+        return self.clips[place]
+
+
+def test_files_that_break_are_named_whatever_wraps_them(source, monkeypatch):
+    clips, held_out = build_clips(recipe(source).data, 0, lambda line: None)
+    (source / "train" / "1.mp4").write_bytes(b"gone")
+    wrapped = Wrapped(Wrapped(clips))
+    assert buckets_of(wrapped) == clips.bucket_of
+    monkeypatch.setattr(TokenizerTask, "data", lambda task, warn: (wrapped, held_out))
+    warnings = []
+    train(recipe(source, "run.steps=7"), source / "run", warn=warnings.append)
+    assert (source / "run" / "damaged.txt").read_text().startswith("1.mp4: ")
+    assert warnings[-1].startswith("1 videos could not be read while training")
+
+
+def test_labels_are_those_of_the_video_that_stands_in(tmp_path):
+    for name, length in (("a/0.mp4", 4), ("b/0.mp4", 5)):
+        (tmp_path / name).parent.mkdir()
+        write_video(tmp_path / name, length, 16, 16)
+    files = VideoClips(list_videos(tmp_path), FrameSampling(3), [(3, 16, 16)])
+    clips = LabelledClips(files, tmp_path)
+    assert clips.names == ["a", "b"] and [clips[0, i][1] for i in (0, 1)] == [0, 1]
+    (tmp_path / "a" / "0.mp4").write_bytes(b"gone")
+    clip, label = clips[0, 0]
+    assert label == 1 and torch.equal(clip, files[0, 1])
+    latent, label = CachedLatents(clips, lambda batch: batch[:, :, 0])[0, 0]
+    assert label == 1 and torch.equal(latent, clip[:, 0])

@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -210,6 +210,15 @@ class VideoClips:
         """Returns the clip [3, T, H, W] uint8 at (epoch, index), and how many frames are its own.
 
         The others, of a video shorter than T (`FrameSampling.shortest`), repeat its last frame.
+        Raises as `read`.
+        """
+        clip, own_frames, _ = self.read(place)
+        return clip, own_frames
+
+    def read(self, place: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
+        """Returns what `with_length` does, and the index of the video that the clip is from.
+
+        It is another than the one asked for where that one turned out to be damaged.
 
         Raises:
             VideoReadError: neither this video nor any other of its bucket can be read.
@@ -222,7 +231,7 @@ class VideoClips:
             if self.bucket_of[stand_in] != bucket:
                 continue
             try:
-                return self._clip(epoch, stand_in)
+                return *self._clip(epoch, stand_in), stand_in
             except (VideoReadError, OSError, ValueError) as error:
                 lines.append(f"{self.videos[stand_in].name}: {error}")
                 self._note_damage(lines[-1])
@@ -248,6 +257,13 @@ class VideoClips:
         clip = self.augmentation.apply(frames, height, width, generator)
         rest = clip[:, -1:].expand(-1, length - clip.shape[1], -1, -1)
         return torch.cat([clip, rest], dim=1), clip.shape[1]
+
+
+def video_clips_of(clips: Any) -> VideoClips | None:
+    """Returns the clips of video files that a data set is or wraps (in `clips`), None without."""
+    while clips is not None and not isinstance(clips, VideoClips):
+        clips = getattr(clips, "clips", None)
+    return clips
 
 
 def fit(

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader
 
-from vtok_ext.data.clips import Clips, VideoClips
+from vtok_ext.data.clips import Clips, video_clips_of
 
 
 @dataclass
@@ -108,9 +108,8 @@ class ClipOrder:
 
 def buckets_of(clips: Clips) -> list[int]:
     """Returns the bucket of each clip for `ClipOrder`, [] if all clips have one shape."""
-    if isinstance(clips, VideoClips) and len(clips.buckets) > 1:
-        return clips.bucket_of
-    return []
+    files = video_clips_of(clips)
+    return files.bucket_of if files is not None and len(files.buckets) > 1 else []
 
 
 class _Batches:

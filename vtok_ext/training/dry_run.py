@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vtok_ext.training.clip_checks import check_clips, clips_of
-from vtok_ext.training.clip_order import ClipOrder, step_batches
+from vtok_ext.training.clip_order import ClipOrder, buckets_of, step_batches
 from vtok_ext.training.distributed import rank, world_size
 from vtok_ext.training.setup import build_task
 from vtok_ext.training.step import to_device
@@ -62,7 +62,15 @@ def dry_run(recipe: Any, device: torch.device) -> DryRun:
     notes = list(task.notes())
     clips, _ = task.data(notes.append)
     run = recipe.run
-    order = ClipOrder(len(clips), run.batch_size, run.accumulate, rank(), world_size(), run.seed)
+    order = ClipOrder(
+        len(clips),
+        run.batch_size,
+        run.accumulate,
+        rank(),
+        world_size(),
+        run.seed,
+        bucket_of=buckets_of(clips),
+    )
     data = next(step_batches(clips, order, 0, 1))[0]
     pictures = []
     for batch in clips_of(data):

@@ -130,7 +130,8 @@ class GeneratorTask(Task):
         assert data.validation_folder is not None  # there are held-out clips
         files = held_out_clips(data, lambda line: None)  # what is left out was said before
         labelled = LabelledClips(files, data.validation_folder, names)
-        return list(zip(held_out, labelled.labels, strict=False))
+        # Read again, because only what is read says which video it is from.
+        return [labelled[0, i] for i in range(len(held_out))]
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Returns that of the generator."""

@@ -17,6 +17,9 @@ from vtok_ext.data.clips import Clips, VideoClips
 class LabelledClips:
     """Returns (clip, label): labels are the numbers of the sorted folders next to `root`.
 
+    The label is that of the video which the clip is really from: another one stands in for a
+    damaged one (`VideoClips`), and may be of another class.
+
     Args:
         clips: of video files.
         root: the folder that holds one folder per class.
@@ -49,7 +52,8 @@ class LabelledClips:
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int]:
         """Returns (clip, label) at (epoch, index)."""
-        return self.clips[place], self.labels[place[1]]
+        clip, _, index = self.clips.read(place)
+        return clip, self.labels[index]
 
 
 class CachedLatents:

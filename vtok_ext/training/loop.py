@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from vtok_ext.data.atomic_output import output_file
-from vtok_ext.data.clips import VideoClips
+from vtok_ext.data.clips import video_clips_of
 from vtok_ext.training import checkpoint as checkpoints
 from vtok_ext.training.clip_checks import check_clips, clips_of
 from vtok_ext.training.clip_order import ClipOrder, buckets_of, step_batches
@@ -138,8 +138,9 @@ class _Run:
         for line in self.training.task.notes():
             warn(line)
         self.clips, self.held_out = self.training.task.data(warn)
-        if isinstance(self.clips, VideoClips) and self.clips.damage_log is None:
-            self.clips.damage_log = out / "damaged.txt"
+        self.files = video_clips_of(self.clips)
+        if self.files is not None and self.files.damage_log is None:
+            self.files.damage_log = out / "damaged.txt"
         self.validation: dict[str, float] = {}
         self.saved: Path | None = None
         if found is not None:
@@ -274,7 +275,7 @@ class _Run:
 
     def _tell_damage(self) -> None:
         """Says how many videos could not be read when their turn came."""
-        path = self.clips.damage_log if isinstance(self.clips, VideoClips) else None
+        path = None if self.files is None else self.files.damage_log
         if path is not None and path.is_file():
             damaged = set(path.read_text(encoding="utf-8").splitlines())  # every worker has a line
             self.warn(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vtok_ext.metrics import psnr
 from vtok_ext.models.vidtok import VidTok
+from vtok_ext.training.clip_order import buckets_of
 from vtok_ext.training.optimizers import tokenizer_optimizers
 from vtok_ext.training.overfit import (
     ADAM_LR,
@@ -76,12 +77,16 @@ class OverfitCheck:
 def four_clips(clips: Any) -> Tensor:
     """Returns [4, 3, T, H, W] uint8: the first clips of a data set, of later epochs if it is small.
 
+    With several buckets those of the first clip's bucket, for clips of one shape.
+
     Raises:
         ValueError: two of them are too much alike to be told apart.
     """
     clips = clips.clips if isinstance(clips, PointClips) else clips  # all frames of each
-    places = (divmod(n, len(clips)) for n in range(NUM_CLIPS))
-    found = torch.stack([clips[place] for place in places])
+    buckets = buckets_of(clips)
+    alike = [i for i, bucket in enumerate(buckets) if bucket == buckets[0]] or range(len(clips))
+    places = (divmod(n, len(alike)) for n in range(NUM_CLIPS))
+    found = torch.stack([clips[epoch, alike[n]] for epoch, n in places])
     for a, b, value in _pairs(found.float() / 127.5 - 1):
         if value > _LARGEST_LIKENESS_DB:
             raise ValueError(
