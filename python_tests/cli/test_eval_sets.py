@@ -39,7 +39,12 @@ class Corners(torch.nn.Module):
 
 
 def test_generated_against_real(vtok, folders, monkeypatch):
-    monkeypatch.setattr(eval_measures, "load_i3d", lambda path: Corners())
+    trusted = []
+    monkeypatch.setattr(
+        eval_measures,
+        "load_i3d",
+        lambda path, trust_checkpoint: trusted.append(trust_checkpoint) or Corners(),
+    )
     results = {}
     for kind in ("same", "other"):
         arguments = ["--generated", folders[kind], "--kvd", "--fvd-weights", "any.pt"]
@@ -52,13 +57,24 @@ def test_generated_against_real(vtok, folders, monkeypatch):
     assert same["kvd"]["features"] == "random-conv3d-1"
     assert same["real"]["videos"] == 3 and same["real"]["frequency"] > 0
     assert other["generated"]["dynamics"] > 5 * other["real"]["dynamics"]
+    assert trusted == [False, False]
     text = vtok("eval", folders["real"], "--generated", folders["same"], "--kvd")
     assert text.code == 0 and "KVD" in text.out and "3 and 3 clips of 16 frames" in text.out
 
 
 def test_measures_of_a_model(vtok, folders, model_folder, monkeypatch):
     network = random_lpips(0, (4, 8, 8, 8, 8))
-    monkeypatch.setattr(eval_measures, "published_lpips", lambda *files: network)
+    trusted = []
+    monkeypatch.setattr(
+        eval_measures,
+        "published_lpips",
+        lambda *files, trust_checkpoint: trusted.append(trust_checkpoint) or network,
+    )
+    monkeypatch.setattr(
+        eval_measures,
+        "load_i3d",
+        lambda path, trust_checkpoint: trusted.append(trust_checkpoint) or Corners(),
+    )
     arguments = ["--model", model_folder, "--max-frames", 17, "--device", "cpu", "--json"]
     done = vtok("eval", folders["real"], *arguments, "--kvd", "--lpips")
     assert done.code == 0, done.err
@@ -72,7 +88,9 @@ def test_measures_of_a_model(vtok, folders, model_folder, monkeypatch):
         vt.metrics.sobel_frequency(video).item(), abs=2e-4
     )
     assert 0 < done.json["lpips"] and done.json["kvd"]["num_generated"] == 3
-    assert "fvd" not in done.json
+    assert "fvd" not in done.json and trusted == [False]
+    one = (folders["real"] / "0.mp4", *arguments, "--lpips", "--fvd-weights", "i3d.pt")
+    assert vtok("eval", *one, "--trust-checkpoint").code == 0 and trusted == [False, True, True]
     plain = vtok("eval", folders["real"] / "0.mp4", *arguments)
     assert plain.json["lpips"] is None and "kvd" not in plain.json
     few = vtok("eval", folders["real"] / "0.mp4", *arguments, "--kvd")

@@ -5,8 +5,11 @@ import hashlib
 import pytest
 import torch
 
+import vtok_ext as vt
 from vtok_ext.metrics import lpips_network as module
 from vtok_ext.metrics.lpips_network import LPIPS, VGG16_CHANNELS, published_lpips, random_lpips
+from vtok_ext.training.recipe import LossRecipe
+from vtok_ext.training.tokenizer_task import perceptual_network
 
 NARROW = (4, 8, 8, 8, 8)
 NUMBERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
@@ -89,6 +92,27 @@ def test_published_weights_from_paths(tmp_path, small):
     torch.save({}, paths[1])
     with pytest.raises(ValueError, match=r"vgg.pth must hold \[1, 4, 1, 1\] for lin0.*, got none"):
         published_lpips(*paths)
+
+
+def test_given_pickles_with_an_old_torch(tmp_path, small, monkeypatch):
+    network = random_lpips(5, NARROW)
+    paths = []
+    for name, tensors in zip(("vgg16.pth", "vgg.pth"), files(network), strict=True):
+        paths.append(tmp_path / name)
+        torch.save(tensors, paths[-1])
+    monkeypatch.setattr(torch, "__version__", "2.4.1")
+    with pytest.raises(ValueError, match=r"^published_lpips: torch must be >= 2\.6 .*vgg16.pth"):
+        published_lpips(*paths)
+    loaded = published_lpips(*paths, trust_checkpoint=True)
+    assert torch.equal(loaded.lin2.model["1"].weight, network.lin2.model["1"].weight)
+    values = {"perceptual_backbone": str(paths[0]), "perceptual_heads": str(paths[1])}
+    trusting = LossRecipe(**values, trust_checkpoint=True)
+    assert perceptual_network(trusting) is not None
+    with pytest.raises(ValueError, match="published_lpips: torch must be"):
+        perceptual_network(LossRecipe(**values))
+    image = torch.zeros(1, 3, 1, 16, 16)
+    options = {"backbone": paths[0], "heads": paths[1], "trust_checkpoint": True}
+    assert vt.metrics.lpips(image, image, **options).item() == 0
 
 
 def test_published_weights_from_the_cache_are_verified(cache, small, monkeypatch):

@@ -162,6 +162,30 @@ def test_weights_of_i3d(tmp_path):
         load_i3d(path)
 
 
+def test_weights_of_i3d_with_an_old_torch(tmp_path, monkeypatch):
+    """They are published as a pickle, which torch < 2.6 reads on one's own risk only."""
+    path, network = tmp_path / "i3d.pt", I3D()
+    torch.save(network.state_dict(), path)
+    monkeypatch.setattr(torch, "__version__", "2.4.1")
+    with pytest.raises(ValueError, match=r"^load_i3d: torch must be >= 2\.6 .*trust_checkpoint"):
+        load_i3d(path)
+    loaded = load_i3d(path, trust_checkpoint=True)
+    assert torch.equal(loaded.logits.conv3d.bias, network.logits.conv3d.bias)
+    asked = []
+    found = vt.metrics.fvd.__globals__  # `vtok_ext.metrics.fvd` is the function, not its module
+    monkeypatch.setitem(found, "load_i3d", lambda path, **given: asked.append(given) or Corners())
+    video = clips(2, 0, frames=16)
+    vt.metrics.fvd(video, video, weights=path, num_resamples=0, trust_checkpoint=True)
+    assert asked == [{"trust_checkpoint": True}]
+
+
+def test_damaged_weights_of_i3d_are_named(tmp_path):
+    path = tmp_path / "i3d.pt"
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match=r"^load_i3d: .*i3d.pt' must be a checkpoint of tensors"):
+        load_i3d(path, trust_checkpoint=True)
+
+
 def test_fvd_without_weights_says_what_is_missing(tmp_path):
     video = clips(2, 0, frames=16)
     with pytest.raises(ValueError, match="weights must be the file of an I3D with 400"):

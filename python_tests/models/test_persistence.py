@@ -1,9 +1,12 @@
 """Saved models and released checkpoints: strict, safe, atomic."""
 
+import argparse
 import json
 import os
 import sys
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -195,6 +198,25 @@ def test_old_torch_needs_trust(fsq_model, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="torch must be >= 2.6 .*trust_checkpoint=True"):
         vt.load_model(path, name=NAME, **SMALL)
     assert _checkpoint.read_checkpoint(str(path), trust_checkpoint=True).keys()
+
+
+def test_two_threads_may_read_pickles_at_once(tmp_path, monkeypatch):
+    """The first to end took the harmless types out of torch's list while the other one read."""
+    content = {"ema": {"weight": torch.zeros(1)}, "args": argparse.Namespace(size=1)}
+    torch.save(content, tmp_path / "model.pt")
+    before = torch.serialization.get_safe_globals()
+    load, waits = torch.load, [0.1, 0.4]
+
+    def slow(*arguments, **options):
+        time.sleep(waits.pop(0))
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(torch, "load", slow)
+    with ThreadPoolExecutor(2) as pool:
+        read = _checkpoint.read_generator_checkpoint
+        both = [pool.submit(read, str(tmp_path / "model.pt"), True) for _ in range(2)]
+        assert [list(one.result()) for one in both] == [["weight"], ["weight"]]
+    assert torch.serialization.get_safe_globals() == before
 
 
 def test_name_belongs_to_checkpoints_only(saved):

@@ -34,6 +34,7 @@ class MeasureOptions:
         fvd_weights: file of `load_i3d`; None for no FVD.
         kvd: whether KVD is measured.
         chunks: "all" clips of a video, or the "first" one.
+        trust_checkpoint: as for `load_i3d` and `published_lpips`.
     """
 
     lpips: bool = False
@@ -42,6 +43,7 @@ class MeasureOptions:
     fvd_weights: Path | None = None
     kvd: bool = False
     chunks: str = "all"
+    trust_checkpoint: bool = False
 
 
 class ClipSets:
@@ -63,7 +65,8 @@ class ClipSets:
         self.options, self.device = options, device
         self._i3d = None
         if options.fvd_weights is not None:
-            self._i3d = load_i3d(options.fvd_weights).to(device)
+            trusted = options.trust_checkpoint
+            self._i3d = load_i3d(options.fvd_weights, trust_checkpoint=trusted).to(device)
         self._features: dict[str, dict[str, list[Tensor]]] = {
             measure: {"generated": [], "real": []}
             for measure, wanted in (("fvd", self._i3d is not None), ("kvd", options.kvd))
@@ -139,7 +142,8 @@ class Shared:
         self.lpips: LPIPS | None = None
         if options.lpips:
             files = (options.lpips_backbone, options.lpips_heads)
-            self.lpips = published_lpips(*files).to(device)
+            trusted = options.trust_checkpoint
+            self.lpips = published_lpips(*files, trust_checkpoint=trusted).to(device)
 
     def count(self, indices: Tensor | None) -> None:
         """Returns None after counting the codes of a discrete model."""

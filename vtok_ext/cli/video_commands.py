@@ -284,7 +284,9 @@ def evaluate(
             f"eval: one of --model and --generated must be given, got "
             f"{'neither' if model is None else 'both'}"
         )
-    measures = MeasureOptions(lpips, lpips_backbone, lpips_heads, fvd_weights, kvd, chunks)
+    measures = MeasureOptions(
+        lpips, lpips_backbone, lpips_heads, fvd_weights, kvd, chunks, trust_checkpoint
+    )
     options = EvalOptions(
         videos=videos,
         model=model or "",

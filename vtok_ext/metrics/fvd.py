@@ -94,6 +94,7 @@ def fvd(
     batch_size: int = 8,
     num_resamples: int = 100,
     seed: int = 0,
+    trust_checkpoint: bool = False,
 ) -> SetDistance:
     """Returns the FVD of generated to real clips, with its sample counts and an interval.
 
@@ -106,9 +107,10 @@ def fvd(
         chunks, batch_size: see `fvd_features`.
         num_resamples: bootstrap resamples of both sets for the interval; 0 for none.
         seed: of the resamples.
+        trust_checkpoint: see `load_i3d`.
 
     Raises:
-        ValueError: no weights; or as `fvd_features`, or fewer than two samples.
+        ValueError: no weights; or as `load_i3d` or `fvd_features`, or fewer than two samples.
         FileNotFoundError: there is no such file.
     """
     if weights is None:
@@ -116,9 +118,10 @@ def fvd(
             "fvd: weights must be the file of an I3D with 400 Kinetics classes "
             "(i3d_pretrained_400.pt), got None; they are not part of this package"
         )
-    network = weights if isinstance(weights, nn.Module) else load_i3d(weights)
+    if not isinstance(weights, nn.Module):
+        weights = load_i3d(weights, trust_checkpoint=trust_checkpoint)
     sets = [
-        fvd_features(videos, network, chunks=chunks, batch_size=batch_size)
+        fvd_features(videos, weights, chunks=chunks, batch_size=batch_size)
         for videos in (generated, real)
     ]
     return frechet_with_interval(*sets, num_resamples=num_resamples, seed=seed)

@@ -112,16 +112,18 @@ class I3D(nn.Module):
         return self.logits(F.avg_pool3d(x, (2, 7, 7), 1)).mean(dim=(2, 3, 4))
 
 
-def load_i3d(path: str | os.PathLike) -> I3D:
+def load_i3d(path: str | os.PathLike, *, trust_checkpoint: bool = False) -> I3D:
     """Returns the network with the weights of a file, in eval mode.
 
     Args:
         path: `i3d_pretrained_400.pt` of the published FVD code, or a .safetensors file with the
             same names. Nothing is downloaded, and nothing in the file is executed.
+        trust_checkpoint: read a pickled file with torch < 2.6, whose `weights_only` loading can be
+            made to run code (CVE-2025-32434).
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds other tensors.
+        ValueError: it holds other tensors, or is a pickled one that this torch cannot read safely.
     """
     from vtok_ext.models._checkpoint import read_checkpoint
 
@@ -130,7 +132,7 @@ def load_i3d(path: str | os.PathLike) -> I3D:
             f"load_i3d: weights must be a file of I3D with 400 classes (i3d_pretrained_400.pt), "
             f"got none at {os.fspath(path)!r}"
         )
-    weights = read_checkpoint(os.fspath(path))
+    weights = read_checkpoint(os.fspath(path), trust_checkpoint, op="load_i3d")
     network = I3D()
     own = network.state_dict()
     wrong = [

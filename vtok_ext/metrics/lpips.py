@@ -23,6 +23,7 @@ def lpips(
     heads: str | os.PathLike | None = None,
     value_range: tuple[float, float] | None = None,
     per_frame: bool = False,
+    trust_checkpoint: bool = False,
 ) -> torch.Tensor:
     """Returns the mean LPIPS distance (VGG16, version 0.1) over frames, 0 for identical videos.
 
@@ -33,6 +34,7 @@ def lpips(
         backbone, heads: its files, default those in torch's cache. Nothing is downloaded.
         value_range: (low, high) of floating videos, default (-1, 1); uint8 is always 0..255.
         per_frame: return [B, T] instead of the mean.
+        trust_checkpoint: see `published_lpips`.
 
     Returns:
         float32 scalar, or [B, T].
@@ -49,7 +51,8 @@ def lpips(
     if source.shape[1] != 3 or min(source.shape[3:]) < 16:
         raise ValueError(f"lpips: videos must be [B, 3, T, >= 16, >= 16], got {list(source.shape)}")
     if network is None:
-        network = published_lpips(backbone, heads).to(source.device)
+        network = published_lpips(backbone, heads, trust_checkpoint=trust_checkpoint)
+        network = network.to(source.device)
     device = next(network.parameters()).device
     values = [
         network((a * 2 - 1).to(device), (b * 2 - 1).to(device)).flatten()

@@ -148,7 +148,10 @@ def random_lpips(seed: int = 0, channels: Sequence[int] = VGG16_CHANNELS) -> LPI
 
 
 def published_lpips(
-    backbone: str | os.PathLike | None = None, heads: str | os.PathLike | None = None
+    backbone: str | os.PathLike | None = None,
+    heads: str | os.PathLike | None = None,
+    *,
+    trust_checkpoint: bool = False,
 ) -> LPIPS:
     """Returns LPIPS with the ImageNet VGG16 of torchvision and the published heads.
 
@@ -159,10 +162,13 @@ def published_lpips(
             `torch.hub.get_dir()/checkpoints/vgg16-397923af.pth`, whose hash is verified.
         heads: the file `vgg.pth` of LPIPS 0.1; default `vgg.pth` or `vgg_lpips.pth` in the same
             cache, or the one inside an installed `lpips` package, whose hash is verified.
+        trust_checkpoint: read a given pickled file with torch < 2.6, whose `weights_only` loading
+            can be made to run code (CVE-2025-32434).
 
     Raises:
         FileNotFoundError: a file is absent; the message says where it was looked for.
-        ValueError: a file holds other tensors, or one of the caches is damaged.
+        ValueError: a file holds other tensors, one of the caches is damaged, or a given file is a
+            pickled one that this torch cannot read safely.
     """
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     network = LPIPS()
@@ -173,7 +179,7 @@ def published_lpips(
     heads_file = _find("heads", heads, places)
     if heads is None:
         _check_hash(heads_file, "md5", _HEADS_MD5)
-    read = _read_tensors(backbone_file, trusted=backbone is None)
+    read = _read_tensors(backbone_file, trusted=trust_checkpoint or backbone is None)
     weights = {
         f"net.slice{i}.{number}.{kind}": read.get(f"features.{number}.{kind}")
         for i, block in enumerate(_BLOCKS, 1)
@@ -181,7 +187,7 @@ def published_lpips(
         for kind in ("weight", "bias")
     }
     _load(network, weights, backbone_file)
-    read = _read_tensors(heads_file, trusted=heads is None)
+    read = _read_tensors(heads_file, trusted=trust_checkpoint or heads is None)
     names = [f"lin{i}.model.1.weight" for i in range(len(_BLOCKS))]
     _load(network, {name: read.get(name) for name in names}, heads_file)
     return network
@@ -216,7 +222,7 @@ def _check_hash(path: Path, algorithm: str, start: str) -> None:
 def _read_tensors(path: Path, trusted: bool) -> Mapping[str, Tensor]:
     from vtok_ext.models._checkpoint import read_checkpoint
 
-    return read_checkpoint(str(path), trust_checkpoint=trusted)
+    return read_checkpoint(str(path), trusted, op="published_lpips")
 
 
 def _load(network: LPIPS, weights: Mapping[str, Tensor | None], path: Path) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import os
 import pickle
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,8 @@ IGNORED_PREFIXES = ("loss.", "decoder.lpips_loss.", EMA_PREFIX)
 SAFE_TORCH = (2, 6)
 # The first one certain to take the names below, by which files of either NumPy refer to a number.
 NUMPY_TORCH = (2, 7)
+# The list of harmless types is torch's, one for the whole process.
+_HARMLESS_TYPES_LOCK = threading.Lock()
 NUMPY_SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
 
 
@@ -38,9 +41,11 @@ def is_checkpoint(path: str) -> bool:
 
 
 def read_checkpoint(
-    path: str, trust_checkpoint: bool = False, ema: bool = False
+    path: str, trust_checkpoint: bool = False, ema: bool = False, op: str = "load_model"
 ) -> dict[str, Tensor]:
     """Returns the model's tensors of a checkpoint by name, or with `ema` their moving averages.
+
+    Messages begin with `op`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -48,20 +53,14 @@ def read_checkpoint(
             average of some tensor, or is a pickled one that this torch cannot read safely.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"load_model: {path!r} must be a file, got none")
+        raise FileNotFoundError(f"{op}: {path!r} must be a file, got none")
     pickled = path.lower().endswith(PICKLED)
-    content = (
-        _unpickle(path, trust_checkpoint, "load_model")
-        if pickled
-        else read_safetensors(path, "load_model")
-    )
+    content = _unpickle(path, trust_checkpoint, op) if pickled else read_safetensors(path, op)
     for name in STATE_NAMES:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
     if not isinstance(content, dict):
-        raise ValueError(
-            f"load_model: {path!r} must hold a state_dict, got {type(content).__name__}"
-        )
+        raise ValueError(f"{op}: {path!r} must hold a state_dict, got {type(content).__name__}")
     kept = {
         str(k): v for k, v in content.items() if not _unwrapped(str(k)).startswith(IGNORED_PREFIXES)
     }
@@ -72,10 +71,10 @@ def read_checkpoint(
         name = _unwrapped(raw_name)
         if not isinstance(value, Tensor):
             raise ValueError(
-                f"load_model: {name} must be a tensor, got {type(value).__name__} in {path!r}"
+                f"{op}: {name} must be a tensor, got {type(value).__name__} in {path!r}"
             )
         if name in weights:
-            raise ValueError(f"load_model: {name} must occur once, got it twice in {path!r}")
+            raise ValueError(f"{op}: {name} must occur once, got it twice in {path!r}")
         weights[name] = value
     return weights
 
@@ -127,19 +126,23 @@ def read_generator_checkpoint(
 
 @contextlib.contextmanager
 def _harmless_types_allowed(version: tuple[int, ...]) -> Iterator[None]:
-    """Lets a file hold NumPy numbers and an argparse.Namespace; rebuilding them runs nothing."""
+    """Lets a file hold NumPy numbers and an argparse.Namespace; rebuilding them runs nothing.
+
+    One thread at a time: each puts back the list that it found, without the types of another.
+    """
     types: list[Any] = [argparse.Namespace]
     if version >= NUMPY_TORCH:
         kinds = [type(np.dtype(name)) for name in ("float64", "float32", "int64")]
         rebuild = np.float64(0).__reduce__()[0]
         types += [np.dtype, *kinds, *((rebuild, name) for name in NUMPY_SCALARS)]
-    before = torch.serialization.get_safe_globals()
-    torch.serialization.add_safe_globals(types)
-    try:
-        yield
-    finally:  # torch 2.4 has no torch.serialization.safe_globals(types)
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
+    with _HARMLESS_TYPES_LOCK:
+        before = torch.serialization.get_safe_globals()
+        torch.serialization.add_safe_globals(types)
+        try:
+            yield
+        finally:  # torch 2.4 has no torch.serialization.safe_globals(types)
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(before)
 
 
 def _unpickle(path: str, trust_checkpoint: bool, op: str) -> Any:

@@ -154,11 +154,13 @@ class PerceptualRecipe:
     Attributes:
         perceptual_network: "published"; or "random", a narrow one that measures nothing known.
         perceptual_backbone, perceptual_heads: files of `published_lpips`; null for the caches.
+        trust_checkpoint: read such a file, if pickled, with torch < 2.6, which is unsafe.
     """
 
     perceptual_network: str = "published"
     perceptual_backbone: str | None = None
     perceptual_heads: str | None = None
+    trust_checkpoint: bool = False
 
     def __post_init__(self) -> None:
         """Checks every field."""

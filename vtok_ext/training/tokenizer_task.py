@@ -229,7 +229,8 @@ def perceptual_network(recipe: Any) -> nn.Module | None:
         return None
     if recipe.perceptual_network == "random":
         return random_lpips(0, _RANDOM_LPIPS_CHANNELS)
-    return published_lpips(recipe.perceptual_backbone, recipe.perceptual_heads)
+    files = (recipe.perceptual_backbone, recipe.perceptual_heads)
+    return published_lpips(*files, trust_checkpoint=recipe.trust_checkpoint)
 
 
 def to_video(
