@@ -204,7 +204,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--method", default="euler")
     parser.add_argument("--steps", type=int, default=100)
     given = parser.parse_args(arguments)
-    options = {"sampler": given.sampler, "method": given.method, "num_steps": given.steps}
+    options = {"sampler": given.sampler, "method": given.method}
+    if given.method != "dopri5":  # which chooses its own
+        options["num_steps"] = given.steps
     result = study(given.generator, given.out, given.count, given.training_clips, options)
     print("\n".join(lines(result)))
     return result

@@ -283,6 +283,10 @@ def test_generator_decides_the_noise():
         (lambda: Transport("linear", "x"), "prediction must be one of"),
         (lambda: sample_ode(Transport(), None, draw(1, 2), method="heun3"), "method must be one"),
         (lambda: sample_ode(Transport(), None, draw(1, 2), num_steps=0), "num_steps must be >= 1"),
+        (
+            lambda: sample_ode(Transport(), None, draw(1, 2), num_steps=20),
+            "num_steps must be left at 50 for dopri5, .* got 20; method='heun' takes 20",
+        ),
         (lambda: sample_ode(Transport(), None, draw(1, 2), start=1, stop=1), "two times in"),
         (lambda: sample_sde(Transport(), None, draw(1, 2), diffusion="x"), "diffusion must be one"),
         (lambda: sample_sde(Transport(), None, draw(1, 2), noise=[]), "noise must be 249 states"),

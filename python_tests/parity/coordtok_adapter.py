@@ -164,7 +164,9 @@ class Adapter:
 
     def ode(self, sit: SiT, z, y: Tensor, method: str, num_steps: int, path: str):
         """The reference counts points in time, one more than steps."""
-        options = {"method": {"heun2": "heun"}.get(method, method), "num_steps": num_steps - 1}
+        options: dict = {"method": {"heun2": "heun"}.get(method, method)}
+        if method != "dopri5":
+            options["num_steps"] = num_steps - 1
         x = sample_ode(Transport(path.lower()), sit.network(y), named(z), **options)
         return tuple(x.values())
 

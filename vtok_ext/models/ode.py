@@ -66,6 +66,7 @@ _LOWER_ORDER = (
 )
 # Step control: how much of the step that would just do is taken, and how much one may change.
 _SAFETY, _LARGEST_GROWTH, _LARGEST_CUT = 0.9, 10.0, 0.2
+_DEFAULT_STEPS = 50  # SiT's own number
 ODE_METHODS = (*_TABLEAUS, "dopri5")
 
 
@@ -76,7 +77,7 @@ def sample_ode(
     x0: State,
     *,
     method: str = "dopri5",
-    num_steps: int = 50,
+    num_steps: int = _DEFAULT_STEPS,
     start: float | None = None,
     stop: float | None = None,
     rtol: float = 1e-3,
@@ -90,7 +91,7 @@ def sample_ode(
         network: called as network(x, t [B]), once per stage.
         x0: noise, or with start > stop data that the flow turns into noise.
         method: "euler", "midpoint", "heun" (order 2), "rk4" or the adaptive "dopri5".
-        num_steps: of equal length; unused by dopri5.
+        num_steps: of equal length; not for dopri5, which chooses its own.
         start, stop: default the ends of `transport.time_range`.
         rtol, atol: of dopri5: a step is taken when the root mean square of
             error / (atol + rtol |x|) is at most 1 in every part of the state, over the whole batch:
@@ -98,8 +99,8 @@ def sample_ode(
         max_steps: of dopri5, accepted or not.
 
     Raises:
-        ValueError: an unknown method, num_steps < 1, a start that is the stop, or a negative
-            tolerance.
+        ValueError: an unknown method, num_steps < 1 or for dopri5, a start that is the stop, or a
+            negative tolerance.
         RuntimeError: dopri5 does not arrive, because the network is not smooth or not finite.
     """
     first, last = transport.time_range
@@ -115,6 +116,11 @@ def sample_ode(
         )
     field = _Field(transport, network, x0)
     if method == "dopri5":
+        if num_steps != _DEFAULT_STEPS:
+            raise ValueError(
+                f"sample_ode: num_steps must be left at {_DEFAULT_STEPS} for dopri5, which chooses "
+                f"its steps by rtol and atol, got {num_steps}; method='heun' takes {num_steps}"
+            )
         if not (rtol >= 0 and atol > 0):
             raise ValueError(f"sample_ode: rtol, atol must be >= 0 and > 0, got {rtol}, {atol}")
         return _adaptive(field, x0, start, stop, rtol, atol, max_steps)
