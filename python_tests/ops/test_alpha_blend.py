@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vtok_ext.ops.alpha_blend import alpha_blend, alpha_blend_reference
+from vtok_ext.ops.alpha_blend import _check_alpha_blend, alpha_blend, alpha_blend_reference
 
 
 def randn(*shape, dtype=torch.float32, seed=0):
@@ -86,15 +87,26 @@ def test_factor_gradient_of_a_large_tensor(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_dtype_of_b_decides_and_the_factor_never_promotes(dtype):
-    a, b = randn(3, 4, seed=1), randn(3, 4, seed=2).to(dtype)
-    for factor in (randn(1), randn(1).to(dtype), randn(1).double()):
+def test_dtype_of_b_decides_and_the_factor_never_promotes(dtype, backend):
+    a, b = (randn(3, 4, seed=seed).to(backend.device) for seed in (1, 2))
+    b, number = b.to(dtype), randn(1).to(backend.device)
+    for factor in (number, number.to(dtype), number.double()):
         out = alpha_blend(a, b, factor)
         assert out.dtype == dtype
         assert torch.equal(out, alpha_blend(a.to(dtype), b, factor.float()))
         leaves = [t.clone().requires_grad_() for t in (a, b, factor)]
         grads = torch.autograd.grad(alpha_blend(*leaves).float().sum(), leaves)
         assert [g.dtype for g in grads] == [t.dtype for t in (a, b, factor)]
+
+
+def test_a_float64_factor_on_cuda_is_converted_and_float64_inputs_are_not():
+    """What CUDA's kernels do not take; fake tensors have a device that need not be there."""
+    with FakeTensorMode():
+        a = b = torch.empty(2, 3, device="cuda")
+        factor = torch.empty(1, device="cuda", dtype=torch.float64)
+        assert _check_alpha_blend(a, b, factor, "learned", None)[1].dtype == torch.float32
+        with pytest.raises(TypeError, match="a must be .* on cuda, got torch.float64"):
+            _check_alpha_blend(a.double(), b, factor, "learned", None)
 
 
 def test_far_factors_and_missing_numbers():

@@ -45,7 +45,8 @@ def _check_alpha_blend(
     for name, tensor in (("a", a), ("b", b), ("mix_factor", mix_factor)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"alpha_blend: {name} must be a torch.Tensor, got {type(tensor)}")
-        check_floating("alpha_blend", name, tensor)
+        if name != "mix_factor" or tensor.dtype != torch.float64:  # a factor is converted below
+            check_floating("alpha_blend", name, tensor)
         if tensor.device != a.device:
             raise ValueError(f"alpha_blend: {name} must be on {a.device}, got {tensor.device}")
     if a.shape != b.shape or a.dim() > MAX_DIMS:
