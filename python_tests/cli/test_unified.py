@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from helpers import import_or_skip
+from helpers import import_or_skip, write_video
 from tiny_vtok import tiny, tiny_fsq, tiny_lm
 
+import vtok_ext as vt
 from vtok_ext.data.captioned import draw_scene, render
 from vtok_ext.data.video import VideoWriter, read_clip
+from vtok_ext.models import Encoding, Tokens, VTok
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +62,37 @@ def test_reconstruct_encode_and_decode(vtok, folders, video, written, tmp_path, 
     reconstructed = torch.cat(written, dim=2)
     written.clear()
     file, back = tmp_path / "clip.vtok", tmp_path / "back.mp4"
-    assert vtok("encode", video, file, "--model", model).code == 0
+    result = vtok("encode", video, file, "--model", model, "--json")
+    assert result.code == 0 and result.json["frames"] == 24
     result = vtok("decode", file, back, "--model", model)
     assert result.code == 0, result.err
     # What reaches the writer: H.264 would blow up a single grey level.
     assert (torch.cat(written, dim=2).float() - reconstructed.float()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["continuous", "fsq"])
+def test_encode_takes_portions_and_writes_what_the_whole_clip_gives(
+    vtok, folders, tmp_path, monkeypatch, kind
+):
+    source, file = tmp_path / "long.mp4", tmp_path / "clip.vtok"
+    write_video(source, 75, 32, 48)
+    frames = read_clip(source)[0]
+    model = vt.load_model(folders[kind])
+    with torch.no_grad():
+        whole = model.encode(frames[None], fps=30.0)
+    monkeypatch.setattr(VTok, "encode", lambda *given, **options: pytest.fail("the whole clip"))
+    result = vtok("encode", source, file, "--model", folders[kind], "--json", "--device", "cpu")
+    assert result.code == 0, result.err
+    assert result.json["grid"] == list(whole.latent.shape[1:])[: 1 if kind == "fsq" else 2]
+    if kind == "fsq":
+        tokens = Tokens.load(file)
+        assert torch.equal(tokens.ids, whole.indices) and tokens.fps == 30
+        assert (tokens.num_frames, tokens.size) == (75, (32, 48))
+        assert tokens.model_id == model.model_id
+    else:
+        encoding = Encoding.load(file)
+        assert torch.equal(encoding.latent, whole.latent) and encoding.model_id == model.model_id
+        assert torch.equal(encoding.positions, whole.positions) and encoding.num_frames == 75
 
 
 def test_tokens_that_would_lose_their_frames_are_refused(vtok, video, tmp_path):

@@ -13,6 +13,7 @@ from vtok_ext.models import Encoding, Tokens
 from vtok_ext.models.vision_encoder import SmallViT, VisionEncoder
 from vtok_ext.models.vision_mae import MaskedAutoencoder
 from vtok_ext.models.vtok_layout import FrameRule
+from vtok_ext.models.vtok_streaming import encode_portions
 
 POOLS = ("mean", "attention", "grid")
 
@@ -169,6 +170,50 @@ def test_memory_of_a_stream_does_not_grow(clip):
         stream.push(clip(1, 8, 16, 16))
         sizes.append(sum(t.numel() for t in stream.state_dict().values()))
     assert sizes[0] == sizes[1] == sizes[2]
+
+
+@pytest.mark.parametrize("length", [1, 7, 50])
+@pytest.mark.parametrize(
+    "build, options",
+    [(tiny, {"stride": 1}), (tiny, {"stride": 1, "cut_threshold": 0.3}), (tiny_fsq, {"stride": 1})],
+)
+def test_portions_give_the_bits_of_the_whole_clip(build, options, length):
+    """More than two groups of 16 pictures, and a cut within one."""
+    model = build(**options)
+    video = ((two_shots(50, 21) + 1) * 127.5).to(torch.uint8)
+    whole = encode(model, video, fps=12)
+    found = encode_portions(model, iter(video.split(length, 2)), fps=12)
+    assert torch.equal(found.latent, whole.latent)
+    assert torch.equal(found.positions, whole.positions)
+    assert (found.num_frames, found.size, found.fps) == (50, tuple(video.shape[3:]), 12.0)
+    if whole.indices is None:
+        assert found.indices is None
+    else:
+        assert torch.equal(found.indices, whole.indices)
+
+
+def test_bad_portions(clip):
+    model, video = tiny(), clip(1, 2, 16, 16)
+    with pytest.raises(ValueError, match="portions must have at least one frame, got none"):
+        encode_portions(model, [])
+    with pytest.raises(ValueError, match=r"got \[1, 3, 2, 8, 16\] after \[1, 3, t, 16, 16\]"):
+        encode_portions(model, [video, video[:, :, :, :8]])
+    with pytest.raises(ValueError, match=r"portions must be of one clip .*, got \[2, 3, 2, 16, 16"):
+        encode_portions(model, [clip(2, 2, 16, 16)])
+    with pytest.raises(ValueError, match="key_frame must be 'first' for portions, got 'auto'"):
+        encode_portions(tiny(key_frame="auto"), [video])
+
+
+def test_memory_of_portions_does_not_grow(tmp_path):
+    model = tiny(stride=8, cut_threshold=0.5)
+
+    def peak(num_portions):
+        portions = (torch.zeros(1, 3, 16, 64, 64, dtype=torch.uint8) for _ in range(num_portions))
+        return peak_bytes(lambda: encode_portions(model, portions), tmp_path / "trace.json")
+
+    peak(9)
+    frame = 3 * 64 * 64
+    assert peak(48) - peak(24) < 16 * frame  # of 384 more frames
 
 
 @pytest.mark.parametrize("kind", ["float", "uint8", "cuts"])

@@ -19,6 +19,7 @@ from vtok_ext.data.atomic_output import check_output_file, temporary_sibling
 from vtok_ext.data.video import VideoInfo, VideoReader
 
 from .console import Console, Progress
+from .encode_portions import encode_in_portions, takes_portions
 from .memory_plan import (
     NO_LIMIT,
     MemoryOptions,
@@ -152,7 +153,9 @@ def _kind(options: EncodeOptions, model: Any) -> str:
 
 
 def _encode_whole(options: EncodeOptions, model: Any, kind: str, reader: VideoReader) -> dict:
-    """Encodes a clip that must be in memory at once."""
+    """Encodes a clip that must be in memory at once; a VTok looks at single frames only."""
+    if takes_portions(model, options.frames):
+        return encode_in_portions(options.out, model, kind, reader) | {"resumed_at_frame": 0}
     import torch
 
     chunks = [chunk.frames.transpose(0, 1) for chunk in reader.chunks(64)]

@@ -32,6 +32,7 @@ from vtok_ext.models.vision_encoder import (
 from vtok_ext.models.vtok_config import KEY_FRAMES, PRESETS, VTokConfig
 from vtok_ext.models.vtok_decoder import Generators, VTokDecoder
 from vtok_ext.models.vtok_layout import (
+    FRAMES_PER_CALL,
     PADDING,
     FrameRule,
     Segment,
@@ -43,9 +44,6 @@ from vtok_ext.models.vtok_layout import (
 )
 from vtok_ext.models.vtok_residual import build_residual
 from vtok_ext.models.vtok_streaming import VTokStreamEncoder
-
-# Frames whose feature maps exist at a time: memory does not grow with the length of a clip.
-FRAMES_PER_CALL = 16
 
 
 class VTok(VideoTokenizer):

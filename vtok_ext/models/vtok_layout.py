@@ -21,6 +21,8 @@ from vtok_ext.models._video_input import to_float
 
 # Position of a token that is only there to give all clips of a batch one length.
 PADDING = -1
+# Frames whose feature maps exist at a time: memory does not grow with the length of a clip.
+FRAMES_PER_CALL = 16
 # Cuts are found on pictures of this size: fine enough to tell shots apart, and noise averages out;
 # and on so many frames at a time.
 _CUT_SIZE, _CUT_FRAMES = 16, 16

@@ -2,18 +2,22 @@
 
 What is remembered is the key frame's feature map, the frame before in the size that cuts are found
 on, and two counters: memory does not grow with the length of the video.
+
+`encode_portions` is for files, where nobody waits for a token: it takes pictures by the same groups
+as `VTok.encode`, hence gives the very bits of that, which pictures one by one do not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vtok_ext.models import _video_input as video_input
-from vtok_ext.models.vtok_layout import changes
+from vtok_ext.models.encoding import Encoding
+from vtok_ext.models.vtok_layout import FRAMES_PER_CALL, changes, positions_of, segments_from
 
 if TYPE_CHECKING:
     from vtok_ext.models.vtok import VTok
@@ -178,3 +182,104 @@ class VTokStreamEncoder:
 
     def _role(self) -> str:
         return f"vtok encoder to {self.output} of {self.model.model_id}"
+
+
+class _Segments:
+    """The tokens of one clip whose frames are taken one after the other, see `encode_portions`."""
+
+    def __init__(self, model: VTok, fps: float | None) -> None:
+        self.model, self.rule = model, model.frame_rule(fps)
+        self.num_frames, self.starts = 0, [0]
+        self.parts: list[Tensor] = []  # [1, n, D]
+        self._waiting: list[Tensor] = []  # sampled frames [1, 3, H, W] without tokens
+        self._key: Tensor | None = None
+        self._before: Tensor | None = None
+
+    def take(self, frame: Tensor) -> None:  # [1, 3, H, W]
+        """Returns None after the next frame; what is kept of it is a copy."""
+        is_cut = self._is_cut(frame)
+        if self._key is None or is_cut:
+            self.tell()
+            self._key = self._maps([frame])[:, 0]
+            self.parts.append(self.model.key_tokens(self._key))
+            if self.num_frames:
+                self.starts.append(self.num_frames)
+        elif self.rule.samples(self.num_frames):
+            self._waiting.append(frame.clone())
+            if len(self._waiting) == FRAMES_PER_CALL:
+                self.tell()
+        self.num_frames += 1
+
+    def _is_cut(self, frame: Tensor) -> bool:
+        threshold = self.model.config.cut_threshold
+        if not threshold:
+            return False
+        before, self._before = self._before, frame.clone()
+        if before is None:
+            return False
+        pictures = video_input.to_float(torch.cat([before, frame]), self.model.dtype)
+        return bool(changes(pictures)[0] > threshold)
+
+    def tell(self) -> None:
+        """Returns None after giving the waiting frames their tokens."""
+        if self._waiting:
+            assert self._key is not None  # frames wait behind a key frame
+            self.parts.append(self.model.residual(self._maps(self._waiting), self._key))
+            self._waiting = []
+
+    def _maps(self, frames: list[Tensor]) -> Tensor:
+        clip = torch.cat(frames).transpose(0, 1)[None]
+        return self.model._frame_maps(clip, tuple(range(len(frames))))
+
+
+@torch.no_grad()
+def encode_portions(
+    model: VTok,
+    portions: Iterable[Tensor],  # [1, 3, t, H, W] each
+    *,
+    fps: float | None = None,
+) -> Encoding:
+    """Returns what `model.encode` gives for the clip that the portions make up, to the bit.
+
+    One portion, at most 16 frames and all tokens exist at a time. Without losses.
+
+    Args:
+        model: whose key frames are the first ones.
+        portions: [1, 3, t, H, W], float in [-1, 1] or uint8; H, W of all as of the first.
+        fps: as for `encode`.
+
+    Raises:
+        TypeError, ValueError: a bad portion, or none; a model that chooses its key frames.
+    """
+    if model.config.key_frame != "first":
+        raise ValueError(
+            f"encode: key_frame must be 'first' for portions, got {model.config.key_frame!r}, "
+            "which needs the whole clip"
+        )
+    segments, size = _Segments(model, fps), None
+    for portion in portions:
+        video_input.check_video("encode", portion)
+        shape = (portion.shape[0], *portion.shape[3:])
+        size = shape if size is None else size
+        if shape != size or shape[0] != 1:
+            raise ValueError(
+                f"encode: portions must be of one clip and one size, got {list(portion.shape)}"
+                + ("" if shape == size else f" after [{size[0]}, 3, t, {size[1]}, {size[2]}]")
+            )
+        for frame in portion[0].transpose(0, 1).split(1):
+            segments.take(frame)
+    segments.tell()
+    if size is None:
+        raise ValueError("encode: portions must have at least one frame, got none")
+    tokens, indices = torch.cat(segments.parts, dim=1), None
+    if model.quantizer is not None:
+        tokens, indices, _ = model.quantizer(model.to_levels(tokens), 0, False)
+    plan = segments_from(segments.starts, segments.num_frames, segments.rule)
+    return Encoding(
+        tokens,
+        segments.num_frames,
+        (size[1], size[2]),
+        indices=indices,
+        fps=None if fps is None else float(fps),
+        positions=positions_of(plan, model.config.key_tokens)[None].to(tokens.device),
+    )
