@@ -18,7 +18,7 @@ from vtok_ext.diffusers_vae import _patching  # noqa: E402
 
 # The largest difference, relative to the largest value. The networks are random and thin, hence
 # worse conditioned than trained ones: diffusers itself is 0.5e-5 off its float64 result in some.
-# Of the largest value. Tiny random networks round up to 1.5e-5, with what oneDNN picks for some CPUs.
+# With what oneDNN picks for some processors the two are up to 1.5e-5 apart.
 EXACT = 2.5e-5
 
 
