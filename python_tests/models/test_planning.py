@@ -103,6 +103,18 @@ def test_rehearsal_leaves_other_threads_alone(build, clip):
     assert torch.equal(found[0], expected) and not found[1]
 
 
+def test_encoding_keeps_no_level_of_a_clip_for_long(build, monkeypatch):
+    """In chunks of one frame, what a longer clip adds is the video, the copy behind its front, and
+    the halved first level: 3 + 3 + 8 / 4 channels; further levels take less in their turn."""
+    monkeypatch.setattr(_frame_pass, "CHUNK_BYTES", 1)
+    model = build(NAME)
+    short, long = (
+        predicted_bytes(model, lambda t=t: model.encoder(torch.zeros(1, 3, t, 64, 64)))
+        for t in (16, 32)
+    )
+    assert long - short <= 8 * 16 * 4 * 64 * 64
+
+
 def test_plans_keep_to_the_memory(model):
     size = {"height": 160, "width": 192}
     f = model.temporal_factor
