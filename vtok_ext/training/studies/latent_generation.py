@@ -34,7 +34,6 @@ _PLANE_PATCH = 2
 _BATCH = 16
 _LR = 1e-3
 _WARMUP = 20
-_SAMPLER_STEPS = 40
 _ENCODED_AT_ONCE = 16
 _PICTURE_FRAMES = 9
 
@@ -63,7 +62,6 @@ def generation_result(
     samples = generator.sample(
         len(held_out),
         sampler="ode",
-        num_steps=_SAMPLER_STEPS,
         generator=torch.Generator().manual_seed(seed),
     )
     videos, again = (_decoded(model, x, held_out) for x in (samples, _encoded(model, held_out)))
