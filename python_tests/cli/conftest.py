@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import vtok_ext as vt
+from vtok_ext.cli import reconstruct as reconstruct_module
 from vtok_ext.cli.app import run
 from vtok_ext.data.procedural import procedural_clip
 from vtok_ext.data.video import VideoWriter
@@ -30,6 +31,12 @@ def vtok(capsys):
         return result
 
     return call
+
+
+@pytest.fixture
+def short_portions(monkeypatch):
+    """Portions of one temporal factor, so that small clips are long streams."""
+    monkeypatch.setattr(reconstruct_module, "_FEATURE_MAP_BYTES", 1)
 
 
 @pytest.fixture(scope="session")

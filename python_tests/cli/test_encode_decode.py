@@ -15,14 +15,9 @@ from vtok_ext.data.video import read_clip
 from vtok_ext.models.latent_statistics import LatentStatistics
 from vtok_ext.models.vidtok_published import decode_published, encode_published
 
+pytestmark = pytest.mark.usefixtures("short_portions")
 TINY = {"ch": 8, "ch_mult": (1, 1, 1, 1), "num_res_blocks": 1}
 V1_1 = "vidtok_fsq_causal_488_32768_v1_1"
-
-
-@pytest.fixture(autouse=True)
-def short_portions(monkeypatch):
-    """Portions of one temporal factor, so that small clips are long streams."""
-    monkeypatch.setattr(reconstruct_module, "_FEATURE_MAP_BYTES", 1)
 
 
 @pytest.fixture

@@ -8,19 +8,13 @@ from safetensors.torch import load_file, save_file
 
 import vtok_ext as vt
 from vtok_ext.cli import encode as encode_module
-from vtok_ext.cli import reconstruct as reconstruct_module
 from vtok_ext.models import planning
 from vtok_ext.models.planning import MemoryPlan
 
+pytestmark = pytest.mark.usefixtures("short_portions")
 TINY = {"ch": 8, "ch_mult": (1, 1, 1, 1), "num_res_blocks": 1}
 V1_1 = "vidtok_fsq_causal_488_32768_v1_1"
 FSQ = "vidtok_fsq_causal_488_262144"
-
-
-@pytest.fixture(autouse=True)
-def short_portions(monkeypatch):
-    """Portions of one temporal factor, so that small clips are long streams."""
-    monkeypatch.setattr(reconstruct_module, "_FEATURE_MAP_BYTES", 1)
 
 
 @pytest.fixture

@@ -2,8 +2,7 @@
 
 Users of networks on plain torch.nn.Conv3d meet these; `causal_conv3d` runs kernels of its own on
 CUDA and oneDNN on CPUs, and its definition (VTOK_NATIVE=0) computes in float32, so that none of
-them touches it. Sources: issues 163539, 166643 and 174051
-of pytorch/pytorch.
+them touches it. Sources: issues 163539, 166643 and 174051 of pytorch/pytorch.
 """
 
 from __future__ import annotations

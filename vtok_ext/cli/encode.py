@@ -153,9 +153,30 @@ def _kind(options: EncodeOptions, model: Any) -> str:
 
 
 def _encode_whole(options: EncodeOptions, model: Any, kind: str, reader: VideoReader) -> dict:
-    """Encodes a clip that must be in memory at once; a VTok looks at single frames only."""
+    """Encodes a clip that is written at once; a VTok looks at single frames only."""
     if takes_portions(model, options.frames):
-        return encode_in_portions(options.out, model, kind, reader) | {"resumed_at_frame": 0}
+        encoding = encode_in_portions(model, kind, reader)
+        size = (encoding.num_frames, *encoding.size)
+    else:
+        encoding, size = _whole_clip(options, model, kind, reader)
+    if kind == "tokens":
+        _check_finite(encoding.ids, size[0])
+        shape = encoding.ids.shape
+    else:
+        planes = encoding.latent
+        parts = [*planes.values()] if isinstance(planes, dict) else [planes]
+        for part in parts if encoding.indices is None else [*parts, encoding.indices]:
+            _check_finite(part, size[0])
+        encoding.model_id, encoding.indices, encoding.moments = model.model_id, None, None
+        shape = (1, *model.token_grid(*size)) if isinstance(planes, dict) else planes.shape
+    encoding.save(options.out)
+    return {"frames": size[0], "grid": list(shape[1:][-3:]), "resumed_at_frame": 0}
+
+
+def _whole_clip(
+    options: EncodeOptions, model: Any, kind: str, reader: VideoReader
+) -> tuple[Any, tuple[int, int, int]]:
+    """Returns Tokens or Encoding of a clip that must be in memory at once, and its T, H, W."""
     import torch
 
     chunks = [chunk.frames.transpose(0, 1) for chunk in reader.chunks(64)]
@@ -166,20 +187,8 @@ def _encode_whole(options: EncodeOptions, model: Any, kind: str, reader: VideoRe
         # `tokenize` refuses what a file of tokens cannot record.
         encode = model.tokenize if kind == "tokens" else model.encode
         encoding = encode(video.to(device), fps=fps, frames=options.frames)
-    if kind == "tokens":
-        _check_finite(encoding.ids, video.shape[2])
-        encoding.save(options.out)
-        shape = encoding.ids.shape
-    else:
-        planes = encoding.latent
-        for plane in planes.values() if isinstance(planes, dict) else [planes]:
-            _check_finite(plane, video.shape[2])
-        encoding.model_id, encoding.indices, encoding.moments = model.model_id, None, None
-        encoding.save(options.out)
-        is_grid = isinstance(encoding.latent, torch.Tensor)
-        shape = encoding.latent.shape if is_grid else (1, *model.token_grid(*video.shape[2:]))
-    grid = list(shape[1:][-3:])
-    return {"frames": video.shape[2], "grid": grid, "resumed_at_frame": 0}
+    num_frames, height, width = video.shape[2:]
+    return encoding, (num_frames, height, width)
 
 
 def _check_finite(portion: Any, num_frames: int) -> None:

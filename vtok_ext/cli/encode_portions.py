@@ -6,7 +6,6 @@ looks at a frame and at its key frame only.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from vtok_ext.data.video import VideoReader
@@ -22,17 +21,16 @@ def takes_portions(model: Any, frames: str) -> bool:
     return isinstance(model, VTok) and model.config.key_frame == "first" and frames == "preserve"
 
 
-def encode_in_portions(out: Path, model: Any, kind: str, reader: VideoReader) -> dict[str, Any]:
-    """Returns frames and grid after writing the file of a video; memory does not grow with it.
+def encode_in_portions(model: Any, kind: str, reader: VideoReader) -> Any:
+    """Returns the Tokens or Encoding of a video; memory does not grow with its length.
 
     Args:
-        out: file to write.
         model: for which `takes_portions` is true.
         kind: "tokens" or "encoding".
         reader: of the video.
 
     Raises:
-        ValueError: latents that are not finite, or tokens that would lose their positions.
+        ValueError: tokens that would lose their positions.
     """
     from vtok_ext.models import Tokens
     from vtok_ext.models.vtok_streaming import encode_portions
@@ -42,20 +40,8 @@ def encode_in_portions(out: Path, model: Any, kind: str, reader: VideoReader) ->
     device = next(model.parameters()).device
     portions = (chunk.frames[None].to(device) for chunk in reader.chunks(_PORTION_FRAMES))
     encoding = encode_portions(model, portions, fps=float(reader.info.fps) or None)
-    latent: Any = encoding.latent  # a sequence [1, L, D]
-    ids = encoding.indices
-    # Of NaN an index is -1.
-    if not latent.isfinite().all() or (ids is not None and ids.min() < 0):
-        raise ValueError(
-            f"encode: the model must give finite latents, got NaN or infinity within "
-            f"{encoding.num_frames} frames"
-        )
-    if kind == "tokens":
-        assert ids is not None  # a discrete model's encoding has indices
-        facts = (encoding.num_frames, encoding.size, encoding.fps, model.model_id)
-        Tokens(ids, tuple(ids.shape[1:]), *facts).save(out)
-    else:
-        encoding.model_id, encoding.indices = model.model_id, None
-        encoding.save(out)
-    grid = ids.shape[1:] if kind == "tokens" and ids is not None else latent.shape[1:]
-    return {"frames": encoding.num_frames, "grid": list(grid)}
+    if kind != "tokens":
+        return encoding
+    ids: Any = encoding.indices  # a discrete model's encoding has them
+    facts = (encoding.num_frames, encoding.size, encoding.fps, model.model_id)
+    return Tokens(ids, tuple(ids.shape[1:]), *facts)
