@@ -191,11 +191,12 @@ def device_name(device: str) -> str:
     if device == "cuda":
         name = torch.cuda.get_device_name()
     else:
-        model = "unknown"
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        pairs = [line.split(":", 1) for line in lines if ":" in line]
+        cpu = {key.strip(): value.strip() for key, value in pairs}
+        model = cpu.get("model name", "unknown")
+        if not any(c.isdigit() for c in model):  # Some virtual machines hide which one it is.
+            model += f" family {cpu.get('cpu family', '')} model {cpu.get('model', '')}"
         name = f"cpu {model} {torch.get_num_threads()} threads"
     return "-".join(name.lower().replace("(r)", "").split())
 
