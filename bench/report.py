@@ -163,7 +163,7 @@ def convolution_sums(result: dict) -> list[str]:
     lines = []
     for (network, direction), cases in groups.items():
         for allocation in ("default", "tuned"):
-            ratio = ratios(cases, EAGER, allocation)
+            ratio = ratios(cases, EAGER, allocation, digits=2)
             if ratio != "-":
                 lines.append(
                     f"- {network}, {direction}, {allocation} allocator: {ratio} the best of both "
@@ -172,9 +172,11 @@ def convolution_sums(result: dict) -> list[str]:
     return [*lines, ""]
 
 
-def ratios(cases: Iterable[dict], baselines: tuple[str, ...], allocation: str) -> str:
-    """The fastest baseline's time over the native op's, least to most (summed); "-" where no case
-    has both."""
+def ratios(
+    cases: Iterable[dict], baselines: tuple[str, ...], allocation: str, digits: int = 1
+) -> str:
+    """The fastest baseline's time over the native op's, least to most (summed, with `digits` behind
+    the point below ten); "-" where no case has both."""
     found, theirs, ours = [], 0.0, 0.0
     for case in cases:
         by_name = times(case)
@@ -192,7 +194,8 @@ def ratios(cases: Iterable[dict], baselines: tuple[str, ...], allocation: str) -
     if not found:
         return "-"
     least, most, summed = (
-        f"{x:.1f}x" if x < 10 else f"{x:.0f}x" for x in (min(found), max(found), theirs / ours)
+        f"{x:.{places}f}x" if x < 10 else f"{x:.0f}x"
+        for x, places in ((min(found), 1), (max(found), 1), (theirs / ours, digits))
     )
     return f"{least} to {most} ({summed})" if len(found) > 1 else summed
 
