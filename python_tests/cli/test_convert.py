@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import vtok_ext as vt
+from vtok_ext.models.latent_statistics import LatentStatistics
 from vtok_ext.models.vidtok_diffusers import is_diffusers_folder
 
 KL_1_1 = "vidtok_kl_causal_488_4chn_v1_1"
@@ -18,7 +19,10 @@ def same(a, b) -> bool:
 @pytest.fixture
 def saved(tmp_path):
     torch.manual_seed(0)
-    vt.create_model(KL_1_1, **TINY).save_pretrained(tmp_path / "model")
+    model = vt.create_model(KL_1_1, **TINY)
+    mean, std = torch.randn(4), 1 + torch.rand(4)
+    model.latent_statistics = LatentStatistics({"grid": mean}, {"grid": std})
+    model.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -29,7 +33,9 @@ def test_to_diffusers_and_back(vtok, saved, tmp_path):
     for _ in range(2):  # the second time it replaces its own output
         result = vtok("convert", tmp_path / "theirs", tmp_path / "back", "--json")
         assert result.code == 0, result.err
-    assert same(vt.load_model(tmp_path / "back"), vt.load_model(saved))
+    back, first = vt.load_model(tmp_path / "back"), vt.load_model(saved)
+    assert same(back, first)
+    assert back.latent_statistics.to_dict() == first.latent_statistics.to_dict()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "model", "theirs"]
 
 

@@ -9,7 +9,7 @@ from vtok_ext.data.atomic_output import check_output_folder, output_folder
 
 from .console import Console
 
-_MODEL_FILES = {"config.json", "model.safetensors", "diffusion_pytorch_model.safetensors"}
+_WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 FORMATS = ("vtok", "diffusers")
 
 
@@ -58,5 +58,7 @@ def run_convert(
 
 def _is_model_folder(folder: Path) -> bool:
     """Returns whether a folder holds nothing but a saved model."""
+    from vtok_ext.models.latent_statistics import STATISTICS_NAME
+
     names = {path.name for path in folder.iterdir()}
-    return "config.json" in names and names <= _MODEL_FILES
+    return "config.json" in names and names <= {"config.json", *_WEIGHTS, STATISTICS_NAME}

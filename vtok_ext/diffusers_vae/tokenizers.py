@@ -18,7 +18,6 @@ import json
 import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -29,15 +28,13 @@ from vtok_ext.diffusers_vae._patching import patch as patch_layers
 from vtok_ext.diffusers_vae._patching import vae_class_name
 from vtok_ext.layers._state import State, owned
 from vtok_ext.layers.kl import kl_posterior
-from vtok_ext.models import _persistence
 from vtok_ext.models._config import ModelConfig
 from vtok_ext.models._optional import require
 from vtok_ext.models.base import VideoTokenizer
 from vtok_ext.models.grid import GridTokenizer
-from vtok_ext.models.latent_statistics import LatentStatistics
+from vtok_ext.models.latent_statistics import read_statistics_file, write_statistics_file
 from vtok_ext.models.vidtok_diffusers import from_diffusers
 
-STATISTICS_NAME = "latent_statistics.json"
 _WAITING = "waiting"  # in a state: latents [B, C, t, h, w] that fill no unit yet
 
 
@@ -123,13 +120,7 @@ class DiffusersTokenizer(GridTokenizer):
         `latent_statistics`, which its config.json has no place for, are a file beside that.
         """
         self.vae.save_pretrained(folder)
-        path = Path(folder) / STATISTICS_NAME
-        if self.latent_statistics is None:
-            path.unlink(missing_ok=True)  # of another model, that was saved here before
-            return
-        with _persistence.atomic_path(path) as temporary:
-            text = json.dumps(self.latent_statistics.to_dict()) + "\n"
-            Path(temporary).write_text(text, encoding="utf-8")
+        write_statistics_file(self.latent_statistics, folder)
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike) -> VideoTokenizer:
@@ -423,17 +414,5 @@ def load(folder: str | os.PathLike, patch: bool) -> VideoTokenizer:
     kind = getattr(require(op, "diffusers"), class_name)
     vae = kind.from_pretrained(os.fspath(folder), use_safetensors=True, local_files_only=True)
     model = wrap((patch_layers(vae, False) if patch else vae).eval())
-    model.latent_statistics = _saved_statistics(Path(folder) / STATISTICS_NAME)
+    model.latent_statistics = read_statistics_file(folder, op)
     return model
-
-
-def _saved_statistics(path: Path) -> LatentStatistics | None:
-    """Returns what `save_pretrained` wrote, None without a file. Raises ValueError if damaged."""
-    if not path.is_file():
-        return None
-    if path.stat().st_size > _persistence.MAX_CONFIG_BYTES:
-        raise ValueError(f"load_diffusers_vae: {str(path)!r} must be <= 1 MiB, got a larger file")
-    try:
-        return LatentStatistics.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"load_diffusers_vae: {str(path)!r} must be JSON, got {error}") from error

@@ -9,6 +9,7 @@ Source: CoordTok (arXiv 2411.14762), specification section 9.2.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtok_ext.models import _persistence
 from vtok_ext.models.coordtok_config import PLANE_AXES
 from vtok_ext.models.sit_config import GRID
 
@@ -27,6 +29,8 @@ Latent = Tensor | dict[str, Tensor]
 _MAX_LOG_BYTES = 1 << 22
 _VECTOR = re.compile(r"\[([^\[\]]*)\]")
 LOG_ORDERS = ("alternating", "means_first")
+# Beside the weights in a folder of diffusers, whose config.json has no place for it.
+STATISTICS_NAME = "latent_statistics.json"
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,33 @@ class StatisticsCounter:
         }
         single = [{k: v.float() for k, v in values.items()} for values in (mean, std)]
         return LatentStatistics(*single)
+
+
+def write_statistics_file(statistics: LatentStatistics | None, folder: str | os.PathLike) -> None:
+    """Returns None after writing `STATISTICS_NAME` in `folder`, or, without any, removing it."""
+    path = Path(folder) / STATISTICS_NAME
+    if statistics is None:
+        path.unlink(missing_ok=True)  # of another model, that was saved here before
+        return
+    with _persistence.atomic_path(path) as temporary:
+        Path(temporary).write_text(json.dumps(statistics.to_dict()) + "\n", encoding="utf-8")
+
+
+def read_statistics_file(folder: str | os.PathLike, op: str) -> LatentStatistics | None:
+    """Returns what `write_statistics_file` wrote, None without a file.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    path = Path(folder) / STATISTICS_NAME
+    if not path.is_file():
+        return None
+    if path.stat().st_size > _persistence.MAX_CONFIG_BYTES:
+        raise ValueError(f"{op}: {str(path)!r} must be <= 1 MiB, got a larger file")
+    try:
+        return LatentStatistics.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{op}: {str(path)!r} must be JSON, got {error}") from error
 
 
 def read_reference_log(path: str | os.PathLike, order: str | None = None) -> LatentStatistics:

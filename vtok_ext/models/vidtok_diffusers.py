@@ -24,6 +24,7 @@ import torch
 from vtok_ext.models import _persistence
 from vtok_ext.models._config import closest
 from vtok_ext.models._optional import require
+from vtok_ext.models.latent_statistics import read_statistics_file, write_statistics_file
 from vtok_ext.models.vidtok import VidTok
 from vtok_ext.models.vidtok_config import PRESETS, VidTokConfig
 
@@ -79,11 +80,14 @@ def load_diffusers(folder: str | os.PathLike) -> VidTok:
     weights_path = os.path.join(folder, WEIGHTS_NAME)
     weights = _persistence.read_safetensors(weights_path, "load_diffusers")
     _persistence.load_weights(model, weights, "load_diffusers")
+    model.latent_statistics = read_statistics_file(folder, "load_diffusers")
     return model.eval()
 
 
 def save_diffusers(model: VidTok, folder: str | os.PathLike) -> None:
     """Writes a folder that AutoencoderVidTok.from_pretrained reads, creating it.
+
+    `latent_statistics`, which that class has no place for, are a file beside the weights.
 
     Raises:
         ValueError: a model that AutoencoderVidTok does not compute; see `config_to_diffusers`.
@@ -105,6 +109,7 @@ def save_diffusers(model: VidTok, folder: str | os.PathLike) -> None:
     ):
         Path(config_file).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         save_file(weights, weights_file, header)
+    write_statistics_file(model.latent_statistics, folder)
 
 
 def from_diffusers(vae: Any, *, share: bool = False) -> VidTok:
