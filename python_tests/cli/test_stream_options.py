@@ -105,6 +105,14 @@ def test_nearest_interpolation_of_1_1_keeps_its_published_chunks(
     assert result.code == 0 and result.json["frames"] == 12, result.err
 
 
+@pytest.mark.parametrize("name", ["out.mp4", "out.WEBM"])
+def test_tokens_never_take_the_name_of_a_video(vtok, make_video, model_folder, tmp_path, name):
+    result = vtok("encode", make_video("in.mp4", 5), tmp_path / name, "--model", model_folder)
+    refused(result, "encode: output must end in no suffix of videos")
+    refused(result, "`vtok reconstruct` writes a video")
+    assert not (tmp_path / name).exists()
+
+
 class Killed(BaseException):
     """An interruption at a place of our choice."""
 

@@ -32,6 +32,7 @@ from .memory_plan import (
 from .model_source import load_model_for, resolve_device
 from .reconstruct import frames_per_chunk
 from .streaming_mode import check_published, check_streaming
+from .video_suffixes import OTHER_VIDEO_SUFFIXES, VIDEO_SUFFIXES
 
 # Enough of a file to tell it from another one of the same size.
 _IDENTIFYING_BYTES = 2**20
@@ -119,6 +120,11 @@ def run_encode(options: EncodeOptions, *, as_json: bool) -> None:
 
 def _check(options: EncodeOptions) -> None:
     check_streaming("encode", options.streaming)
+    if options.out.suffix.lower() in VIDEO_SUFFIXES + OTHER_VIDEO_SUFFIXES:
+        raise ValueError(
+            "encode: output must end in no suffix of videos, being a token or latent file, got "
+            f"{options.out}; `vtok reconstruct` writes a video"
+        )
     choices = {
         "output": (None, "tokens", "latent"),
         "frames": ("preserve", "reference"),

@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtok_ext.data.video import VideoInfo, VideoReader
+from vtok_ext.data.video_list import VIDEO_SUFFIXES
 
 if TYPE_CHECKING:
     from .evaluate import EvalOptions
 
 # Frames per second that the published evaluation reads.
 PUBLISHED_FPS = 30
-_VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 
 
 def video_files(given: list[Path]) -> list[Path]:
@@ -33,7 +33,7 @@ def video_files(given: list[Path]) -> list[Path]:
     found: list[Path] = []
     for path in given:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in _VIDEO_SUFFIXES)
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
             if not inside:
                 raise ValueError(f"eval: a folder must hold videos, got none in {path}")
             found += inside

@@ -11,13 +11,7 @@ from pathlib import Path
 
 from .memory_plan import NO_LIMIT, MemoryOptions
 from .streaming_mode import check_streaming
-
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")
-# Of videos that `VideoWriter` does not write: nobody means a token file by them.
-_OTHER_VIDEO_SUFFIXES = (
-    *(".webm", ".avi", ".gif", ".mpg", ".mpeg", ".m2v", ".ts", ".mts", ".m2ts", ".wmv", ".flv"),
-    *(".ogv", ".ogg", ".3gp", ".vob", ".mxf", ".y4m", ".apng"),
-)
+from .video_suffixes import OTHER_VIDEO_SUFFIXES, VIDEO_SUFFIXES
 
 
 def direction_of(source: Path, out: Path) -> str:
@@ -33,7 +27,7 @@ def direction_of(source: Path, out: Path) -> str:
     try:
         encoding_kind(source)
     except ValueError:
-        if out.suffix.lower() in _OTHER_VIDEO_SUFFIXES:
+        if out.suffix.lower() in OTHER_VIDEO_SUFFIXES:
             raise ValueError(
                 f"stream: output must end in {', '.join(VIDEO_SUFFIXES)} to be a video, or in no "
                 f"suffix of videos to be a token or latent file, got {out}"
