@@ -244,12 +244,8 @@ def _quantizer(config: VidTokConfig) -> FSQ | LFQ | VQ | None:
             restart_dead=config.restart_dead,
             commitment_weight=config.commitment_weight,
         )
-    options: dict[str, Any] = {
-        "entropy_weight": config.entropy_weight,
-        "entropy_annealing_steps": config.entropy_annealing_steps,
-        "entropy_annealing_factor": config.entropy_annealing_factor,
-        "commitment_weight": config.commitment_weight,
-    }
+    names = ("entropy_weight", "entropy_annealing_steps", "entropy_annealing_factor")
+    options = {name: getattr(config, name) for name in (*names, "commitment_weight")}
     if config.regularizer == "lfq":
         return LFQ(config.latent_channels, **options)
     return FSQ(config.levels, **options)
