@@ -6,9 +6,11 @@ import pytest
 import torch
 from helpers import import_or_skip
 
+from vtok_ext.data.captioned import CaptionedClips
 from vtok_ext.training.studies.report import write_report
 from vtok_ext.training.studies.runner import planned_runs, run_study
 from vtok_ext.training.studies.specification import load_study
+from vtok_ext.training.studies.vtok_clips import EncoderSettings, StudyClips
 
 import_or_skip("transformers")
 STUDIES = Path(__file__).parents[2] / "bench" / "studies"
@@ -40,6 +42,18 @@ def test_smoke_study_of_generation(tmp_path):
     write_report(study, tmp_path, tmp_path / "report.md", smoke=True)
     assert "| vtok-flow | 1 of 3 | 27 |" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "pictures" / "vtok-flow-seed-0-generated.png").stat().st_size > 0
+
+
+def test_maps_are_those_of_their_encoder(tmp_path):
+    """With more training clips the held-out ones are the same, but not what the encoder sees."""
+    settings = EncoderSettings(16, 8, 16, 1, 2, steps=2)
+    test = CaptionedClips(2, 24, 16, 16, split="test")
+    few, more = CaptionedClips(2, 24, 16, 16), CaptionedClips(4, 24, 16, 16)
+    first = StudyClips(tmp_path, test, settings, few, lambda *_: None).maps
+    second = StudyClips(tmp_path, test, settings, more, lambda *_: None)
+    expected = second.encoder(test.clip(0).video.transpose(0, 1).float() / 127.5 - 1)
+    assert torch.allclose(second.maps[0].float(), expected, atol=1e-2)
+    assert not torch.equal(first, second.maps)
 
 
 def test_wrong_settings_name_the_closest():

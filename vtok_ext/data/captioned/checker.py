@@ -229,7 +229,8 @@ def _template(kind: str, y: Tensor, x: Tensor, centre: Tensor) -> Tensor:
 
 def caption_matches(scene: Scene, reading: SceneReading) -> dict[str, float]:
     """Returns for colour, shape, direction and speed the part of the scene's lasting shapes that
-    the reading agrees with; for `count` 1 or 0. A shape of a missing colour agrees in nothing.
+    the reading agrees with, or of those seen, if these are more; for `count` 1 or 0. A shape of a
+    missing colour agrees in nothing.
 
     Args:
         scene: what was asked for.
@@ -245,5 +246,6 @@ def caption_matches(scene: Scene, reading: SceneReading) -> dict[str, float]:
         found["direction"] += seen.direction == shape.direction
         found["speed"] += seen.speed == shape.speed
     count = len(scene.lasting)
-    matches = {name: value / count for name, value in found.items()}
+    # Who shows all colours has not shown what was asked for.
+    matches = {name: value / max(count, len(reading.lasting)) for name, value in found.items()}
     return {**matches, "count": float(len(reading.lasting) == count)}

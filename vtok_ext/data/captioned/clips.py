@@ -21,7 +21,7 @@ class CaptionedClip:
         video: [3, T, H, W] uint8.
         scene: what is in it.
         caption: one sentence.
-        questions: one of every kind.
+        questions: one of every kind that the scene answers.
     """
 
     video: torch.Tensor
@@ -36,7 +36,7 @@ class CaptionedClips:
     Args:
         num_clips: how many.
         num_frames, height, width: T, H, W of each.
-        split: "train" or "test": no combination of colour, kind and direction is in both.
+        split: "train" or "test": no combination of all attributes of a shape is in both.
         first_seed: seed of clip 0; clip i has the i-th after it.
 
     Raises:

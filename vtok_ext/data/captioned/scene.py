@@ -5,11 +5,12 @@ frame, moving left, right, up or down, slowly or fast; and three events that las
 
     reversal     one shape runs backwards, then goes on
     blink        one shape is away
-    appearance   a shape of a fourth colour and kind shows up in an empty quarter
+    appearance   a shape of another colour and any kind shows up in an empty quarter
 
-In half of the clips one shape leaves for good. Everything is drawn uniformly, and clips are split
-by (colour, kind, direction): one combination in four is for testing, such that any two of the three
-say nothing about the third.
+In half of the clips one shape leaves for good. Everything is drawn uniformly. Clips are split by
+(colour, kind, quarter, direction, speed): what is held out is known by all five together. Colour,
+kind and quarter, which one picture shows, say nothing about direction or speed, nor do any four of
+the five but for the fifth of speed: see `in_split`.
 """
 
 from __future__ import annotations
@@ -98,18 +99,21 @@ class Scene:
         return next(event for event in self.events if event.name == name)
 
 
-def in_split(colour: str, kind: str, direction: str, split: str) -> bool:
-    """Returns whether a combination belongs to "train" or "test".
+def in_split(shape: Shape, split: str) -> bool:
+    """Returns whether a combination of attributes belongs to "train" or "test".
 
-    (colour + kind + direction) mod 4 = 0 is a Latin square: every pair of attributes meets every
-    value of the third equally often on both sides.
+    Held out is (colour + kind + quarter + direction + 2 speed) mod 4 = 0, one combination in four.
+    Of every (colour, kind, quarter, direction) at least one speed remains for training, so that
+    directions, drawn first, are uniform there whatever one picture shows. In testing two directions
+    remain, others for every (colour, kind, quarter).
     """
-    place = list(COLOURS).index(colour) + KINDS.index(kind) + list(DIRECTIONS).index(direction)
+    place = list(COLOURS).index(shape.colour) + KINDS.index(shape.kind) + shape.quarter
+    place += list(DIRECTIONS).index(shape.direction) + 2 * list(SPEEDS).index(shape.speed)
     return (place % 4 == 0) == (split == "test")
 
 
 def event_frames(num_frames: int) -> int:
-    """Returns how long an event lasts: an eighth of 24 frames, 3, and as much in longer clips."""
+    """Returns how many frames an event lasts: a tenth of the clip, 3 or more."""
     return max(3, num_frames // 10)
 
 
@@ -149,14 +153,22 @@ def draw_scene(seed: int, num_frames: int = 32, split: str = "train") -> Scene:
 
 
 def _draw_shapes(rng: random.Random, quarters: list[int], split: str) -> list[Shape]:
-    """Returns shapes of different colours and kinds, all of the split, drawn uniformly."""
-    colours, kinds = rng.sample(list(COLOURS), len(quarters)), rng.sample(KINDS, len(quarters))
+    """Returns shapes of different colours, all of the split; the lasting ones, which are all but
+    the last, of different kinds."""
+    colours = rng.sample(list(COLOURS), len(quarters))
+    # Any kind appears, so that the lasting ones do not tell which.
+    kinds = [*rng.sample(KINDS, len(quarters) - 1), rng.choice(KINDS)]
     shapes = []
     for colour, kind, quarter in zip(colours, kinds, quarters, strict=True):
-        # As many for every colour and kind, so that all combinations stay equally frequent.
-        allowed = [d for d in DIRECTIONS if in_split(colour, kind, d, split)]
-        direction, speed = rng.choice(allowed), rng.choice(list(SPEEDS))
-        shapes.append(Shape(colour, kind, direction, speed, quarter))
+        ways = [
+            [
+                way
+                for speed in SPEEDS
+                if in_split(way := Shape(colour, kind, d, speed, quarter), split)
+            ]
+            for d in DIRECTIONS
+        ]
+        shapes.append(rng.choice(rng.choice([same for same in ways if same])))
     return shapes
 
 

@@ -19,7 +19,7 @@ from vtok_ext.training.studies.kinds import Progress
 
 HELD_OUT_SEED = 1_000_000_000
 # Part of the files' names: another number when clips, encoder or its training change.
-_REVISION = 1
+_REVISION = 2
 _MAE_BATCH, _MAE_LR = 32, 1e-3
 _FRAMES_PER_CALL = 64
 
@@ -56,7 +56,9 @@ class StudyClips:
     ) -> None:
         self.clips = clips
         self.encoder = trained_encoder(folder, training_clips, encoder, progress)
-        self.maps = _maps(folder, clips, self.encoder, encoder, progress)
+        # Another encoder has other maps: its training is a part of their name.
+        path = _path(folder, "maps", _of(clips), _of(training_clips), encoder)
+        self.maps = _maps(path, clips, self.encoder, encoder.image_size, progress)
 
     def questions(self, index: int) -> list[Question]:
         """Returns the questions to clip `index`."""
@@ -127,21 +129,20 @@ def _frames(clips: CaptionedClips, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def _maps(
-    folder: Path,
+    path: Path,
     clips: CaptionedClips,
     encoder: SmallViT,
-    settings: EncoderSettings,
+    image_size: int,
     progress: Progress,
 ) -> Tensor:
-    """Returns [N, T, C, h, w] float16, computed once."""
+    """Returns [N, T, C, h, w] float16, computed once and kept at `path`."""
     from safetensors.torch import load_file, save_file
 
-    path = _path(folder, "maps", _of(clips), settings)
     if not path.exists():
         parts = []
         for index in range(len(clips)):
             frames = clips.clip(index).video.transpose(0, 1).float() / 127.5 - 1
-            images = resized(frames, settings.image_size)
+            images = resized(frames, image_size)
             done = [encoder(part).half() for part in images.split(_FRAMES_PER_CALL)]
             parts.append(torch.cat(done))
             progress(0.1 + 0.1 * index / len(clips), "feature maps")

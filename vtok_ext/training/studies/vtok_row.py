@@ -5,7 +5,7 @@
 Every row has the same clips, questions, order, language model and steps; only what it is shown of a
 clip differs (`vtok_tokens`). Metrics per held-out clip, whose combinations of attributes no
 training clip has: accuracy; accuracy_appearance, _motion and _events; and of every kind of
-question. Of the run: tokens, train_seconds, cpu_seconds.
+question, in the clips that have one of it. Of the run: tokens, train_seconds, cpu_seconds.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from vtok_ext.training.studies.vtok_tokens import StudyLM
 GROUPS = {
     "appearance": ("colour", "shape", "count"),
     "motion": ("direction", "speed"),
-    "events": ("reversal", "blink", "appearance", "appearing shape", "order"),
+    "events": (*("reversal", "blink", "appearance", "appearing shape", "disappearance", "order"),),
 }
 
 
@@ -64,7 +64,7 @@ class VTokRow:
     shown: str = "vtok"
     num_shown: int = 4
     key_frame: str = "first"
-    residual_pool: str = "attention"
+    residual_pool: str = "grid"
     num_queries: int = 4
     key_tokens: int = 16
     stride: int = 1
@@ -205,23 +205,26 @@ def _train(model: StudyLM, row: VTokRow, stock: StudyClips, seed: int, progress:
 def _measure(model: StudyLM, row: VTokRow, held_out: StudyClips, progress: Progress) -> RowResult:
     """Returns accuracies on the held-out clips."""
     result = RowResult(held_out=held_out.fingerprint())
-    right: dict[str, list[float]] = {kind: [] for kind in QUESTION_KINDS}
+    rights: list[dict[str, float]] = []  # of every clip, by kind of question
     count = len(held_out.maps)
     for index in range(count):
         questions = held_out.questions(index)
         maps = held_out.maps[index : index + 1].float().expand(len(questions), -1, -1, -1, -1)
         answers = model.answer(maps, [question.text for question in questions], max_tokens=2)
-        for question, answer in zip(questions, answers, strict=True):
-            right[question.kind].append(float(answer == question.answer))
+        pairs = zip(questions, answers, strict=True)
+        rights.append({question.kind: float(a == question.answer) for question, a in pairs})
         progress(0.9 + 0.1 * index / count, "measuring")
-    result.per_clip = {f"accuracy_{kind.replace(' ', '_')}": v for kind, v in right.items()}
-    for group, kinds in GROUPS.items():
-        result.per_clip[f"accuracy_{group}_questions"] = _mean([right[kind] for kind in kinds])
-    result.per_clip["accuracy"] = _mean(list(right.values()))
+    for kind in QUESTION_KINDS:
+        asked = [right[kind] for right in rights if kind in right]
+        if asked:
+            result.per_clip[f"accuracy_{kind.replace(' ', '_')}"] = asked
+    for group, kinds in {**GROUPS, "": tuple(QUESTION_KINDS)}.items():
+        name = f"accuracy_{group}_questions" if group else "accuracy"
+        result.per_clip[name] = [_mean([r[k] for k in kinds if k in r]) for r in rights]
     tokens: Tensor = model._encode(held_out.maps[:1].float(), None)[0]
     result.summary = {"tokens": float(tokens.shape[1])}
     return result
 
 
-def _mean(rows: list[list[float]]) -> list[float]:
-    return [sum(values) / len(values) for values in zip(*rows, strict=True)]
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
