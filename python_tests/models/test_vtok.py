@@ -441,8 +441,11 @@ def test_masked_autoencoder_learns_and_freezes():
         ({"levels": (1,)}, "levels must be"),
         ({"image_size": 18}, "image_size must be a multiple of 4"),
         ({"decoder_patch": (2, 4)}, "decoder_patch must be three integers"),
-        ({"num_queries": 17}, "num_queries must be at most 16"),
-        ({"num_queries": 16, "encoder_dim": 1028}, "num_queries must be at most 16 and 16384 / "),
+        ({"residual_pool": "attention", "num_queries": 17}, "num_queries must be at most 16"),
+        (
+            {"residual_pool": "attention", "num_queries": 16, "encoder_dim": 1028},
+            "num_queries must be at most 16 and 16384 / ",
+        ),
     ],
 )
 def test_bad_configurations(overrides, message):

@@ -172,6 +172,32 @@ def test_gap_between_teacher_forced_and_free_running(clip):
     assert all(value > 0 for value in gap.values())
 
 
+@pytest.mark.parametrize("discrete", [False, True], ids=["flow", "fsq"])
+def test_gap_is_that_of_the_states_alone(clip, discrete):
+    """Both are drawn alike: a language model that sees no video has no gap."""
+    model = unified(tiny_fsq() if discrete else None)
+    with torch.no_grad():
+        for embed in (
+            model.slot_embed.weight,
+            model.frame_embed.weight,
+            *model.projector[2].parameters(),
+        ):
+            embed.zero_()
+        model.lm.get_input_embeddings().weight.zero_()
+    gap = model.decoder_gap(clip(8, 9, 16, 16), ["a"] * 8)
+    assert gap["teacher_forced"] == pytest.approx(gap["free_running"], rel=0.02)
+
+
+def test_language_model_is_told_the_frames_of_tokens(clip):
+    """Without, it could not know where a chosen key frame lies."""
+    model = unified()
+    tokens, positions, _, _ = model._encode(clip(1, 5, 16, 16), None)
+    later = positions.clone()
+    later[:, : model.tokenizer.config.key_tokens, 0] = 3
+    seen, other = (model.embed_visual(tokens, p) for p in (positions, later))
+    assert not torch.allclose(seen[:, 0], other[:, 0]) and torch.equal(seen[:, -1], other[:, -1])
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "lora", "fsq"])
 def test_save_and_load_as_one_folder(clip, tmp_path, kind):
     if kind == "lora":

@@ -55,7 +55,7 @@ class VTokConfig(ModelConfig):
     encoder_heads: int = 6
     key_tokens: int = 16
     token_dim: int = 384
-    residual_pool: str = "attention"
+    residual_pool: str = "grid"
     num_queries: int = 4
     motion_tokens_per_second: float = 6.0
     stride: int = 0

@@ -130,28 +130,32 @@ def generate_tokens(
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"generate: temperature must be >= 0, got {temperature}")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    slots = model.positions_for(num_frames, fps)[:, 1].to(model.token_mean.device)
+    places = model.positions_for(num_frames, fps).to(model.token_mean.device)  # [L, 2]
     turns = [Turn(GENERATION, prompt) for prompt in prompts]
     batch = build_sequences(turns, [0] * len(turns), model.text, begin_only=True, left=True)
-    model.check_length(batch.ids.shape[1] + len(slots))
+    model.check_length(batch.ids.shape[1] + len(places))
     cache = _Cache(model, batch, model._inputs(batch, None, None))
     tokens: list[Tensor] = []
-    for slot in slots:
-        tokens.append(_next_token(model, cache.state, temperature, generator))
-        if len(tokens) < len(slots):
-            seen = model.embed_visual(tokens[-1], slot.expand(len(prompts)))
-            cache.push(seen.to(cache.state.dtype))
+    for place in places.expand(len(prompts), -1, -1).unbind(1):
+        drawn = next_tokens(model, cache.state, temperature=temperature, generator=generator)
+        tokens.append(drawn)
+        if len(tokens) < len(places):
+            cache.push(model.embed_visual(drawn, place).to(cache.state.dtype))
     return torch.stack(tokens, dim=1)
 
 
-def _next_token(
-    model: VTokLM, state: Tensor, temperature: float, generator: torch.Generator
+def next_tokens(
+    model: VTokLM,
+    states: Tensor,
+    *,
+    temperature: float,
+    generator: torch.Generator,
 ) -> Tensor:
-    """Returns tokens [B, D] of states [B, H]."""
+    """Returns tokens [n, D] drawn for states [n, H]."""
     if isinstance(model.head, CodeHead):
-        return model.head.codes[model.head.choose(state, temperature, generator)]
-    noise = torch.randn(len(state), model.head.token_dim, generator=generator).to(state)
-    predicted = model.head.predict(state, temperature * noise, SAMPLING_STEPS)
+        return model.head.codes[model.head.choose(states, temperature, generator)]
+    noise = torch.randn(len(states), model.head.token_dim, generator=generator).to(states)
+    predicted = model.head.predict(states, temperature * noise, SAMPLING_STEPS)
     return model.denormalised(predicted)
 
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtok_ext.models import _video_input as video_input
+from vtok_ext.models.sit_network import sincos_1d
 from vtok_ext.models.vtok import VTok
 from vtok_ext.models.vtok_heads import (
     TRAINING_STEPS,
@@ -42,6 +43,8 @@ from vtok_ext.models.vtok_sequence import (
 from vtok_ext.models.vtok_text import TextTokenizer
 
 _LEAST_DEVIATION = 1e-3
+# Channels of sines and cosines that tell the frame of a token.
+_FRAME_WAVES = 32
 
 
 class VTokLM(nn.Module):
@@ -85,7 +88,9 @@ class VTokLM(nn.Module):
         dim, slots = tokenizer.config.latent_dim, tokenizer.config.key_tokens
         self.projector = nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, width))
         self.slot_embed = nn.Embedding(slots + 1, width)
-        nn.init.normal_(self.slot_embed.weight, std=0.02)
+        self.frame_embed = nn.Linear(_FRAME_WAVES, width, bias=False)
+        for embed in (self.slot_embed, self.frame_embed):
+            nn.init.normal_(embed.weight, std=0.02)
         self.head = self._build_head(width, dim)
         if config.lambda_dec == 0:  # else a weight decay would wear it out
             tokenizer.decoder.requires_grad_(False)
@@ -216,9 +221,12 @@ class VTokLM(nn.Module):
                 f"max_position_embeddings, got {length}: take fewer frames, or a larger stride"
             )
 
-    def embed_visual(self, latent: Tensor, slots: Tensor) -> Tensor:
-        """Returns what the language model sees [..., H] of tokens [..., D] in slots [...]."""
-        return self.projector(latent) + self.slot_embed(slots.long())
+    def embed_visual(self, latent: Tensor, positions: Tensor) -> Tensor:
+        """Returns what the language model sees [..., H] of tokens [..., D] at [..., 2], their
+        frames and slots."""
+        frames, slots = positions.long().unbind(-1)
+        waves = sincos_1d(frames.flatten(), _FRAME_WAVES).view(*frames.shape, -1).to(latent)
+        return self.projector(latent) + self.slot_embed(slots) + self.frame_embed(waves)
 
     def _inputs(self, batch: Sequences, latent: Tensor | None, positions: Tensor | None) -> Tensor:
         """Returns embeddings [B, N, H] of a batch of sequences."""
@@ -226,7 +234,7 @@ class VTokLM(nn.Module):
         embedded = self.lm.get_input_embeddings()(batch.ids.to(device))
         if latent is None or positions is None or not bool(batch.is_visual.any()):
             return embedded
-        visual = self.embed_visual(latent, positions[..., 1]).to(embedded.dtype)
+        visual = self.embed_visual(latent, positions).to(embedded.dtype)
         holes = batch.is_visual.to(device)[..., None].expand_as(embedded)
         rows = batch.is_visual.any(1).to(device)  # a beginning of a generation has no token yet
         return embedded.masked_scatter(holes, visual[rows])
@@ -278,7 +286,8 @@ class VTokLM(nn.Module):
         self, video: Tensor, prompts: Sequence[str], *, fps: float | None = None, seed: int = 0
     ) -> dict[str, float]:
         """Returns the decoder's loss on true tokens (`true`), on tokens predicted from true ones
-        (`teacher_forced`) and on tokens that were generated (`free_running`), with equal noise.
+        (`teacher_forced`) and on tokens that were generated (`free_running`): both drawn alike, and
+        all given to the decoder with equal noise.
 
         Args:
             video: [B, 3, T, H, W].
@@ -286,7 +295,7 @@ class VTokLM(nn.Module):
             fps: frames per second.
             seed: of all noise.
         """
-        from vtok_ext.models.vtok_generation import generate_tokens
+        from vtok_ext.models.vtok_generation import generate_tokens, next_tokens
 
         check_one_per_clip("decoder_gap", "prompts", prompts, video)
         latent, positions, _, _ = self._encode(video, fps)
@@ -297,7 +306,7 @@ class VTokLM(nn.Module):
         def generator() -> torch.Generator:
             return torch.Generator().manual_seed(seed)
 
-        forced = self.predict(states, [latent.shape[1]] * len(turns), generator())
+        forced = next_tokens(self, states, temperature=1.0, generator=generator())
         free = generate_tokens(
             self, prompts, num_frames=video.shape[2], fps=fps, generator=generator()
         )
