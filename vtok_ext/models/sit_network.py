@@ -120,7 +120,8 @@ def unpatchify(
 
 def sincos_1d(positions: Tensor, dim: int) -> Tensor:
     """Returns [N, dim] float64 of positions [N]: dim / 2 sines, then cosines, of fixed periods."""
-    frequencies = _LONGEST_PERIOD ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
+    steps = torch.arange(dim // 2, dtype=torch.float64, device=positions.device)
+    frequencies = _LONGEST_PERIOD ** (-steps / (dim / 2))
     angles = positions.double()[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtok_ext.models.vtok_heads import SAMPLING_STEPS, CodeHead
+from vtok_ext.models.vtok_heads import SAMPLING_STEPS, CodeHead, normal_rows
 from vtok_ext.models.vtok_lm import VTokLM
 from vtok_ext.models.vtok_sequence import (
     GENERATION,
@@ -154,7 +154,7 @@ def next_tokens(
     """Returns tokens [n, D] drawn for states [n, H]."""
     if isinstance(model.head, CodeHead):
         return model.head.codes[model.head.choose(states, temperature, generator)]
-    noise = torch.randn(len(states), model.head.token_dim, generator=generator).to(states)
+    noise = normal_rows([1] * len(states), model.head.token_dim, states, generator)
     predicted = model.head.predict(states, temperature * noise, SAMPLING_STEPS)
     return model.denormalised(predicted)
 

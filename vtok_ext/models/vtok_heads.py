@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtok_ext.models._random import choose
 from vtok_ext.models.sit_network import TimestepEmbedder
 from vtok_ext.models.transport import Transport
 from vtok_ext.models.vtok_decoder import Generators
@@ -37,16 +38,19 @@ def normal_rows(counts: Sequence[int], width: int, like: Tensor, generators: Gen
         like: dtype and device.
         generators: one per sample, one for all, or torch's global one.
     """
-    if generators is None or isinstance(generators, torch.Generator):
-        shape, device = (sum(counts), width), "cpu"
-        if generators is None:
-            return torch.randn(shape, dtype=like.dtype, device=like.device)
-        return torch.randn(shape, generator=generators, device=device).to(like)
+    if generators is None:
+        return torch.randn(sum(counts), width, dtype=like.dtype, device=like.device)
+    if isinstance(generators, torch.Generator):
+        return _normal(sum(counts), width, generators).to(like)
     rows = [
-        torch.randn(count, width, generator=generator)
+        _normal(count, width, generator)
         for count, generator in zip(counts, generators, strict=True)
     ]
     return torch.cat(rows).to(like)
+
+
+def _normal(count: int, width: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(count, width, generator=generator, device=generator.device)
 
 
 class _Block(nn.Module):
@@ -170,5 +174,4 @@ class CodeHead(nn.Module):
         logits = self.logits(states).float()
         if temperature == 0:
             return logits.argmax(-1)
-        chances = (logits / temperature).softmax(-1).cpu()
-        return torch.multinomial(chances, 1, generator=generator)[:, 0].to(states.device)
+        return choose((logits / temperature).softmax(-1), generator)
