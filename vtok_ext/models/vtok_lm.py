@@ -188,8 +188,8 @@ class VTokLM(nn.Module):
         else:
             # DDP waits for a gradient of every parameter in every step.
             vis = zero + _nothing_of(self.head)
-        if self.config.lambda_dec > 0 and not bool(is_generated.any()):
-            dec = zero + _nothing_of(self.tokenizer.decoder)
+            if self.config.lambda_dec > 0:
+                dec = zero + self._nothing_of_decoder(latent, positions)
         loss = under + self.config.lambda_vis * vis + self.config.lambda_dec * dec
         if extra is not None:
             loss = loss + extra
@@ -204,6 +204,14 @@ class VTokLM(nn.Module):
         assert isinstance(encoding.latent, Tensor) and encoding.positions is not None
         indices, extra = encoding.indices, encoding.losses.get("aux_loss")
         return encoding.latent, encoding.positions, indices, extra
+
+    def _nothing_of_decoder(self, latent: Tensor, positions: Tensor) -> Tensor:
+        """Returns 0 with zero gradients for all of the decoder, which is run on one patch: with
+        FSDP2 every process must run a block that any of them runs, and only a block itself can
+        read its parameters."""
+        decoder = self.tokenizer.decoder
+        patch = latent.new_zeros(1, 3, *decoder.patch)
+        return 0.0 * decoder.predict(patch, patch[:, 0, 0, 0, 0], latent[:1], positions[:1]).sum()
 
     def positions_for(self, num_frames: int, fps: float | None) -> Tensor:
         """Returns int32 [L, 2]: frame and slot of the tokens of a video of T frames."""

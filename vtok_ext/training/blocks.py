@@ -28,6 +28,7 @@ from vtok_ext.layers.transformer import QueryBlock, TransformerBlock
 from vtok_ext.layers.volume import VolumeBlock, VolumeDown, VolumeUp
 from vtok_ext.models.gpt import CausalBlock
 from vtok_ext.models.sit_network import SiTBlock
+from vtok_ext.models.vtok_decoder import DecoderBlock
 
 BLOCKS = (
     ResidualBlock1d,
@@ -39,6 +40,7 @@ BLOCKS = (
     QueryBlock,
     SiTBlock,
     CausalBlock,
+    DecoderBlock,
 )
 # Changes of resolution read their parameters by themselves too; recomputing them saves nothing.
 _RESAMPLING = (

@@ -219,8 +219,8 @@ class VTokTask(_VTokTask):
         """Returns a clip and its reconstruction, [1, 3, T, H, W]."""
         video = to_video(clip[None].to(self.device))
         with self.autocast():
-            encoding = self.model.encode(video, fps=self.fps)
-            return video, self.model.decode(encoding).float()
+            # The module itself is called, where FSDP2 gathers what it has divided.
+            return video, self.model(video, fps=self.fps).reconstruction.float()
 
     def pictures(self, samples: list[Tensor]) -> dict[str, Tensor]:
         """Returns held-out clips beside their reconstructions."""
