@@ -347,6 +347,66 @@ def test_one_question_set_is_fitted_to_100_percent():
     assert answers == [turn.answer for turn in turns]
 
 
+def of_architecture(architecture, **sizes):
+    text = WordTokenizer(vocabulary())
+    torch.manual_seed(1)
+    config = VTokLMConfig(tiny_lm_config(len(text), architecture, sizes), head_width=16)
+    return VTokLM(config, tiny(stride=2), text).eval()
+
+
+@pytest.mark.parametrize(
+    "architecture, sizes",
+    [
+        ("bert", {}),
+        ("cohere", {"logit_scale": 0.25}),
+        ("granite", {"logits_scaling": 8.0}),
+        ("gemma2", {"final_logit_softcapping": 0.1, "head_dim": 16}),
+    ],
+)
+def test_states_are_causal_and_logits_are_those_of_the_model(clip, architecture, sizes):
+    """BERT's answers saw themselves; what the others make of their output layer was left out."""
+    model = of_architecture(architecture, **sizes)
+    width = model.lm.get_input_embeddings().embedding_dim
+    inputs = torch.randn(2, 6, width, generator=generator())
+    with torch.no_grad():
+        states = model.lm.base_model(inputs_embeds=inputs).last_hidden_state
+        expected = model.lm(inputs_embeds=inputs).logits
+        begun = model.lm.base_model(inputs_embeds=inputs[:, :4]).last_hidden_state
+        assert_close(model.text_logits(states), expected, "logits", factor=20)
+    assert_close(begun, states[:, :4], "states", factor=100)
+    losses = model.train()(clip(2, 5, 16, 16), [ASK, MAKE], generators=[generator()] * 2)
+    losses["loss"].backward()
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert [n for n in missing if "pooler" not in n] == []
+    assert len(model.eval().answer(clip(1, 5, 16, 16), ["what"], max_tokens=2)) == 1
+
+
+@pytest.mark.parametrize(
+    "architecture, sizes, message",
+    [
+        ("bert", {"is_decoder": False}, "lm must be causal: .*, got bert"),
+        ("xlnet", {"d_model": 32, "n_layer": 1, "n_head": 2}, "lm must .* got xlnet"),
+        ("electra", {"embedding_size": 64}, "lm must have logits that .*, got electra"),
+    ],
+)
+def test_language_models_of_another_kind_are_refused(architecture, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        of_architecture(architecture, **sizes)
+
+
+def test_positions_that_do_not_count_from_zero_are_refused():
+    """Training counted RoBERTa's from 2, answers from 0."""
+    from transformers import RobertaConfig, RobertaForCausalLM
+
+    from vtok_ext.models.vtok_lm_checks import check_language_model
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    lm = RobertaForCausalLM(RobertaConfig(**sizes, vocab_size=50, is_decoder=True)).train()
+    with pytest.raises(ValueError, match="lm must count positions from 0, .*, got roberta"):
+        check_language_model(lm)
+    assert all(module.training for module in lm.modules())
+
+
 def test_errors():
     with pytest.raises(ValueError, match="head must be 'codes' for a discrete tokenizer"):
         unified(tiny_fsq(), head="flow")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from vtok_ext.models.vtok_heads import SAMPLING_STEPS, CodeHead, normal_rows
 from vtok_ext.models.vtok_lm import VTokLM
+from vtok_ext.models.vtok_lm_checks import cache_name
 from vtok_ext.models.vtok_sequence import (
     GENERATION,
     UNDERSTANDING,
@@ -27,9 +27,7 @@ class _Cache:
 
     def __init__(self, model: VTokLM, batch: Sequences, inputs: Tensor) -> None:
         self.lm, self.past = model.lm, None
-        # Renamed in transformers 5.
-        known = inspect.signature(model.lm.base_model.forward).parameters
-        self.name = "cache" if "cache" in known else "past_key_values"
+        self.name = cache_name(model.lm.base_model)
         self.attended = batch.attended.to(inputs.device).long()
         # Padding stands on the left: places count from the first real token.
         self.places = (self.attended.cumsum(1) - 1).clamp(min=0)
@@ -83,12 +81,12 @@ def answer(
     batch = build_sequences(turns, counts, model.text, begin_only=True, left=True)
     model.check_length(batch.ids.shape[1] + max_tokens)
     cache = _Cache(model, batch, model._inputs(batch, latent, positions))
-    embed, head = model.lm.get_input_embeddings(), model.lm.get_output_embeddings()
+    embed = model.lm.get_input_embeddings()
     end = model.text.special["<eos>"]
     found: list[list[int]] = [[] for _ in turns]
     is_open = [True] * len(turns)
     for _ in range(max_tokens):
-        chosen = head(cache.state)[:, : len(model.text)].argmax(-1)
+        chosen = model.text_logits(cache.state)[:, : len(model.text)].argmax(-1)
         for row, number in enumerate(chosen.tolist()):
             is_open[row] = is_open[row] and number != end
             if is_open[row]:

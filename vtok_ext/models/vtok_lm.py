@@ -31,6 +31,7 @@ from vtok_ext.models.vtok_heads import (
     MseHead,
     normal_rows,
 )
+from vtok_ext.models.vtok_lm_checks import check_language_model, output_head, text_logits
 from vtok_ext.models.vtok_lm_config import VTokLMConfig, add_lora, build_lm
 from vtok_ext.models.vtok_sequence import (
     GENERATION,
@@ -58,7 +59,8 @@ class VTokLM(nn.Module):
 
     Raises:
         ImportError: transformers or peft is not installed.
-        ValueError: a head that does not go with the tokenizer.
+        ValueError: a head that does not go with the tokenizer, or a language model that is not
+            causal or of another kind; see `vtok_lm_checks`.
     """
 
     lm: Any
@@ -82,6 +84,7 @@ class VTokLM(nn.Module):
         self.lm = build_lm(config.lm_config) if lm is None else lm
         if len(text) > self.lm.get_input_embeddings().num_embeddings:
             self.lm.resize_token_embeddings(len(text))
+        check_language_model(self.lm)
         if config.lora_rank:
             add_lora(self.lm, config.lora_rank, config.lora_alpha, config.lora_targets)
         width = self.lm.get_input_embeddings().embedding_dim
@@ -258,11 +261,14 @@ class VTokLM(nn.Module):
     def _answer_loss(self, states: Tensor, batch: Sequences) -> Tensor:
         labels = batch.labels.to(states.device)[:, 1:]
         learnt = labels != IGNORED
-        head = self.lm.get_output_embeddings()
         if not bool(learnt.any()):
-            return states.sum() * 0.0 + _nothing_of(head)
-        logits = head(states[:, :-1][learnt])
+            return states.sum() * 0.0 + _nothing_of(output_head(self.lm))
+        logits = self.text_logits(states[:, :-1][learnt])
         return F.cross_entropy(logits.float(), labels[learnt])
+
+    def text_logits(self, states: Tensor) -> Tensor:
+        """Returns the language model's logits [..., ids] of its states [..., H]."""
+        return text_logits(self.lm, states)
 
     @staticmethod
     def _before_targets(states: Tensor, batch: Sequences) -> Tensor:

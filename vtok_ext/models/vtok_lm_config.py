@@ -112,7 +112,7 @@ def tiny_lm_config(
                 f"got {name!r}{closest(name, known)}"
             )
     tiny = {k: v for k, v in TINY.items() if k in known and k not in attributes}
-    chosen = {**tiny, **(sizes or {}), "vocab_size": vocabulary}
+    chosen = {**_as_decoder(default), **tiny, **(sizes or {}), "vocab_size": vocabulary}
     # Ids of a large vocabulary that are out of range here.
     unused = {name: None for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
@@ -122,6 +122,26 @@ def tiny_lm_config(
             f"tiny_lm_config: sizes must suit {architecture}, got {dict(sizes or {})}: {error}"
         ) from error
     return config_json(config)
+
+
+def _as_decoder(config: Any) -> dict[str, bool]:
+    """Returns the field by which a model such as BERT becomes causal, if the configuration has it;
+    else its tokens see later ones."""
+    return {"is_decoder": True} if hasattr(config, "is_decoder") else {}
+
+
+def load_lm(source: str) -> Any:
+    """Returns the causal language model in folder `source` or of that hub id, in float32 as all
+    else: transformers 5 loads weights in the dtype that they are stored in.
+
+    Raises:
+        ImportError: transformers is not installed, or not one for this torch.
+    """
+    transformers = require("load_lm", "transformers")
+    config = transformers.AutoConfig.from_pretrained(source)
+    for name, value in _as_decoder(config).items():
+        setattr(config, name, value)
+    return transformers.AutoModelForCausalLM.from_pretrained(source, config=config).float()
 
 
 def config_json(config: Any) -> str:

@@ -20,7 +20,7 @@ from vtok_ext.models._optional import require
 from vtok_ext.models._persistence import check_source
 from vtok_ext.models.vtok import VTok
 from vtok_ext.models.vtok_lm import VTokLM
-from vtok_ext.models.vtok_lm_config import VTokLMConfig, config_json, tiny_lm_config
+from vtok_ext.models.vtok_lm_config import VTokLMConfig, config_json, load_lm, tiny_lm_config
 from vtok_ext.models.vtok_sequence import GENERATION, UNDERSTANDING, Turn
 from vtok_ext.models.vtok_text import HuggingFaceText, TextTokenizer, WordTokenizer
 from vtok_ext.training.recipe import Recipe
@@ -177,8 +177,7 @@ def build_unified(
         transformers = require("build_unified", "transformers")
         check_source("language_model", language_model.source)
         text = HuggingFaceText(transformers.AutoTokenizer.from_pretrained(language_model.source))
-        # float32 as all else; transformers 5 loads weights in the dtype that they are stored in.
-        lm = transformers.AutoModelForCausalLM.from_pretrained(language_model.source).float()
+        lm = load_lm(language_model.source)
         if len(text) > lm.config.vocab_size:
             lm.resize_token_embeddings(len(text))
         described = config_json(lm.config)
