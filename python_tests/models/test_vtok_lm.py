@@ -275,11 +275,59 @@ def test_hub_downloads_hold_all_files(tmp_path, monkeypatch):
     assert loaded.tokenizer.model_id == model.tokenizer.model_id
 
 
-def test_lora_trains_adapters_only():
+def test_lora_trains_adapters_and_control_tokens():
+    """Rows of the word table that were added for control tokens kept their random numbers."""
     import_or_skip("peft")
     model = unified(lora_rank=2)
     trained = [n for n, p in model.lm.named_parameters() if p.requires_grad]
     assert trained and all("lora" in name for name in trained)
+    assert {n for n, p in model.control.named_parameters() if p.requires_grad} == {
+        "embedding_change",
+        "output_change",
+    }
+    assert unified().control is None  # all rows are trained
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_control_tokens_change_beside_lora(clip, tmp_path, architecture):
+    """Their rows alone; gradients of every batch; the folder of a version that had none."""
+    from safetensors.torch import load_file, save_file
+
+    import_or_skip("peft")
+    targets = ("q_proj",) if architecture == "llama" else ("c_attn",)
+    model = unified(architecture=architecture, lora_rank=2, lora_targets=targets, lambda_dec=0.0)
+    video, ids = clip(2, 5, 16, 16), torch.arange(len(model.text))[None]
+    states = torch.randn(1, 32, generator=generator())
+    with torch.no_grad():
+        words, logits = model.lm.get_input_embeddings()(ids), model.text_logits(states)
+        assert torch.equal(model.embed_text(ids), words)  # nothing is changed at the start
+    model.save_pretrained(str(tmp_path / "old"))
+    for turns in ([ASK, MAKE], [MAKE, MAKE]):
+        model.zero_grad()
+        model.train()(video, turns)["loss"].backward()
+        assert all(p.grad is not None for p in model.control.parameters())
+    model.zero_grad()
+    model(video, [ASK, ASK])["loss"].backward()
+    torch.optim.SGD(model.control.parameters(), 1.0).step()
+    special = set(model.text.special.values())
+    with torch.no_grad():
+        changed = (model.embed_text(ids) != words)[0].any(1).nonzero().flatten().tolist()
+        # <eos> is said, never seen; <pad> stands where nothing looks.
+        unseen = {model.text.special["<eos>"], model.text.special["<pad>"]}
+        assert set(changed) == special - unseen
+        said = (model.text_logits(states) != logits)[0].nonzero().flatten().tolist()
+        assert set(said) == special
+    model.eval().save_pretrained(str(tmp_path / "new"))
+    loaded = VTokLM.from_pretrained(str(tmp_path / "new"))
+    with torch.no_grad():
+        assert torch.equal(loaded.embed_text(ids), model.embed_text(ids))
+        assert torch.equal(loaded.text_logits(states), model.text_logits(states))
+    path = tmp_path / "old" / "model.safetensors"
+    weights = {n: t for n, t in load_file(path).items() if not n.startswith("control.")}
+    save_file(weights, path)
+    old = VTokLM.from_pretrained(str(tmp_path / "old"))
+    with torch.no_grad():
+        assert torch.equal(old.embed_text(ids), words)
 
 
 def test_token_variance_does_not_collapse(clip):

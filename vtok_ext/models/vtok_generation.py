@@ -81,7 +81,6 @@ def answer(
     batch = build_sequences(turns, counts, model.text, begin_only=True, left=True)
     model.check_length(batch.ids.shape[1] + max_tokens)
     cache = _Cache(model, batch, model._inputs(batch, latent, positions))
-    embed = model.lm.get_input_embeddings()
     end = model.text.special["<eos>"]
     found: list[list[int]] = [[] for _ in turns]
     is_open = [True] * len(turns)
@@ -93,7 +92,7 @@ def answer(
                 found[row].append(number)
         if not any(is_open):
             break
-        cache.push(embed(chosen))
+        cache.push(model.embed_text(chosen))
     return [model.text.decode(ids) for ids in found]
 
 

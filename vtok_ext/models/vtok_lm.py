@@ -6,8 +6,9 @@
               its targets are normalised by stored statistics and take no gradient
     L_dec     flow matching of the decoder on true or, more and more often, predicted tokens
 
-Any causal language model of transformers. Trained: language model or its LoRA, projections, the
-tokenizer's residual pool and decoder; its image encoder is frozen.
+Any causal language model of transformers. Trained: language model, or its LoRA and the rows of
+control tokens (`vtok_control`), projections, the tokenizer's residual pool and decoder; its image
+encoder is frozen.
 Source: VTok (arXiv 2602.04202), second-hand notes; head, normalisation and schedule are our own.
 """
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from vtok_ext.models import _video_input as video_input
 from vtok_ext.models.sit_network import sincos_1d
 from vtok_ext.models.vtok import VTok
+from vtok_ext.models.vtok_control import ControlTokens
 from vtok_ext.models.vtok_heads import (
     TRAINING_STEPS,
     CodeHead,
@@ -88,6 +90,8 @@ class VTokLM(nn.Module):
         if config.lora_rank:
             add_lora(self.lm, config.lora_rank, config.lora_alpha, config.lora_targets)
         width = self.lm.get_input_embeddings().embedding_dim
+        control = ControlTokens(text.special.values(), width)
+        self.control = control if config.lora_rank else None
         dim, slots = tokenizer.config.latent_dim, tokenizer.config.key_tokens
         self.projector = nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, width))
         self.slot_embed = nn.Embedding(slots + 1, width)
@@ -239,10 +243,15 @@ class VTokLM(nn.Module):
         waves = sincos_1d(frames.flatten(), _FRAME_WAVES).view(*frames.shape, -1).to(latent)
         return self.projector(latent) + self.slot_embed(slots) + self.frame_embed(waves)
 
+    def embed_text(self, ids: Tensor) -> Tensor:
+        """Returns what the language model sees [..., H] of text ids [...]."""
+        words = self.lm.get_input_embeddings()(ids)
+        return words if self.control is None else self.control.embedded(words, ids)
+
     def _inputs(self, batch: Sequences, latent: Tensor | None, positions: Tensor | None) -> Tensor:
         """Returns embeddings [B, N, H] of a batch of sequences."""
         device = self.slot_embed.weight.device
-        embedded = self.lm.get_input_embeddings()(batch.ids.to(device))
+        embedded = self.embed_text(batch.ids.to(device))
         if latent is None or positions is None or not bool(batch.is_visual.any()):
             return embedded
         visual = self.embed_visual(latent, positions).to(embedded.dtype)
@@ -262,13 +271,14 @@ class VTokLM(nn.Module):
         labels = batch.labels.to(states.device)[:, 1:]
         learnt = labels != IGNORED
         if not bool(learnt.any()):
-            return states.sum() * 0.0 + _nothing_of(output_head(self.lm))
+            nothing = states.sum() * 0.0 + _nothing_of(output_head(self.lm))
+            return nothing if self.control is None else nothing + _nothing_of(self.control)
         logits = self.text_logits(states[:, :-1][learnt])
         return F.cross_entropy(logits.float(), labels[learnt])
 
     def text_logits(self, states: Tensor) -> Tensor:
         """Returns the language model's logits [..., ids] of its states [..., H]."""
-        return text_logits(self.lm, states)
+        return text_logits(self.lm, states, self.control)
 
     @staticmethod
     def _before_targets(states: Tensor, batch: Sequences) -> Tensor:

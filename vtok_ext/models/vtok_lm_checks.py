@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtok_ext.models.vtok_control import ControlTokens
+
 # Of the largest number: causal states differ by rounding, others by much more. Half types round in
 # the third decimal place, and add up over layers.
 _TOLERANCE, _TOLERANCE_HALF = 1e-4, 0.05
@@ -53,9 +55,12 @@ def scaled(
 def text_logits(
     lm: Any,
     states: Tensor,  # [..., H]
+    control: ControlTokens | None = None,
 ) -> Tensor:
-    """Returns the logits [..., ids] of a language model's last states."""
-    return scaled(output_head(lm)(states), lm.config)
+    """Returns the logits [..., ids] of a language model's last states, changed for control tokens
+    if there is a change."""
+    logits = output_head(lm)(states)
+    return scaled(logits if control is None else control.logits(logits, states), lm.config)
 
 
 def cache_name(model: nn.Module) -> str:

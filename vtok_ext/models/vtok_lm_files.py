@@ -1,7 +1,7 @@
 """A VTokLM on disk, one folder:
 
 tokenizer/          the VTok, as `save_pretrained` writes it
-model.safetensors   language model, adapters, projections, head, statistics
+model.safetensors   language model, adapters, control tokens, projections, head, statistics
 text.json           words, or text/ with a tokenizer of transformers
 config.json         written last: a folder that has it is complete
 
@@ -125,6 +125,9 @@ def load(folder: str | os.PathLike) -> VTokLM:
     model = VTokLM(config, tokenizer, load_text(source))
     path = os.path.join(source, _persistence.WEIGHTS_NAME)
     weights = _persistence.read_safetensors(path, "VTokLM.from_pretrained")
+    if model.control is not None:  # earlier versions had none, which is a change of 0
+        for name, value in model.control.state_dict(prefix="control.").items():
+            weights.setdefault(name, value.detach())
     parts: Any = _Parts(model)
     _persistence.load_weights(parts, weights, "VTokLM.from_pretrained")
     return model.eval()
