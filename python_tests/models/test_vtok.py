@@ -406,6 +406,8 @@ def test_masked_autoencoder_hides_something():
     assert model(torch.rand(2, 3, 8, 8)).isfinite()
     with pytest.raises(ValueError, match=r"two patches of 4 or more, got \[4, 4\]"):
         model(torch.rand(2, 3, 4, 4))
+    with pytest.raises(ValueError, match=r"generator must be one per picture \(2\), got 1"):
+        model(torch.rand(2, 3, 8, 8), [torch.Generator()])
 
 
 def test_masked_autoencoder_learns_and_freezes():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vtok_ext.layers.kl import Generators
 from vtok_ext.layers.transformer import TransformerBlock
 from vtok_ext.models.sit_network import sincos_2d
 from vtok_ext.models.vision_encoder import SmallViT
@@ -51,15 +52,17 @@ class MaskedAutoencoder(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pixels = nn.Linear(dim, 3 * encoder.patch**2)
 
-    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def forward(self, images: Tensor, generator: Generators = None) -> Tensor:
         """Returns the mean loss of pictures [B, 3, H, W] in [-1, 1].
 
         Args:
             images: sizes are multiples of the patch.
-            generator: decides which patches are hidden.
+            generator: decides which patches are hidden; with one per picture those of a picture do
+                not depend on the others of its batch.
 
         Raises:
-            ValueError: pictures of a single patch, of which nothing could be both seen and hidden.
+            ValueError: pictures of a single patch, of which nothing could be both seen and hidden;
+                another number of generators than of pictures.
         """
         patch = self.encoder.patch
         rows, columns = (size // patch for size in images.shape[2:])
@@ -70,9 +73,7 @@ class MaskedAutoencoder(nn.Module):
                 f"got {list(images.shape[2:])}"
             )
         visible = min(max(1, round(count * (1 - self.mask_ratio))), count - 1)
-        device = images.device if generator is None else generator.device
-        order = torch.rand(batch, count, generator=generator, device=device).argsort(1)
-        order = order.to(images.device)
+        order = _random_keys(batch, count, generator, images.device).argsort(1)
         seen = self.embed(self.encoder.encode_patches(images, order[:, :visible]))
         hidden = self.hidden.to(seen).expand(batch, count - visible, -1)
         width = seen.shape[-1]
@@ -91,3 +92,19 @@ class MaskedAutoencoder(nn.Module):
         """Returns the encoder, frozen and in eval mode."""
         self.encoder.frozen = True
         return self.encoder.requires_grad_(False).eval()
+
+
+def _random_keys(batch: int, count: int, generator: Generators, device: torch.device) -> Tensor:
+    """Returns numbers [batch, count] in [0, 1)."""
+    if generator is None:
+        return torch.rand(batch, count, device=device)
+    if isinstance(generator, torch.Generator):
+        keys = torch.rand(batch, count, generator=generator, device=generator.device)
+        return keys.to(device)
+    if len(generator) != batch:
+        raise ValueError(
+            f"MaskedAutoencoder: generator must be one per picture ({batch}), got {len(generator)}"
+        )
+    return torch.stack([torch.rand(count, generator=g, device=g.device) for g in generator]).to(
+        device
+    )

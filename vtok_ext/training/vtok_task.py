@@ -131,8 +131,7 @@ class VTokEncoderTask(_VTokTask):
             ]
         )
         with self.autocast():
-            # One order of patches for the whole batch would do less: each clip has its own.
-            loss = self.call["model"](self._pictures(frames), generators[0])
+            loss = self.call["model"](self._pictures(frames), generators)
         backward(loss)
         return {"loss": loss.detach()}
 
