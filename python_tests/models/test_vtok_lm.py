@@ -111,6 +111,47 @@ def test_every_batch_has_all_gradients(clip, turns, discrete, lambda_dec):
     assert any(p.requires_grad for p in model.tokenizer.decoder.parameters()) == (lambda_dec > 0)
 
 
+@pytest.mark.parametrize(
+    "weights, trains",
+    [
+        ({"lambda_vis": 0.0}, True),  # by the decoder, which reads predicted tokens
+        ({"lambda_vis": 0.0, "predicted": 0.0}, False),
+        ({"lambda_vis": 0.0, "lambda_dec": 0.0}, False),
+        ({"lambda_dec": 0.0}, True),
+    ],
+)
+def test_a_head_that_no_loss_reaches_is_frozen(clip, weights, trains):
+    model = unified(predicted_steps=0, **weights).train()
+    assert all(p.requires_grad == trains for p in model.head.parameters())
+    for turns in ([ASK], [MAKE]):
+        model.zero_grad()
+        model(clip(1, 5, 16, 16), turns)["loss"].backward()
+        missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        assert missing == []
+
+
+@pytest.mark.parametrize("generation, turn", [(0.0, ASK), (1.0, MAKE)], ids=["ask", "make"])
+def test_one_task_alone_leaves_what_the_other_trains_as_it_is(clip, generation, turn):
+    """A weight decay wore out a trained decoder in a training that makes no videos."""
+    from vtok_ext.training.vtok_lm_task import build_unified
+    from vtok_ext.training.vtok_recipe import LanguageModelRecipe, UnifiedRecipe
+
+    settings = UnifiedRecipe(head_width=16, head_depth=1, generation=generation)
+    model = build_unified(tiny(stride=2), LanguageModelRecipe(), settings).train()
+    decoder, words = model.tokenizer.decoder, model.lm.get_output_embeddings()
+    parts = {"head": model.head, "decoder": decoder, "words": words, "lm": model.lm.base_model}
+    before = {name: [p.clone() for p in part.parameters()] for name, part in parts.items()}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, 1e-2, weight_decay=0.5)
+    model(clip(2, 5, 16, 16), [turn, turn])["loss"].backward()
+    optimizer.step()
+    same = {
+        name: all(map(torch.equal, part.parameters(), before[name])) for name, part in parts.items()
+    }
+    asks = turn is ASK
+    assert same == {"head": asks, "decoder": asks, "words": not asks, "lm": False}
+
+
 def test_a_batch_equals_its_samples(clip):
     """Padding and neighbours change nothing."""
     model, video = unified(lambda_dec=0.0), clip(2, 5, 16, 16)

@@ -99,8 +99,11 @@ class VTokLM(nn.Module):
         for embed in (self.slot_embed, self.frame_embed):
             nn.init.normal_(embed.weight, std=0.02)
         self.head = self._build_head(width, dim)
-        if config.lambda_dec == 0:  # else a weight decay would wear it out
+        # What no loss reaches: else a weight decay would wear it out.
+        if config.lambda_dec == 0:
             tokenizer.decoder.requires_grad_(False)
+        if config.lambda_vis == 0 and config.lambda_dec * config.predicted == 0:
+            self.head.requires_grad_(False)
         self.register_buffer("token_mean", torch.zeros(dim))
         self.register_buffer("token_deviation", torch.ones(dim))
 

@@ -37,7 +37,8 @@ class VTokLMConfig(ModelConfig):
         lm_config: JSON of the language model's configuration in transformers.
         head: "flow" or "mse" for continuous tokens, "codes" for a discrete tokenizer.
         head_width, head_depth: of the head's network.
-        lambda_vis, lambda_dec: weights of L_visLM and L_dec; a decoder of weight 0 is frozen.
+        lambda_vis, lambda_dec: weights of L_visLM and L_dec; a decoder of weight 0 is frozen, and
+            so is a head that neither L_visLM nor, by predicted tokens, the decoder trains.
         predicted: part of the sequences whose decoder sees predicted tokens, reached linearly
             after `predicted_steps` steps.
         predicted_steps: see there.

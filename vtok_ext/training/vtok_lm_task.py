@@ -20,6 +20,7 @@ from vtok_ext.models._optional import require
 from vtok_ext.models._persistence import check_source
 from vtok_ext.models.vtok import VTok
 from vtok_ext.models.vtok_lm import VTokLM
+from vtok_ext.models.vtok_lm_checks import output_head
 from vtok_ext.models.vtok_lm_config import VTokLMConfig, config_json, load_lm, tiny_lm_config
 from vtok_ext.models.vtok_sequence import GENERATION, UNDERSTANDING, Turn
 from vtok_ext.models.vtok_text import HuggingFaceText, TextTokenizer, WordTokenizer
@@ -162,7 +163,8 @@ class VTokLMTask(Task):
 def build_unified(
     tokenizer: VTok, language_model: LanguageModelRecipe, unified: UnifiedRecipe
 ) -> VTokLM:
-    """Returns a VTokLM with a random or pretrained language model.
+    """Returns a VTokLM with a random or pretrained language model, without gradients for what makes
+    videos, or answers, if none are trained on.
 
     Args:
         tokenizer: of the videos.
@@ -186,4 +188,13 @@ def build_unified(
         for name, value in vars(unified).items()
         if name not in ("generation", "questions")
     }
-    return VTokLM(VTokLMConfig(described, **fields), tokenizer, text, lm)
+    model = VTokLM(VTokLMConfig(described, **fields), tokenizer, text, lm)
+    # What no loss reaches: else a weight decay would wear it out.
+    if unified.generation == 0:
+        model.head.requires_grad_(False)
+        tokenizer.decoder.requires_grad_(False)
+    if unified.generation == 1:
+        words = model.lm.get_input_embeddings().weight  # often those of the output layer too
+        for parameter in output_head(model.lm).parameters():
+            parameter.requires_grad_(parameter.requires_grad and parameter is words)
+    return model
