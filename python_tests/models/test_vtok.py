@@ -1,5 +1,6 @@
 """VTok: the length of its sequences, key frames, cuts, streams, files and encoders."""
 
+import dataclasses
 from fractions import Fraction
 
 import numpy
@@ -61,6 +62,32 @@ def test_rules_of_frames():
     assert FrameRule.of(0, 100.0, 24.0).frames(0, 4) == [1, 2, 3]  # at most one per frame
     uneven = FrameRule.of(0, 6.0, 29.97)
     assert len(uneven.frames(0, 2997)) == 600  # no drift over 100 s
+
+
+@pytest.mark.parametrize("stride", [0, 1, 3])
+@pytest.mark.parametrize("rate", [0.3, 6.0, 12.0, 29.97, 100.0])
+def test_sampled_frames_are_found_without_looking_at_each(stride, rate):
+    """By their numbers, as `samples` says frame by frame, which streams ask."""
+    for fps in (24.0, 29.97):
+        rule = FrameRule.of(stride, rate, fps)
+        for begin, end in ((0, 0), (0, 1), (0, 90), (1, 90), (7, 41), (40, 41)):
+            frames = [frame for frame in range(begin, end) if rule.samples(frame)]
+            assert rule.frames(begin, end) == frames and rule.count(begin, end) == len(frames)
+        for number, frame in enumerate(rule.frames(0, 90), start=1):
+            assert rule.frame_of(number) == frame
+
+
+@torch.no_grad()
+def test_a_file_that_speaks_of_too_many_frames(clip):
+    """Each of a billion frames was looked at before the tokens were counted."""
+    model = tiny_fsq()
+    tokens = model.tokenize(clip(1, 9, 16, 16))
+    damaged = dataclasses.replace(tokens, num_frames=10**9)
+    with pytest.raises(ValueError, match="latent must have 250000016 tokens for 1000000000 frames"):
+        model.detokenize(damaged)
+    # A rate of frames at which the next token would be far away.
+    with pytest.raises(ValueError, match="latent must have 16 tokens for 9 frames, got 18"):
+        model.detokenize(dataclasses.replace(tokens, fps=1e12))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (16, 16), (17, 40)])

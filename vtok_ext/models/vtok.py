@@ -130,7 +130,7 @@ class VTok(VideoTokenizer):
 
     def token_grid(self, num_frames: int, height: int, width: int) -> tuple[int]:
         """Returns (S + residual tokens,) of one segment at the default frame rate."""
-        return (self.config.key_tokens + len(self.frame_rule().frames(1, num_frames)),)
+        return (self.config.key_tokens + self.frame_rule().count(1, num_frames),)
 
     def default_positions(
         self, num_frames: int, fps: float | None = None, stride: int | None = None
@@ -415,19 +415,17 @@ class VTok(VideoTokenizer):
 
     def _positions_for(self, length: int, num_frames: int | None, fps: float | None) -> Tensor:
         """Returns [L, 2] of a sequence that comes without; raises if it has another length."""
-        motion = length - self.config.key_tokens
+        rule, motion = self.frame_rule(fps), length - self.config.key_tokens
         if num_frames is None:
-            rule, num_frames, found = self.frame_rule(fps), 1, 0
-            while found < motion:
-                found += rule.samples(num_frames)
-                num_frames += 1
-        positions = self.default_positions(num_frames, fps)
-        if positions.shape[0] != length:
+            num_frames = 1 if motion < 1 else rule.frame_of(motion) + 1
+        # Counted, not listed: a damaged file may speak of any number of frames.
+        expected = self.config.key_tokens + rule.count(1, num_frames)
+        if expected != length:
             raise ValueError(
-                f"decode: latent must have {positions.shape[0]} tokens for {num_frames} frames, "
+                f"decode: latent must have {expected} tokens for {num_frames} frames, "
                 f"got {length}; an Encoding with positions may have others"
             )
-        return positions
+        return self.default_positions(num_frames, fps)
 
     def stream_encoder(self, output: str = "latent") -> VTokStreamEncoder:
         """Returns a stream: one frame in, at most one token out, at constant memory.

@@ -9,6 +9,7 @@ same frames. Source: VTok (arXiv 2602.04202); cuts and chosen key frames are our
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -59,7 +60,27 @@ class FrameRule:
 
     def frames(self, begin: int, end: int) -> list[int]:
         """Returns the sampled frames in begin .. end - 1."""
-        return [frame for frame in range(begin, end) if self.samples(frame)]
+        return [self.frame_of(number) for number in self._numbers(begin, end)]
+
+    def count(self, begin: int, end: int) -> int:
+        """Returns how many frames in begin .. end - 1 are sampled, without looking at each."""
+        return len(self._numbers(begin, end))
+
+    def frame_of(self, number: int) -> int:
+        """Returns the sampled frame number 1, 2, ...; `samples` is true of these alone."""
+        if self.stride:
+            return number * self.stride
+        # Of a rate r < 1 the frame f with f r < number <= (f + 1) r.
+        return number if self.rate >= 1 else math.ceil(number / self.rate) - 1
+
+    def _numbers(self, begin: int, end: int) -> range:
+        """Returns the numbers of the sampled frames in begin .. end - 1."""
+        begin, end = max(begin, 1), max(end, 1)
+        if self.stride:
+            return range((begin - 1) // self.stride + 1, (end - 1) // self.stride + 1)
+        if self.rate >= 1:
+            return range(begin, end)
+        return range(math.floor(begin * self.rate) + 1, math.floor(end * self.rate) + 1)
 
 
 @dataclass(frozen=True)
