@@ -4,11 +4,15 @@
 
 NAME=FOLDER is a saved model; @16 codes windows of 16 frames each by itself, the baseline whose
 seams `boundary_jump` shows (every system is measured at the borders of windows of 16 frames). Every
-system runs in a process of its own, whose peak memory is reported. Results go to
-bench/results/<device>/systems.json; the table is printed as Markdown.
+system runs in a process of its own. Results go to bench/results/<device>/systems.json; the table is
+printed as Markdown.
 
 tokens: positions of the latent; bits: log2 of the codebook per token, or 32 per number of a
 continuous latent; LPIPS is left out where its published weights are not at hand.
+peak_mb: the most resident memory of the process from before its model is loaded until all clips are
+encoded and decoded, less what was resident before: imports are not part of it; weights, one float
+clip, the latents of a clip and the uint8 videos decoded so far are. Quality is measured afterwards,
+on these videos. It is left out where Linux does not let a process start a new peak.
 """
 
 import argparse
@@ -16,12 +20,17 @@ import json
 import math
 import multiprocessing
 import os
-import resource
 import time
 from pathlib import Path
 
 import torch
-from harness import RESULTS, device_name, environment
+from harness import (
+    RESULTS,
+    device_name,
+    environment,
+    forget_process_peak,
+    process_peak_mb,
+)
 
 import vtok_ext as vt
 from vtok_ext.data.procedural import procedural_clip
@@ -39,7 +48,7 @@ COLUMNS = {
     "boundary_jump": "boundary_jump",
     "encode_s": "encode, s",
     "decode_s": "decode, s",
-    "peak_mb": "peak memory, MB",
+    "peak_mb": "peak memory of coding above imports, MB",
 }
 
 
@@ -62,24 +71,30 @@ def numbers_in(encoding, model) -> tuple[int, float]:
 
 
 @torch.no_grad()
-def measure_clip(model, video: torch.Tensor, window: int | None) -> dict[str, float]:
-    """Returns what one clip costs and how good it comes back."""
+def code_clip(model, video: torch.Tensor, window: int) -> tuple[torch.Tensor, dict[str, float]]:
+    """Returns a clip as it comes back, uint8, and what that costs."""
     parts = video.split(window, dim=2) if window else [video]
     start = time.perf_counter()
     encodings = [model.encode(part) for part in parts]
     middle = time.perf_counter()
-    decoded = torch.cat([model.decode(encoding) for encoding in encodings], dim=2)
+    decoded = torch.cat([model.decode(e, output="uint8") for e in encodings], dim=2)
     end = time.perf_counter()
-    decoded = decoded.float().clamp(-1, 1)
     costs = [numbers_in(encoding, model) for encoding in encodings]
-    values = {
+    return decoded, {
         "tokens": float(sum(tokens for tokens, _ in costs)),
         "bits": sum(bits for _, bits in costs),
+        "encode_s": middle - start,
+        "decode_s": end - middle,
+    }
+
+
+def quality_of(decoded: torch.Tensor, video: torch.Tensor) -> dict[str, float]:
+    """Returns how near a decoded clip, uint8, is to the original in [-1, 1]."""
+    decoded = decoded.float() / 127.5 - 1
+    values = {
         "psnr": float(vt.metrics.psnr(decoded, video)),
         "ssim": float(vt.metrics.ssim(decoded, video)),
         "boundary_jump": float(vt.metrics.boundary_jump(decoded, video, WINDOW)),
-        "encode_s": middle - start,
-        "decode_s": end - middle,
     }
     try:
         values["lpips"] = float(vt.metrics.lpips(decoded, video))
@@ -92,13 +107,18 @@ def measure_system(name: str, source: str, options: dict, queue) -> None:
     """Puts the means over clips of one system into a queue; runs in a process of its own."""
     torch.set_num_threads(options["threads"])
     folder, _, window = source.partition("@")
+
+    def clip(index: int) -> torch.Tensor:
+        return clip_of(index, options["frames"], options["size"])
+
+    before = forget_process_peak()
     model = vt.load_model(folder).eval()
-    rows = [
-        measure_clip(model, clip_of(i, options["frames"], options["size"]), int(window or 0))
-        for i in range(options["clips"])
-    ]
+    coded = [code_clip(model, clip(i), int(window or 0)) for i in range(options["clips"])]
+    peak_mb = process_peak_mb()
+    rows = [{**costs, **quality_of(video, clip(i))} for i, (video, costs) in enumerate(coded)]
     means = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
-    means["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if before is not None:
+        means["peak_mb"] = peak_mb - before
     means["million_parameters"] = sum(p.numel() for p in model.parameters()) / 1e6
     queue.put({"system": name, "model": model.name, "window": int(window or 0), **means})
 
