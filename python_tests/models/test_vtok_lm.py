@@ -163,6 +163,17 @@ def test_a_batch_equals_its_samples(clip):
     assert ask["vis_loss"] == 0 and make["under_loss"] == 0
 
 
+def test_the_loss_of_answers_is_a_mean_over_tokens(clip):
+    model, video = unified(lambda_dec=0.0), clip(2, 5, 16, 16)
+    long = Turn(UNDERSTANDING, "which", "red blue red blue red")
+    turns, counts = (ASK, long), (2, 6)  # with <eos>
+    both = model(video, turns)["under_loss"]
+    alone = [model(video[i : i + 1], [turns[i]])["under_loss"] for i in range(2)]
+    mean = sum(loss * count for loss, count in zip(alone, counts, strict=True)) / sum(counts)
+    assert_close(both, mean, "loss", factor=50)
+    assert abs(both - sum(alone) / 2) > 1e-4
+
+
 def test_predicted_tokens_come_gradually():
     config = unified(predicted=0.5, predicted_steps=100).config
     assert [config.predicted_part(step) for step in (0, 50, 100, 1000)] == [0, 0.25, 0.5, 0.5]
@@ -553,7 +564,7 @@ def test_sequences_longer_than_the_positions_are_refused(clip, architecture):
         lambda: model.answer(video, ["what"]),
         lambda: model.generate(["a"], num_frames=30),
     ):
-        with pytest.raises(ValueError, match="must have at most 40 tokens, .* got"):
+        with pytest.raises(ValueError, match="at most 40 tokens, .* got .*--max-frames .*--fps"):
             call()
 
 

@@ -155,9 +155,10 @@ class VTokLM(nn.Module):
     ) -> dict[str, Tensor]:
         """Returns scalars: `loss` and its terms `under_loss`, `vis_loss`, `dec_loss`.
 
-        Samples of both tasks may be mixed. A term is the mean over those samples of this batch that
-        have it, 0 without any: a batch in parts, of several processes or steps of accumulation,
-        weighs tasks by how many parts have them.
+        Samples of both tasks may be mixed. `under_loss` is the mean over all tokens of answers in
+        this batch, so that long answers count more; the others are means over the samples that are
+        videos; a term is 0 where nothing has it. A batch in parts, of several processes or steps
+        of accumulation, weighs each part's mean alike, those of 0 too.
 
         Args:
             video: [B, 3, T, H, W], float in [-1, 1] or uint8.
@@ -236,7 +237,9 @@ class VTokLM(nn.Module):
         if limit is not None and length > limit:
             raise ValueError(
                 f"VTokLM: a sequence must have at most {limit} tokens, the language model's "
-                f"max_position_embeddings, got {length}: take fewer frames, or a larger stride"
+                f"max_position_embeddings, got {length}: take fewer frames (--max-frames of vtok "
+                "ask, --frames of vtok generate), or with a tokenizer that has no stride a higher "
+                "fps (--fps)"
             )
 
     def embed_visual(self, latent: Tensor, positions: Tensor) -> Tensor:
