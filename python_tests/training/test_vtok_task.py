@@ -9,9 +9,13 @@ from safetensors.torch import load_file
 from test_several_processes import run_two
 
 import vtok_ext as vt
+from vtok_ext.layers.transformer import TransformerBlock
+from vtok_ext.models.vtok_decoder import DecoderBlock
 from vtok_ext.models.vtok_lm import VTokLM
+from vtok_ext.training.blocks import blocks
 from vtok_ext.training.loop import train
 from vtok_ext.training.recipe_file import load_recipe
+from vtok_ext.training.vtok_task import build_vtok
 
 SMALL = [
     "model.overrides.image_size=16",
@@ -89,6 +93,16 @@ def test_loss_does_not_depend_on_micro_batches(tmp_path, name):
     run(name, tmp_path / "two", "run.steps=1", "run.batch_size=1", "run.accumulate=2")
     one, two = losses(tmp_path / "one")[1], losses(tmp_path / "two")[1]
     assert one == pytest.approx(two, rel=1e-4)
+
+
+def test_blocks_of_the_decoder_are_recomputed(tmp_path):
+    """They keep most of what a step keeps; only the frozen encoder's were found."""
+    model = build_vtok(load_recipe("smoke_vtok", SMALL))
+    found = blocks(model)
+    assert [type(block) for block in found] == [TransformerBlock, DecoderBlock]
+    run("smoke_vtok", tmp_path / "kept", "run.steps=2")
+    run("smoke_vtok", tmp_path / "again", "run.steps=2", "run.checkpoint_activations=true")
+    assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "kept"), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["vtok_encoder", "vtok", "vtok_lm"])

@@ -122,7 +122,8 @@ def _continued(model: Any, inputs: Tensor, attended: Tensor) -> Tensor:
     """Returns the states as answers and videos come about: the last token with the memory of those
     before it."""
     places = torch.arange(_LENGTH, device=inputs.device)[None]
-    name, output, states = cache_name(model), {}, []
+    name, states = cache_name(model), []
+    output: dict[str, Any] = {}
     for begin, end in ((0, _LENGTH - 1), (_LENGTH - 1, _LENGTH)):
         output = model(
             inputs_embeds=inputs[:, begin:end],
@@ -131,7 +132,7 @@ def _continued(model: Any, inputs: Tensor, attended: Tensor) -> Tensor:
             use_cache=True,
             **({name: output[name]} if output else {}),
         )
-        states.append(output.last_hidden_state)
+        states.append(output["last_hidden_state"])
     return torch.cat(states, dim=1)
 
 
