@@ -382,10 +382,11 @@ def test_control_tokens_change_beside_lora(clip, tmp_path, architecture):
         assert torch.equal(old.embed_text(ids), words)
 
 
-def test_token_variance_does_not_collapse(clip):
+@pytest.mark.parametrize(("pool", "lr", "steps"), [("attention", 3e-3, 60), ("grid", 1e-3, 120)])
+def test_token_variance_does_not_collapse(clip, pool, lr, steps):
     """g is trained with the loss that predicts its own tokens. Were its targets not cut off and
     normalised by fixed statistics, constant tokens would be the easiest to predict."""
-    tokenizer = tiny(stride=1)
+    tokenizer = tiny(stride=1, residual_pool=pool)
     model = unified(tokenizer, head="mse", lambda_dec=0.0).train()
     video = clip(8, 6, 16, 16)
     model.fit_statistics([video])
@@ -396,9 +397,9 @@ def test_token_variance_does_not_collapse(clip):
 
     before = spread()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, 3e-3)
+    optimizer = torch.optim.Adam(parameters, lr)
     losses = []
-    for _ in range(60):
+    for _ in range(steps):
         loss = model(video, [MAKE] * 8)["loss"]
         optimizer.zero_grad()
         loss.backward()

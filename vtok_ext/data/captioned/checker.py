@@ -118,6 +118,7 @@ def read_scene(
         raise TypeError(f"read_scene: clip must be uint8, got {clip.dtype}")
     if clip.dim() != 4 or clip.shape[0] != 3 or 0 in clip.shape:
         raise ValueError(f"read_scene: clip must be [3, T, H, W], got {list(clip.shape)}")
+    clip = clip.cpu()  # rules with many small steps
     num_frames, height, width = clip.shape[1:]
     lasting, appearing, presence = {}, None, {}
     reversed_colour: tuple[float, str] | None = None
