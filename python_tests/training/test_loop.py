@@ -1,5 +1,6 @@
 """The training loop: what it learns, writes, and does when something goes wrong."""
 
+import multiprocessing
 import os
 import signal
 
@@ -17,6 +18,7 @@ from vtok_ext.training.run_log import RunLog, read_log
 from vtok_ext.training.sentinel import NonFiniteLossError, first_bad_layer
 from vtok_ext.training.setup import build_training
 from vtok_ext.training.step import Stepper
+from vtok_ext.training.stop_request import stop_requests
 
 PLAIN = ["loss.discriminator=none", "loss.perceptual_weight=0"]
 
@@ -209,6 +211,40 @@ def test_sigterm_saves_and_ends(tmp_path):
     assert result.checkpoint.name == "step-00000003"
     assert signal.getsignal(signal.SIGTERM) is handler
     assert train(tiny(), tmp_path, resume="auto").resumed_from == 3
+
+
+def test_sigterm_may_come_twice_and_to_the_workers_that_read_clips(tmp_path):
+    """As from systemd and then from torchrun's agent, each to the whole group of processes."""
+    killed = []
+
+    def terminate(progress):
+        if progress.step == 3:
+            workers = multiprocessing.active_children()
+            assert len(workers) == 1
+            for number in (signal.SIGTERM, signal.SIGINT):
+                os.kill(workers[0].pid, number)
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+        if progress.step > 3:
+            killed.append(progress.step)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: killed.append("SIGTERM"))
+    try:
+        result = train(tiny("data.num_workers=1", "run.steps=40"), tmp_path, on_step=terminate)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (result.step, result.stopped_by, killed) == (3, "SIGTERM", [])
+    assert result.checkpoint.name == "step-00000003"
+    assert not multiprocessing.active_children()  # what ignores signals must still end
+
+
+def test_the_second_ctrl_c_is_not_held_back():
+    with pytest.raises(KeyboardInterrupt), stop_requests() as request:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.signal_name == "SIGINT"
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.signal_name == "SIGINT"
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 class Overflow(torch.nn.Module):

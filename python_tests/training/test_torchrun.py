@@ -57,10 +57,12 @@ def test_a_killed_process_and_a_restart_change_no_number(tmp_path):
     assert not list((tmp_path / "killed" / "checkpoints").glob(".partial*"))
 
 
-def test_sigterm_to_torchrun_saves_and_the_run_goes_on(tmp_path):
-    """As a scheduler ends a job: every process gets the signal, at a step of its own."""
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_sigterm_to_torchrun_saves_and_the_run_goes_on(tmp_path, num_workers):
+    """As a scheduler ends a job: every process gets the signal, at a step of its own, and so do the
+    processes that prepare its clips."""
     endless = ["run.steps=100000", "run.checkpoint_every=100000", "run.validate_every=100000"]
-    recipe = [*endless, "run.batch_size=1"]
+    recipe = [*endless, "run.batch_size=1", f"data.num_workers={num_workers}"]
     call = ["train", "smoke_kl", *OVERRIDES, *recipe, "-o", tmp_path, "--device", "cpu"]
     process = start_torchrun("-m", "vtok_ext.cli", *call)
     deadline = time.monotonic() + 90

@@ -7,6 +7,7 @@ batch therefore holds the same clips for any number of processes.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -125,6 +126,16 @@ class _Batches:
         return max(0, self.last_step - self.first_step) * self.order.accumulate
 
 
+def _outlive_signals(worker: int) -> None:
+    """Lets a worker ignore SIGTERM and Ctrl-C.
+
+    A scheduler, torchrun or a terminal sends them to all processes of a group: without its worker
+    the training could not end its step and save. A worker ends when its loader does, or its parent.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def step_batches(
     clips: Clips, order: ClipOrder, first_step: int, last_step: int, num_workers: int = 0
 ) -> Iterator[list[torch.Tensor]]:
@@ -140,6 +151,7 @@ def step_batches(
         cast(Any, clips),
         batch_sampler=cast(Any, _Batches(order, first_step, last_step)),
         num_workers=num_workers,
+        worker_init_fn=_outlive_signals,
         pin_memory=torch.cuda.is_available(),
         # Its own, so that a loader draws nothing from the generator that the model uses.
         generator=torch.Generator().manual_seed(0),

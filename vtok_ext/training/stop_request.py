@@ -18,7 +18,10 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Yields what tells whether a signal came; the second one does what it did before.
+    """Yields what tells whether a signal came; a second Ctrl-C does what it did before.
+
+    SIGTERM is noted however often it comes: a service manager sends it to every process, and so
+    does torchrun's agent that got it too, while a checkpoint may be half written.
 
     Outside the main thread, which alone receives signals, nothing is changed.
     """
@@ -26,8 +29,9 @@ def stop_requests() -> Iterator[StopRequest]:
     previous: dict[signal.Signals, Any] = {}
 
     def note(number: int, frame: object) -> None:
-        request.signal_name = signal.Signals(number).name
-        restore()
+        request.signal_name = request.signal_name or signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(number, previous[signal.SIGINT])
 
     def restore() -> None:
         for number, handler in previous.items():
