@@ -17,7 +17,7 @@ from vtok_ext.training.loop import train
 from vtok_ext.training.run_log import RunLog, read_log
 from vtok_ext.training.sentinel import NonFiniteLossError, first_bad_layer
 from vtok_ext.training.setup import build_training
-from vtok_ext.training.step import Stepper
+from vtok_ext.training.step import NonFiniteStep, Stepper
 from vtok_ext.training.stop_request import stop_requests
 
 PLAIN = ["loss.discriminator=none", "loss.perceptual_weight=0"]
@@ -257,6 +257,43 @@ class Overflow(torch.nn.Module):
     def forward(self, x):
         self.calls += self.training
         return self.layer(x) / float(self.calls <= self.first or not self.training)
+
+
+RESTARTING = [*PLAIN, "model.overrides.regularizer=vq", "model.overrides.codebook_size=64",
+              "model.overrides.restart_dead=true"]  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_restarts_of_a_codebook_belong_to_their_step(precision):
+    """One that is not finite and one that overflows undo them; the next one has them."""
+    recipe = tiny(*RESTARTING, f"run.precision={precision}")
+    training = build_training(recipe, torch.device("cpu"))
+    step, quantizer = Stepper(training), training.task.model.quantizer
+    quantizer.dead_count = 2.0  # hardly a vector is chosen by so many in the first steps
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    block = training.task.model.decoder.mid.block_1
+    if precision == "float32":
+        norm, block.norm2 = block.norm2, Overflow(block.norm2, 0)
+        with pytest.raises(NonFiniteStep, match="block_1.norm2"):
+            step(clip_batches(1))
+        block.norm2 = norm
+    else:
+        training.loss_scale.value = 2.0**24
+        assert "left_out" in step(clip_batches(1))
+        training.loss_scale.value = 1.0
+    assert all(torch.equal(value, before[n]) for n, value in quantizer.state_dict().items())
+    assert "left_out" not in step(clip_batches(1))
+    # Vectors in +-1 / 64 that Adam moves by 1e-3 at most.
+    moved = (quantizer.codebook - before["codebook"]).abs().amax(1)
+    assert (moved > 0.05).sum() > 32
+
+
+def test_restarts_are_refused_where_fsdp_would_lose_them():
+    device = torch.device("cpu")
+    with pytest.raises(ValueError, match="run.parallel must be ddp for a VQ with restart_dead"):
+        build_training(tiny(*RESTARTING, "run.parallel=fsdp"), device)
+    for allowed in ("model.overrides.codebook=ema", "model.overrides.restart_dead=false"):
+        build_training(tiny(*RESTARTING, "run.parallel=fsdp", allowed), device)
 
 
 def test_a_batch_without_a_finite_loss_is_not_learned_from(tmp_path, monkeypatch):

@@ -82,6 +82,21 @@ def test_adaptive_weight():
         adaptive_weight(reconstruction, adversarial, last.detach())
 
 
+def test_adaptive_weight_of_half_gradients():
+    """Those that overflow are told, and with the scale of the loss they neither do nor vanish."""
+    last = torch.tensor([3.0, 4.0], requires_grad=True)
+
+    def loss(gradient):  # of each element of `last`, in float16
+        return last.half().float().sum() * gradient
+
+    for gradients, scale in (((1e5, 4e4), 2.0**-6), ((1e-5, 1e-8), 2.0**20)):
+        weight = adaptive_weight(*map(loss, gradients), last, scale)
+        expected = gradients[0] * 2**0.5 / (gradients[1] * 2**0.5 + 1e-4)
+        torch.testing.assert_close(weight, torch.tensor(expected), rtol=2e-3, atol=0)
+    for gradients in ((1e5, 1.0), (1.0, 1e5)):
+        assert adaptive_weight(*map(loss, gradients), last).isnan()
+
+
 def test_everything_remembered_is_saved():
     torch.manual_seed(0)
     config = plain(discriminator="2d", discriminator_width=4, discriminator_start=0)

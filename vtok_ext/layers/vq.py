@@ -88,6 +88,11 @@ class VQ(nn.Module):
         if self.follows_averages or restart_dead:
             self.register_buffer("count", torch.ones(codebook_size))
 
+    @property
+    def restarts_parameters(self) -> bool:
+        """Whether a forward pass in training may move vectors that an optimiser trains too."""
+        return self.restart_dead and not self.follows_averages
+
     def forward(
         self, z: Tensor, step: int = 0, compute_loss: bool | None = None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -91,10 +91,18 @@ def adaptive_weight(
     reconstruction_loss: Tensor,  # scalar
     adversarial_loss: Tensor,  # scalar
     last_weight: Tensor,  # the generator's last weight
+    loss_scale: float = 1.0,
 ) -> Tensor:
     """Returns |grad reconstruction| / (|grad adversarial| + 1e-4), clamped to [0, 1e4], detached.
 
-    Gradients are those of `last_weight`, averaged over ranks; both graphs stay usable.
+    Gradients are those of `last_weight`, averaged over ranks; both graphs stay usable. NaN if
+    one of them is not finite, which clamping would hide.
+
+    Args:
+        reconstruction_loss, adversarial_loss: scalars.
+        last_weight: any shape.
+        loss_scale: losses are multiplied by it and their gradients divided: with float16 these
+            overflow or vanish without it, see Note [Loss scale].
 
     Raises:
         ValueError: `last_weight` does not require gradients.
@@ -104,8 +112,12 @@ def adaptive_weight(
             "adaptive_weight: last_weight must require gradients, got a frozen one: "
             "a frozen decoder cannot be trained adversarially"
         )
-    norms = [
-        mean_over_ranks(torch.autograd.grad(loss, last_weight, retain_graph=True)[0]).norm()
-        for loss in (reconstruction_loss, adversarial_loss)
-    ]
-    return (norms[0] / (norms[1] + _WEIGHT_EPS)).clamp(0, _LARGEST_WEIGHT)
+
+    def norm_of_gradient(loss: Tensor) -> Tensor:
+        gradient = torch.autograd.grad(loss * loss_scale, last_weight, retain_graph=True)[0]
+        return mean_over_ranks(gradient).norm()
+
+    losses = (reconstruction_loss, adversarial_loss)
+    norms = torch.stack([norm_of_gradient(loss) for loss in losses]) / loss_scale
+    weight = (norms[0] / (norms[1] + _WEIGHT_EPS)).clamp(0, _LARGEST_WEIGHT)
+    return weight.where(norms.isfinite().all(), torch.nan)

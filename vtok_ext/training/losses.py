@@ -149,6 +149,7 @@ class TokenizerLoss(nn.Module):
         regularization: Mapping[str, Tensor],
         last_weight: Tensor,
         batch: int,
+        loss_scale: float = 1.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns what the tokenizer minimises, and detached scalars for the log.
 
@@ -158,6 +159,8 @@ class TokenizerLoss(nn.Module):
             regularization: `Encoding.losses`: `aux_loss`, `kl_loss` or neither.
             last_weight: the decoder's last weight, for the adaptive weight.
             batch: number of this batch, from 0.
+            loss_scale: of float16, for the gradients of the adaptive weight; `d_weight` is NaN if
+                they are not finite nevertheless.
 
         Raises:
             ValueError: shapes differ, or `last_weight` is frozen while adversarial.
@@ -178,7 +181,8 @@ class TokenizerLoss(nn.Module):
             seen["perceptual_loss"] = perceptual
         if self.is_adversarial(batch):
             g = self._generator_adversarial(reconstruction)
-            weight = adaptive_weight(nll, g, last_weight) * self.config.discriminator_weight
+            weight = adaptive_weight(nll, g, last_weight, loss_scale)
+            weight = weight * self.config.discriminator_weight
             loss = loss + weight * g
             seen |= {"g_loss": g, "d_weight": weight}
         seen |= dict(regularization)

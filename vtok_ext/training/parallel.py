@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from vtok_ext.layers.vq import VQ
 from vtok_ext.training.blocks import sharding_units
 from vtok_ext.training.distributed import is_distributed, world_size
 
@@ -31,7 +32,12 @@ def wrap(
         sharded: names of those that FSDP2 divides among the processes, in place; the others get
             DDP, or with one process nothing.
         device: of this process.
+
+    Raises:
+        ValueError: FSDP2 would divide a codebook whose dead vectors restart.
     """
+    for name in sharded:
+        _refuse_restarts(networks[name])
     if not is_distributed():
         return dict(networks)
     # torch has a new name for this option since 2.13, and announces what only code that changes the
@@ -52,6 +58,15 @@ def wrap(
         else:
             calls[name] = network
     return calls
+
+
+def _refuse_restarts(network: nn.Module) -> None:
+    # A restart would write into the fetched whole, of which FSDP2 keeps nothing.
+    if any(isinstance(m, VQ) and m.restarts_parameters for m in network.modules()):
+        raise ValueError(
+            "train: run.parallel must be ddp for a VQ with restart_dead true and codebook "
+            "gradient, got fsdp, which would lose the restarts; codebook ema keeps them"
+        )
 
 
 def _shard(network: nn.Module, device: torch.device) -> None:

@@ -6,12 +6,14 @@ Nothing is applied unless all losses and gradients are finite on every process.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vtok_ext.layers.vq import VQ
 from vtok_ext.training.checkpoint import random_generators, set_random_generators
 from vtok_ext.training.distributed import gathered, mean_over_ranks, rank, world_size
 from vtok_ext.training.gradients import clip_gradients, divide_gradients
@@ -55,7 +57,7 @@ class Stepper:
         training, task = self.training, self.task
         task.train_mode()
         generators = random_generators(training.device)
-        buffers = [(b, b.clone()) for m in task.modules.values() for b in m.buffers()]
+        remembered = [(t, t.detach().clone()) for t in self._remembered()]
         self._set_learning_rates()
         self._zero_gradients()
         batches = [self._batch(i, part, len(parts)) for i, part in enumerate(parts)]
@@ -71,12 +73,13 @@ class Stepper:
         values = mean_over_ranks(torch.stack(list(mean.values()))).tolist()
         num_samples = sum(len(batch.numbers) for batch in batches) * world_size()
         names = [name for name, v in zip(mean, values, strict=True) if not math.isfinite(v)]
-        if names and training.loss_scale.can_shrink and names[0] in norms:
+        if names and training.loss_scale.can_shrink and self._are_of_gradients(names, norms):
+            _restore(remembered)
             return self._leave_out(dict(zip(mean, values, strict=True)), num_samples)
         if names:
-            _restore(buffers)
+            _restore(remembered)
             where = _most_exact(gathered(self._search(batches, generators, names)))
-            _restore(buffers)
+            _restore(remembered)
             set_random_generators(generators, training.device)
             self._zero_gradients()
             raise NonFiniteStep(where)
@@ -94,7 +97,23 @@ class Stepper:
             training.step,
             range(first, first + count),
             training.recipe.run.seed,
+            training.loss_scale.value,
         )
+
+    def _are_of_gradients(self, names: list[str], norms: dict[str, Tensor]) -> bool:
+        """Returns whether values that are not finite are all made of gradients."""
+        made = set(norms)
+        if not set(self.task.gradient_terms).isdisjoint(names):
+            made |= {"loss", *self.task.gradient_terms}
+        return made.issuperset(names)
+
+    def _remembered(self) -> Iterator[Tensor]:
+        """Yields what forward passes change: buffers, and codebooks whose dead vectors restart."""
+        for module in self.task.modules.values():
+            yield from module.buffers()
+            for layer in module.modules():
+                if isinstance(layer, VQ) and layer.restarts_parameters:
+                    yield layer.codebook
 
     def _parameters(self) -> list[nn.Parameter]:
         optimizers = self.training.optimizers.values()
@@ -200,6 +219,6 @@ def to_device(data: Any, device: torch.device) -> Any:
 
 
 @torch.no_grad()
-def _restore(buffers: list[tuple[Tensor, Tensor]]) -> None:
-    for buffer, value in buffers:
-        buffer.copy_(value)
+def _restore(remembered: list[tuple[Tensor, Tensor]]) -> None:
+    for tensor, value in remembered:
+        tensor.copy_(value)

@@ -63,12 +63,15 @@ class MicroBatch:
         step: steps done before this one.
         numbers: the place of each sample in the endless row of all samples of the run.
         seed: of the run.
+        loss_scale: of float16, by which `backward` multiplies losses; for those who take gradients
+            themselves.
     """
 
     data: Any
     step: int
     numbers: range
     seed: int
+    loss_scale: float = 1.0
 
     def generators(self) -> list[torch.Generator]:
         """Returns a CPU generator per sample, a function of the run's seed and its number alone."""
@@ -91,11 +94,14 @@ class Task(ABC):
         recipe_class: its recipe.
         metric: value of `validate` that decides which checkpoint is best, lower is better.
         exported: network whose weights are averaged, sharded and exported; others are small.
+        gradient_terms: values of `accumulate` that are made of gradients and enter the loss: where
+            one is not finite with float16, the step is left out as for any overflow of gradients.
     """
 
     recipe_class: ClassVar[type[Recipe]]
     metric: ClassVar[str] = "rec_loss"
     exported: ClassVar[str] = "model"
+    gradient_terms: ClassVar[tuple[str, ...]] = ()
 
     modules: dict[str, nn.Module]
     networks: dict[str, nn.Module]

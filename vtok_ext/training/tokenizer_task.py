@@ -45,6 +45,7 @@ class TokenizerTask(Task):
 
     recipe_class: ClassVar[type[Recipe]] = TokenizerRecipe
     recipe: TokenizerRecipe
+    gradient_terms: ClassVar[tuple[str, ...]] = ("d_weight",)
 
     def __init__(self, recipe: TokenizerRecipe, device: torch.device) -> None:
         super().__init__(recipe, device)
@@ -142,7 +143,12 @@ class TokenizerTask(Task):
             regularization = {} if frozen else output.encoding.losses
             with partial_backward(self.model):
                 loss, terms = self.loss.generator_terms(
-                    video, output.reconstruction, regularization, self.last_weight, batch.step
+                    video,
+                    output.reconstruction,
+                    regularization,
+                    self.last_weight,
+                    batch.step,
+                    batch.loss_scale,
                 )
         return loss, terms, output.reconstruction.detach()
 
