@@ -7,8 +7,9 @@ import pytest
 import torch
 from tiny_recipe import tiny
 
+from vtok_ext.data.clips import ProceduralClips
 from vtok_ext.data.procedural import procedural_clip
-from vtok_ext.training.clip_checks import check_clips, clips_of, frame_order
+from vtok_ext.training.clip_checks import check_clips, check_first_step, clips_of, frame_order
 from vtok_ext.training.dry_run import dry_run
 from vtok_ext.training.log_sinks import WandbSink
 from vtok_ext.training.loop import train
@@ -40,12 +41,53 @@ def test_batches_that_are_wrong():
         check_clips(clips.transpose(1, 2))
     with pytest.raises(TypeError, match="clips must be uint8, got torch.float32"):
         check_clips(clips.float())
-    with pytest.raises(ValueError, match=r"values in 0..255, got 0..1"):
-        check_clips((clips.float() / 255).round().to(torch.uint8))
     order = torch.tensor([4, 0, 7, 2, 8, 3, 6, 1, 5])
     assert "out of order" in check_clips(clips[:, :, order])[0]
     clips[1] = 7
     assert "clips [1] of the first batch have a single colour" in check_clips(clips)[0]
+
+
+def test_the_range_is_that_of_a_whole_first_step():
+    """A black clip is part of many videos; clips in [0, 1] are black all over."""
+    clips = batch()
+    small, black = (clips.float() / 255).round().to(torch.uint8), torch.zeros_like(clips)
+    for parts, largest in (([small], 1), ([black, small], 1), ([[black], [black]], 0)):
+        with pytest.raises(ValueError, match=rf"values in 0..255, got 0..{largest} in the whole"):
+            check_first_step(parts)
+        check_first_step(parts, resumed=True)
+    for parts in ([black, clips], [small, clips]):
+        check_first_step(parts)
+    assert "clips [0, 1] of the first batch" in check_first_step([black, clips])[0]
+    assert check_first_step([torch.zeros(2, 3)]) == []  # latents have a range of their own
+
+
+def test_a_black_first_clip_ends_no_run(tmp_path, monkeypatch):
+    """The first of two micro-batches, and, resumed, the whole step."""
+    monkeypatch.setattr(ProceduralClips, "__getitem__", black_until(1))
+    plain = ["loss.discriminator=none", "loss.perceptual_weight=0", "run.batch_size=1"]
+    recipe = tiny(*plain, "run.accumulate=2", "run.steps=1")
+    warnings = []
+    assert train(recipe, tmp_path, warn=warnings.append).step == 1
+    assert any("a single colour everywhere" in line for line in warnings)
+    monkeypatch.setattr(ProceduralClips, "__getitem__", black_until(99))
+    with pytest.raises(ValueError, match="got 0..0 in the whole first step"):
+        train(recipe, tmp_path / "other", warn=warnings.append)
+    recipe = tiny(*plain, "run.accumulate=2", "run.steps=2")
+    assert train(recipe, tmp_path, resume="auto", warn=warnings.append).step == 2
+
+
+def black_until(count):
+    """Returns a `__getitem__` whose first `count` clips of training data are black."""
+    get, calls = ProceduralClips.__getitem__, []
+
+    def changed(clips, place):
+        clip = get(clips, place)
+        if len(clips) == 1:  # held out
+            return clip
+        calls.append(place)
+        return clip if len(calls) > count else torch.zeros_like(clip)
+
+    return changed
 
 
 def test_dry_run_counts():
@@ -165,6 +207,15 @@ def test_samples_and_logs_on_schedule(tmp_path, monkeypatch):
     events.Reload()
     assert [e.step for e in events.Scalars("train/loss")] == [1, 2]
     assert [e.step for e in events.Images("samples/clip-0")] == [2]
+
+
+def test_samples_of_no_held_out_clips_are_missed_aloud(tmp_path):
+    warnings = []
+    plain = ["loss.discriminator=none", "loss.perceptual_weight=0", "run.steps=2"]
+    recipe = tiny(*plain, "run.sample_every=1", "data.validation_clips=0")
+    train(recipe, tmp_path, warn=warnings.append)
+    expected = ["run.sample_every is 1, but there are no held-out clips to show"]
+    assert [line for line in warnings if "sample_every" in line] == expected
 
 
 def test_an_absent_package_is_named(tmp_path, monkeypatch):

@@ -79,6 +79,19 @@ def test_a_dry_run_and_the_four_clips_of_overfitting_are_of_one_bucket(source):
     assert torch.equal(four_clips(clips), torch.stack(expected))
 
 
+def test_buckets_that_fill_no_micro_batch_are_named(source):
+    """They are not trained on, hence no part of an epoch."""
+    line = "bucket [5, 24, 16] holds 3 clips, fewer than the 4 of a micro-batch of all processes: "
+    line += "they are never trained on"
+    found = dry_run(recipe(source, "run.batch_size=4"), torch.device("cpu"))
+    assert line in found.notes and found.samples_per_epoch == 4
+    warnings = []
+    train(recipe(source, "run.batch_size=4", "run.steps=1"), source / "run", warn=warnings.append)
+    assert warnings.count(line) == 1
+    found = dry_run(recipe(source, "run.batch_size=3"), torch.device("cpu"))
+    assert not any("bucket [" in note for note in found.notes) and found.samples_per_epoch == 6
+
+
 def test_a_run_goes_on_in_the_middle_of_an_epoch(source):
     """With other numbers of workers too."""
     train(recipe(source, "run.steps=6"), source / "whole", warn=lambda line: None)

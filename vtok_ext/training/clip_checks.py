@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtok_ext.training.distributed import gathered
+
 # Frames further apart than this are as different as those of a shuffled clip would be.
 _FAR = 4
 
@@ -29,6 +31,38 @@ def clips_of(data: Any) -> Iterator[Tensor]:
             yield from clips_of(value)
 
 
+def check_first_step(parts: list[Any], resumed: bool = False) -> list[str]:
+    """Returns warnings about the micro-batches of a step; all processes ask together.
+
+    A black clip is no error, and a resumed run has shown its range: values are wrong where none of
+    all micro-batches of all processes is above 1.
+
+    Args:
+        parts: collated micro-batches of this process.
+        resumed: whether values may be as they are.
+
+    Raises:
+        ValueError: wrong layout, or values that are not those of 8-bit video; on every process.
+    """
+    warnings: list[str] = []
+    error, largest = None, -1
+    try:
+        for clips in (clips for part in parts for clips in clips_of(part)):
+            warnings += check_clips(clips)
+            largest = max(largest, int(clips.max()))
+    except (ValueError, TypeError) as caught:
+        error = str(caught)
+    errors, values = zip(*gathered((error, largest)), strict=True)
+    for text in filter(None, errors):
+        raise ValueError(text)
+    if 0 <= max(values) <= 1 and not resumed:
+        raise ValueError(
+            f"train: clips must have values in 0..255, got 0..{max(values)} in the whole first "
+            "step: black, or scaled to [0, 1] before the conversion to uint8"
+        )
+    return warnings
+
+
 def check_clips(
     clips: Tensor,  # [B, 3, T, H, W] uint8
 ) -> list[str]:
@@ -38,18 +72,13 @@ def check_clips(
         clips: [B, 3, T, H, W] uint8.
 
     Raises:
-        ValueError: wrong layout, or values that are not those of 8-bit video.
+        ValueError: wrong layout.
         TypeError: not uint8.
     """
     if clips.dim() != 5 or clips.shape[1] != 3:
         raise ValueError(f"train: clips must be [B, 3, T, H, W], got {list(clips.shape)}")
     if clips.dtype != torch.uint8:
         raise TypeError(f"train: clips must be uint8, got {clips.dtype}")
-    if int(clips.max()) <= 1:
-        raise ValueError(
-            f"train: clips must have values in 0..255, got {int(clips.min())}..{int(clips.max())}: "
-            "black, or scaled to [0, 1] before the conversion to uint8"
-        )
     warnings = []
     empty = [i for i, clip in enumerate(clips) if clip.min() == clip.max()]
     if empty:

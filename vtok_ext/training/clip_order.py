@@ -8,6 +8,7 @@ batch therefore holds the same clips for any number of processes.
 from __future__ import annotations
 
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -100,6 +101,14 @@ class ClipOrder:
         row = self._shuffles[epoch][position * size : (position + 1) * size]
         return [(epoch, index) for index in row]
 
+    @property
+    def clips_per_epoch(self) -> int:
+        """Clips that an epoch takes: all but, with buckets, those that fill no micro-batch."""
+        size = self.batch_size * self.world_size
+        if not self._members:
+            return self.num_clips
+        return sum(len(members) // size * size for members in self._members)
+
     def all_places(self, first_step: int, last_step: int) -> Iterator[list[tuple[int, int]]]:
         """Yields the micro-batches of steps `first_step` to before `last_step`."""
         for step in range(first_step, last_step):
@@ -111,6 +120,19 @@ def buckets_of(clips: Clips) -> list[int]:
     """Returns the bucket of each clip for `ClipOrder`, [] if all clips have one shape."""
     files = video_clips_of(clips)
     return files.bucket_of if files is not None and len(files.buckets) > 1 else []
+
+
+def small_buckets(clips: Clips, order: ClipOrder) -> list[str]:
+    """Returns a line for every bucket whose clips fill no micro-batch: they are never taken."""
+    files = video_clips_of(clips)
+    size = order.batch_size * order.world_size
+    counts = Counter(order.bucket_of)
+    return [
+        f"bucket {list(files.buckets[bucket])} holds {count} clips, fewer than the {size} of a "
+        "micro-batch of all processes: they are never trained on"
+        for bucket, count in sorted(counts.items())
+        if files is not None and count < size
+    ]
 
 
 class _Batches:

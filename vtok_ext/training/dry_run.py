@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtok_ext.training.clip_checks import check_clips, clips_of
-from vtok_ext.training.clip_order import ClipOrder, buckets_of, step_batches
+from vtok_ext.training.clip_checks import check_first_step, clips_of
+from vtok_ext.training.clip_order import ClipOrder, buckets_of, small_buckets, step_batches
 from vtok_ext.training.distributed import rank, world_size
 from vtok_ext.training.setup import build_task
 from vtok_ext.training.step import to_device
@@ -37,7 +37,7 @@ class DryRun:
         memory: bytes by purpose, of one process without FSDP2; activations are absent if they
             could not be counted.
         samples_per_step: of all processes.
-        samples_per_epoch: in the data set.
+        samples_per_epoch: of the data set, but for those that fill no micro-batch of their bucket.
         picture: the first micro-batch, clips in rows and moments in columns, [3, H, W] uint8; None
             if it holds no clips.
         notes: what a user should know.
@@ -71,11 +71,11 @@ def dry_run(recipe: Any, device: torch.device) -> DryRun:
         run.seed,
         bucket_of=buckets_of(clips),
     )
-    data = next(step_batches(clips, order, 0, 1))[0]
-    pictures = []
-    for batch in clips_of(data):
-        notes += check_clips(batch)
-        pictures.append(batch_picture(batch))
+    notes += small_buckets(clips, order)
+    parts = next(step_batches(clips, order, 0, 1))
+    notes += check_first_step(parts)
+    data = parts[0]
+    pictures = [batch_picture(batch) for batch in clips_of(data)]
     memory = _weights_memory(task)
     try:
         memory["activations"] = activation_bytes(task, data)
@@ -86,7 +86,7 @@ def dry_run(recipe: Any, device: torch.device) -> DryRun:
         parameters=_parameters(task),
         memory=memory,
         samples_per_step=run.batch_size * run.accumulate * world_size(),
-        samples_per_epoch=len(clips),
+        samples_per_epoch=order.clips_per_epoch,
         picture=pictures[0] if pictures else None,
         notes=notes,
     )

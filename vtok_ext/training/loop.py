@@ -24,8 +24,8 @@ import torch
 from vtok_ext.data.atomic_output import output_file
 from vtok_ext.data.clips import video_clips_of
 from vtok_ext.training import checkpoint as checkpoints
-from vtok_ext.training.clip_checks import check_clips, clips_of
-from vtok_ext.training.clip_order import ClipOrder, buckets_of, step_batches
+from vtok_ext.training.clip_checks import check_first_step
+from vtok_ext.training.clip_order import ClipOrder, buckets_of, small_buckets, step_batches
 from vtok_ext.training.distributed import any_rank, on_rank_0, rank, wait_for_all, world_size
 from vtok_ext.training.log_sinks import check_sinks, open_sinks
 from vtok_ext.training.parallel import local
@@ -138,6 +138,11 @@ class _Run:
         for line in self.training.task.notes():
             warn(line)
         self.clips, self.held_out = self.training.task.data(warn)
+        if recipe.run.sample_every and not self.held_out:
+            warn(
+                f"run.sample_every is {recipe.run.sample_every}, but there are no held-out clips "
+                "to show"
+            )
         self.files = video_clips_of(self.clips)
         if self.files is not None and self.files.damage_log is None:
             self.files.damage_log = out / "damaged.txt"
@@ -229,6 +234,8 @@ class _Run:
             self.training.samples,
             buckets_of(self.clips),
         )
+        for line in small_buckets(self.clips, order):
+            self.warn(line)
         batches = step_batches(
             self.clips, order, self.first_step, settings.steps, self.recipe.data.num_workers
         )
@@ -237,7 +244,8 @@ class _Run:
         stopped = False
         for clips in batches:
             if self.training.step == self.first_step:
-                self._check(clips)
+                for line in check_first_step(clips, resumed=self.first_step > 0):
+                    self.warn(line)
             terms = self._take(clips)
             step = self.training.step
             if step % settings.log_every == 0 or step == settings.steps:
@@ -282,13 +290,6 @@ class _Run:
                 f"{len(damaged)} videos could not be read while training and others stood in for "
                 f"them; {path} names them"
             )
-
-    def _check(self, parts: list[Any]) -> None:
-        """Looks at the first batch."""
-        for part in parts:
-            for clips in clips_of(part):
-                for line in check_clips(clips):
-                    self.warn(line)
 
     def _show(self, step: int) -> None:
         """Writes samples of held-out clips."""
