@@ -114,12 +114,14 @@ def test_divided_parameters(tmp_path):
     """FSDP2 has the losses of DDP, adversarial step included; one process goes on with its state.
 
     The last of its three steps is adversarial; the process that goes on after the first one has the
-    same samples in the second.
+    same samples in the second. The entropy of FSQ is that of a micro-batch of all processes: there
+    the one process takes micro-batches of twice the size.
     """
-    copied, divided = tmp_path / "ddp", tmp_path / "fsdp"
+    copied, divided, discrete = (tmp_path / name for name in ("ddp", "fsdp", "fsq"))
     run_two(
         call(copied, "smoke_kl", *DIVIDED),
         call(divided, "smoke_kl", *DIVIDED, "run.parallel=fsdp"),
+        call(discrete, "smoke_fsq", *DIVIDED, "run.steps=2", "run.parallel=fsdp"),
     )
     expected = losses(copied)
     assert len(expected) == 3 and losses(divided) == pytest.approx(expected, rel=1e-5)
@@ -142,6 +144,18 @@ def test_divided_parameters(tmp_path):
     # Its state is whole again: as many numbers as in a checkpoint of copies.
     shapes = read_shapes(verify_checkpoint(divided / "checkpoints" / "step-00000003"))
     assert shapes == read_shapes(verify_checkpoint(copied / "checkpoints" / "step-00000003"))
+
+    recipe = tiny(*DIVIDED, "run.batch_size=2", "run.steps=2", base="smoke_fsq")
+    more_parts = tiny(*DIVIDED, "run.accumulate=4", "run.steps=2", base="smoke_fsq")
+    second = losses(discrete)[1]
+    shutil.rmtree(discrete / "checkpoints" / "step-00000002")
+    shutil.copytree(discrete, tmp_path / "more parts")
+    assert train(recipe, discrete, resume="auto", warn=warnings.append).resumed_from == 1
+    assert losses(discrete)[1] == pytest.approx(second, rel=1e-6)
+    assert not any("averages over the clips of a micro-batch" in line for line in warnings)
+    train(more_parts, tmp_path / "more parts", resume="auto", warn=warnings.append)
+    assert losses(tmp_path / "more parts")[1] != pytest.approx(second, rel=1e-6)
+    assert any("run.accumulate was 2 and is 4: the quantizer" in line for line in warnings)
 
 
 def test_steps_of_another_size_go_on_in_the_row_of_samples(tmp_path):

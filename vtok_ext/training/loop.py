@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,6 +29,7 @@ from vtok_ext.training.distributed import any_rank, on_rank_0, rank, wait_for_al
 from vtok_ext.training.log_sinks import check_sinks, open_sinks
 from vtok_ext.training.parallel import local
 from vtok_ext.training.recipe import Recipe
+from vtok_ext.training.resume_warnings import resume_warnings, sees_micro_batches
 from vtok_ext.training.run_log import RunLog
 from vtok_ext.training.sample_pictures import write_samples
 from vtok_ext.training.sentinel import NonFiniteLossError, is_finite
@@ -177,27 +177,18 @@ class _Run:
 
     def _load(self, found: checkpoints.Checkpoint) -> None:
         numbers = checkpoints.read_numbers(found)
-        for line in _differences(numbers["recipe"], self.recipe.to_dict()):
-            self.warn(f"resuming with another recipe: {line}")
+        for line in resume_warnings(
+            (numbers["recipe"], self.recipe.to_dict()),
+            (found.world_size, world_size()),
+            numbers["samples"],
+            in_buckets=bool(buckets_of(self.clips)),
+            of_micro_batches=sees_micro_batches(self.training.task),
+        ):
+            self.warn(line)
         into = self.training.destinations(checkpoints.read_shapes(found))
         checkpoints.read_tensors(found, into)
         self.training.adopt(into, numbers)
         self.saved = found.folder
-        runs = (numbers["recipe"]["run"], self.recipe.to_dict()["run"])
-        sizes = (found.world_size, world_size())
-        # Clips of a micro-batch, over all processes.
-        old_part, new_part = (r["batch_size"] * n for r, n in zip(runs, sizes, strict=True))
-        old, new = old_part * runs[0]["accumulate"], new_part * runs[1]["accumulate"]
-        if old != new:
-            self.warn(
-                f"a step had {old} samples and has {new} now: the order of samples goes on at "
-                f"number {self.training.samples}"
-            )
-        if old_part != new_part and buckets_of(self.clips):
-            self.warn(
-                f"a micro-batch of all processes had {old_part} clips of a bucket and has "
-                f"{new_part} now: other clips share a batch, and this epoch may repeat some"
-            )
 
     def _open_log(self) -> None:
         path = self.out / "log.jsonl"
@@ -374,14 +365,3 @@ class _Run:
 def _noise_seed(seed: int, first_step: int) -> int:
     """Returns another seed for every process and place of beginning."""
     return (seed * 1_000_003 + first_step * 1_009 + rank() + 1) % 2**63
-
-
-def _differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """Returns "run.steps was 10, is 20" for every value of two recipes that differs."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new else [f"{name} was {old!r}, is {new!r}"]
-    return [
-        line
-        for key, value in new.items()
-        for line in _differences(old.get(key), value, f"{name}.{key}" if name else key)
-    ]
