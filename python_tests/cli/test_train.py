@@ -1,5 +1,7 @@
 """`vtok train` from the command line."""
 
+import shutil
+
 import pytest
 
 import vtok_ext as vt
@@ -75,6 +77,20 @@ def test_dry_run_shows_and_leaves_a_picture_only(vtok, tmp_path):
     done = vtok("train", "smoke_two_stage", *small)
     assert [facts["samples_per_step"] for facts in done.json] == [2, 2]
     assert (out / "dry-run-2.png").is_file()
+
+
+def test_a_stage_that_is_done_is_not_run_again(vtok, tmp_path):
+    """Not even if its checkpoints are gone: it would begin anew and replace its model."""
+    call = ["train", "smoke_two_stage", *SMALL, "run.sample_every=0", "-o", tmp_path]
+    call += ["--resume", "auto", "--device", "cpu"]
+    assert vtok(*call).code == 0
+    shutil.rmtree(tmp_path / "stage-1" / "checkpoints")
+    model = tmp_path / "stage-1" / "model" / "model.safetensors"
+    before = model.stat().st_mtime_ns
+    again = vtok(*call, "run.steps=3")
+    assert again.code == 0 and "stage 1 of 2 is done" in again.err, again.err
+    assert "3 steps, model in" in again.out and model.stat().st_mtime_ns == before
+    assert not (tmp_path / "stage-1" / "checkpoints").exists()
 
 
 def test_overfit_says_whether_the_model_learned(vtok, tmp_path):

@@ -1,5 +1,7 @@
 """Trainings in stages, and VidTok's released files as recipes."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,7 +13,7 @@ from vtok_ext.training.checkpoint import read_tensors, verify_checkpoint
 from vtok_ext.training.loop import train
 from vtok_ext.training.recipe_file import load_recipe, load_stages
 from vtok_ext.training.setup import held_out_clips
-from vtok_ext.training.stages import stage_recipes
+from vtok_ext.training.stages import stage_recipes, stages_done
 
 # What the released files say, in their layout.
 RELEASED = """\
@@ -185,6 +187,30 @@ def test_a_stage_begins_where_the_one_before_ended(tmp_path):
         weights.append(into.popitem()[1])
     # With a learning rate of 0 it is the one that went on.
     assert weights[0].abs().sum() > 0 and torch.equal(*weights)
+
+
+def test_a_scaled_start_is_that_of_the_first_stage(tmp_path):
+    stages = load_stages("smoke_two_stage", ["model.start=scaled"])
+    (first, _), (second, folder) = stage_recipes(stages, tmp_path)
+    assert (first.model.start, second.model.start) == ("scaled", "published")
+    assert second.model.weights == str(tmp_path / "stage-1" / "model")
+    assert folder == tmp_path / "stage-2"
+
+
+def test_a_resumed_stage_needs_no_checkpoints_of_the_one_before(tmp_path):
+    """What it took over is in its own: log variance, LeCam averages and discriminator."""
+    recipes = load_stages("smoke_two_stage", [*OVERRIDES, "run.steps=1", "run.sample_every=0"])
+    pairs = stage_recipes(recipes, tmp_path)
+    assert stages_done([folder for _, folder in pairs]) == 0
+    for recipe, folder in pairs:
+        train(recipe, folder, warn=lambda line: None)
+    assert stages_done([folder for _, folder in pairs]) == 1
+    shutil.rmtree(tmp_path / "stage-1" / "checkpoints")
+    warnings = []
+    assert train(*pairs[1], resume="auto", warn=warnings.append).resumed_from == 1
+    assert not any("another recipe" in line for line in warnings)
+    with pytest.raises(ValueError, match="loss.continue_from must hold a checkpoint"):
+        train(pairs[1][0], tmp_path / "new", warn=warnings.append)
 
 
 def test_nothing_to_go_on_from(tmp_path):

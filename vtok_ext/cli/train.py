@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from vtok_ext.training.distributed import process_group, rank, world_size
+from vtok_ext.training.distributed import on_rank_0, process_group, rank, world_size
 from vtok_ext.training.loop import TrainProgress, TrainResult, train
 from vtok_ext.training.recipe_file import load_stages
-from vtok_ext.training.stages import stage_recipes
+from vtok_ext.training.stages import stage_recipes, stages_done
 
 from .console import Console
 from .model_source import resolve_device
@@ -39,7 +39,12 @@ def run_train(
         if dry or overfit is not None:
             _check(load_stages(recipe, overrides), out, place, console, dry, overfit)
             return None
+        folders = [folder for _, folder in stages]
+        done = on_rank_0(lambda: stages_done(folders)) if resume == "auto" else 0
         for number, (settings, folder) in enumerate(stages, 1):
+            if number <= done:
+                console.say(f"stage {number} of {len(stages)} is done: a later one has begun")
+                continue
             if len(stages) > 1:
                 console.say(f"stage {number} of {len(stages)}, in {folder}")
             result = train_visibly(settings, folder, place, resume, console)

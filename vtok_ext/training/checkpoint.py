@@ -226,6 +226,11 @@ def latest_checkpoint(root: Path, warn: Callable[[str], None]) -> Checkpoint | N
     return result
 
 
+def has_checkpoints(root: Path) -> bool:
+    """Returns whether there are checkpoints in `root`; they may be damaged."""
+    return bool(_folders(root))
+
+
 def verify_checkpoint(folder: Path) -> Checkpoint:
     """Returns the checkpoint in `folder` after comparing the hash of every file.
 

@@ -59,6 +59,7 @@ def dry_run(recipe: Any, device: torch.device) -> DryRun:
     """
     torch.manual_seed(recipe.run.seed)
     task = build_task(recipe, device)
+    task.begin()
     notes = list(task.notes())
     clips, _ = task.data(notes.append)
     run = recipe.run

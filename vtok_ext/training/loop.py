@@ -148,7 +148,9 @@ class _Run:
             self.files.damage_log = out / "damaged.txt"
         self.validation: dict[str, float] = {}
         self.saved: Path | None = None
-        if found is not None:
+        if found is None:
+            self.training.task.begin()
+        else:
             self._load(found)
         self.first_step = self.training.step
         self._open_log()
@@ -168,7 +170,7 @@ class _Run:
         """Returns the checkpoint to continue."""
         if resume == "auto":
             return checkpoints.latest_checkpoint(self.folder, self.warn)
-        if any(self.folder.glob("step-*")):
+        if checkpoints.has_checkpoints(self.folder):
             raise ValueError(
                 f"train: out must be a folder without checkpoints, got {self.out}; "
                 "--resume auto continues its run"

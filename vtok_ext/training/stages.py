@@ -2,7 +2,8 @@
 
     OUT/stage-1/, OUT/stage-2/     a run each, see `loop`
 
-The optimisers begin anew; log variance, LeCam averages and discriminator go on.
+The optimisers begin anew; log variance, LeCam averages and discriminator go on. A stage that has a
+checkpoint needs nothing but the model of the one before.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vtok_ext.training.checkpoint import has_checkpoints
 from vtok_ext.training.recipe import TokenizerRecipe
 
 
@@ -24,11 +26,15 @@ def following(recipe: Any, before: Path) -> Any:
     """Returns the recipe of a stage with the weights of the one before.
 
     Args:
-        recipe: of the stage; the name and the overrides of its model have been used up.
+        recipe: of the stage; name, overrides and start of its model have been used up.
         before: folder of the stage before.
     """
     model = dataclasses.replace(
-        recipe.model, name=None, overrides={}, weights=str(before / "model")
+        recipe.model,
+        name=None,
+        overrides={},
+        weights=str(before / "model"),
+        start="published",
     )
     recipe = dataclasses.replace(recipe, model=model)
     if isinstance(recipe, TokenizerRecipe):
@@ -49,3 +55,9 @@ def stage_recipes(recipes: Sequence[Any], out: Path) -> list[tuple[Any, Path]]:
     for recipe, before, folder in zip(recipes[1:], folders, folders[1:], strict=False):
         pairs.append((following(recipe, before), folder))
     return pairs
+
+
+def stages_done(folders: Sequence[Path]) -> int:
+    """Returns how many stages need not run again: those before the last one with a checkpoint."""
+    begun = [i for i, folder in enumerate(folders) if has_checkpoints(folder / "checkpoints")]
+    return max(begun, default=0)

@@ -143,6 +143,13 @@ class Task(ABC):
 
         return build_clips(self.recipe.data, self.recipe.run.seed, warn)
 
+    def begin(self) -> None:
+        """Takes over what a new run goes on from; a resumed one has it in its checkpoint.
+
+        Called once, by all processes, before the first step.
+        """
+        return
+
     def frozen(self) -> list[nn.Module]:
         """Returns parts that neither train nor leave evaluation mode."""
         return []

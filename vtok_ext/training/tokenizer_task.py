@@ -51,8 +51,6 @@ class TokenizerTask(Task):
         super().__init__(recipe, device)
         self.model: Any = build_model(recipe.model).to(device)
         self.loss = TokenizerLoss(recipe.loss, perceptual_network(recipe.loss)).to(device)
-        if recipe.loss.continue_from is not None:
-            continue_losses(self.loss, Path(recipe.loss.continue_from))
         self.discriminator = self.loss.discriminator
         self.modules = {"model": self.model, "loss": self.loss}
         self.networks = {"model": self.model}
@@ -71,6 +69,11 @@ class TokenizerTask(Task):
         if not self.encoder_is_frozen:
             return []
         return [part for part in (self.model.encoder, self.model.quantizer) if part is not None]
+
+    def begin(self) -> None:
+        """Takes over log variance, LeCam averages and discriminator of the stage before."""
+        if self.recipe.loss.continue_from is not None:
+            continue_losses(self.loss, Path(self.recipe.loss.continue_from))
 
     def notes(self) -> list[str]:
         """Returns which loss terms a frozen encoder leaves."""
