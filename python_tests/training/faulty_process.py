@@ -1,6 +1,7 @@
 """Process 1 of two meets a NaN: torchrun faulty_process.py OUT, which gets result-RANK.json.
 
-Before that, both save their random generators and take them back.
+Before that, both save their random generators and take them back, from the checkpoint that process
+0 found: process 1 can verify none.
 """
 
 import json
@@ -24,9 +25,15 @@ def draws_after_restoring(root: Path) -> list[float]:
     checkpoint.CheckpointWriter(root, CPU).save(1, {"x": torch.zeros(1)}, {})
     expected = float(torch.rand(()))
     torch.manual_seed(0)
+    if rank() == 1:
+        checkpoint.verify_checkpoint = unreadable
     found = checkpoint.latest_checkpoint(root, print)
     assert checkpoint.restore_generators(found, CPU)
     return [expected, float(torch.rand(()))]
+
+
+def unreadable(folder: Path) -> None:
+    raise ValueError(f"{folder} must be readable")
 
 
 def build_with_fault(recipe, device):

@@ -88,6 +88,16 @@ def flip(path):
     path.write_bytes(content)
 
 
+def change_manifest(folder, **values):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def replace_by_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
 DAMAGE = {
     "one bit": (lambda folder: flip(folder / "part-0.safetensors"), "must have SHA-256"),
     "cut off": (
@@ -103,6 +113,19 @@ DAMAGE = {
     "another manifest": (
         lambda folder: (folder / "manifest.json").write_text(json.dumps({"format": 2})),
         "must be a manifest of step-00000002",
+    ),
+    "no step": (lambda folder: change_manifest(folder, step=None), "must be a manifest of"),
+    "files without a hash": (
+        lambda folder: change_manifest(folder, files={"state.json": {"bytes": 3}}),
+        "must be a manifest of",
+    ),
+    "files in a list": (
+        lambda folder: change_manifest(folder, files=["state.json"]),
+        "must be a manifest of",
+    ),
+    "unreadable": (
+        lambda folder: replace_by_folder(folder / "manifest.json"),
+        "must be readable, got .*directory",
     ),
 }
 

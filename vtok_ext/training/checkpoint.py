@@ -36,8 +36,8 @@ from vtok_ext.training.checkpoint_storage import STATE, PartReader, PartWriter, 
 from vtok_ext.training.distributed import (
     any_rank,
     is_distributed,
+    on_rank_0,
     rank,
-    wait_for_all,
     world_size,
 )
 from vtok_ext.training.parallel import local
@@ -189,16 +189,21 @@ def _let_one_process_be() -> None:
 def latest_checkpoint(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """Returns the newest undamaged checkpoint, None if there never was one.
 
-    Damaged ones are reported and, by rank 0, renamed to `damaged-...`; partial ones of a killed
-    process are ignored.
+    Rank 0 alone looks, so that all processes, which call this together, have the same one. Damaged
+    ones are reported and renamed to `damaged-...`; partial ones of a killed process are ignored.
 
     Args:
         root: folder of the checkpoints.
-        warn: called with one line for each damaged one.
+        warn: called, on rank 0, with one line for each damaged one.
 
     Raises:
         ValueError: there are checkpoints, but all of them are damaged.
+        OSError: the folder cannot be read, or a damaged one not be renamed.
     """
+    return on_rank_0(lambda: _newest_undamaged(root, warn))
+
+
+def _newest_undamaged(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     found = sorted(_folders(root), reverse=True)
     damaged = []
     result = None
@@ -207,17 +212,14 @@ def latest_checkpoint(root: Path, warn: Callable[[str], None]) -> Checkpoint | N
             result = verify_checkpoint(folder)
             break
         except ValueError as error:
-            damaged.append((folder, str(error)))
+            damaged.append(folder)
             earlier = [s for s, _ in found if s < step]
             remedy = f"trying step {max(earlier)}" if earlier else "there is none before it"
             warn(f"{error}; {remedy}")
-    wait_for_all()  # nobody reads any more what is renamed now
-    if rank() == 0:
-        for folder, _ in damaged:
-            aside = root / f"{_DAMAGED}{folder.name}"
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(folder, aside)
-    wait_for_all()
+    for folder in damaged:
+        aside = root / f"{_DAMAGED}{folder.name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
     if result is None and damaged:
         raise ValueError(
             f"checkpoint: at least one must be undamaged, got {len(damaged)} damaged ones in "
@@ -235,8 +237,15 @@ def verify_checkpoint(folder: Path) -> Checkpoint:
     """Returns the checkpoint in `folder` after comparing the hash of every file.
 
     Raises:
-        ValueError: a file is absent, incomplete or changed.
+        ValueError: a file is absent, incomplete, changed or cannot be read.
     """
+    try:
+        return _verified(folder)
+    except OSError as error:
+        raise ValueError(f"checkpoint: {folder} must be readable, got {error}") from error
+
+
+def _verified(folder: Path) -> Checkpoint:
     manifest = _read_manifest(folder)
     for name, wanted in manifest["files"].items():
         path = folder / name
@@ -347,13 +356,26 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"checkpoint: {folder} must hold {_MANIFEST}, got none") from None
     except ValueError as error:
         raise ValueError(f"checkpoint: {path} must be JSON, got {error}") from error
-    known = isinstance(manifest, dict) and manifest.get("format") == FORMAT
-    keys = {"step", "world_size", "metric", "files"}
-    if not known or not keys <= set(manifest) or f"step-{manifest['step']:08d}" != folder.name:
+    if not _is_manifest(manifest) or f"step-{manifest['step']:08d}" != folder.name:
         raise ValueError(f"checkpoint: {path} must be a manifest of {folder.name}, got another")
     if not {STATE} <= set(manifest["files"]):
         raise ValueError(f"checkpoint: {path} must name the state's files, got others")
     return manifest
+
+
+def _is_manifest(found: Any) -> bool:
+    """Returns whether JSON has the fields of a manifest, of their types."""
+    if not (isinstance(found, dict) and found.get("format") == FORMAT):
+        return False
+    integers = isinstance(found.get("step"), int) and isinstance(found.get("world_size"), int)
+    files = found.get("files")
+    return (
+        integers
+        and isinstance(found.get("metric", ""), int | float | None)
+        and isinstance(files, dict)
+        and all(isinstance(f, dict) and {"bytes", "sha256"} <= f.keys() for f in files.values())
+        and all(isinstance(f["sha256"], str) for f in files.values())
+    )
 
 
 def _prune(root: Path, keep_last: int) -> None:
@@ -362,7 +384,7 @@ def _prune(root: Path, keep_last: int) -> None:
     for _, folder in folders:
         try:
             metric = _read_manifest(folder)["metric"]
-        except ValueError:
+        except (ValueError, OSError):
             continue
         if metric is not None:
             metrics[folder] = metric
