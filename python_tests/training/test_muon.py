@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+import vtok_ext as vt
 from vtok_ext.training.muon import Muon, orthogonalize
+from vtok_ext.training.optimizers import tokenizer_optimizers
+from vtok_ext.training.recipe import OptimizerRecipe
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 40), (40, 5), (1, 7)])
@@ -67,6 +70,19 @@ def test_weights_without_gradient_stay():
     weight = torch.nn.Parameter(torch.ones(2, 2))
     Muon([weight]).step()
     assert torch.equal(weight.detach(), torch.ones(2, 2))
+
+
+def test_the_vectors_of_a_codebook_are_no_matrix():
+    options = {"ch": 8, "ch_mult": (1, 1, 1, 1), "num_res_blocks": 1, "regularizer": "vq"}
+    model = vt.create_model("vidtok_kl_causal_488_4chn", **options, codebook_size=16)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = tokenizer_optimizers(model, OptimizerRecipe(muon_lr=0.01), [])
+    adam, muon = (
+        {names[p] for group in found[kind].param_groups for p in group["params"]}
+        for kind in ("generator", "matrices")
+    )
+    assert adam.isdisjoint(muon) and adam | muon == set(names.values())
+    assert "quantizer.codebook" in adam and "decoder.conv_in.conv.weight" in muon
 
 
 def test_refusals():

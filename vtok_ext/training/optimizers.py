@@ -1,7 +1,8 @@
 """The optimisers of a tokenizer: AdamW, or Muon for the matrices within its networks.
 
-Layers that produce the latent and the picture have few rows, whose scale matters by itself, and
-vectors have no directions to balance: both stay with AdamW.
+Layers that produce the latent and the picture have few rows, whose scale matters by itself, as does
+that of the vectors of a codebook, and vectors have no directions to balance: all of these stay with
+AdamW.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import nn
 from vtok_ext.training.muon import Muon
 from vtok_ext.training.recipe import OptimizerRecipe
 
-_ENDS = "conv_out"
+_OF_THEIR_OWN_SCALE = {"conv_out", "quantizer"}
 
 
 def tokenizer_optimizers(
@@ -35,7 +36,9 @@ def tokenizer_optimizers(
     }
     if settings.muon_lr is None:
         return {"generator": torch.optim.AdamW([p for _, p in trained] + others, **options)}
-    inner = [p for name, p in trained if p.dim() >= 2 and _ENDS not in name.split(".")]
+    inner = [
+        p for name, p in trained if p.dim() >= 2 and _OF_THEIR_OWN_SCALE.isdisjoint(name.split("."))
+    ]
     chosen = {id(p) for p in inner}
     rest = [p for _, p in trained if id(p) not in chosen] + others
     return {
