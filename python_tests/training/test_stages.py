@@ -11,6 +11,7 @@ from vtok_ext.data.procedural import procedural_clip
 from vtok_ext.data.video import VideoWriter
 from vtok_ext.training.checkpoint import read_tensors, verify_checkpoint
 from vtok_ext.training.loop import train
+from vtok_ext.training.recipe import DataRecipe
 from vtok_ext.training.recipe_file import load_recipe, load_stages
 from vtok_ext.training.setup import held_out_clips
 from vtok_ext.training.stages import stage_recipes, stages_done
@@ -100,6 +101,20 @@ def test_released_clips_follow_the_published_rule(released):
     assert (data.validation_folder, data.validation_fps) == ("DATA_DIR_2", None)
 
 
+def test_released_files_without_a_list_have_a_folder_or_say_that_they_have_no_clips(released):
+    """Procedural clips are never taken for a data set that is not named."""
+    for nothing in ("null", '""'):
+        own = f"data_dir: A\n        meta_path: {nothing}"
+        text = RELEASED.replace("data_dir: DATA_DIR_1", own)
+        released.write_text(text.replace("DATA_DIR_2,", "DATA_DIR_2, meta_path: null,"))
+        data = load_recipe(released, PATHS[4:]).data
+        assert (data.folder, data.root, data.validation_folder) == ("A", None, "DATA_DIR_2")
+    released.write_text(RELEASED.replace("data_dir: DATA_DIR_1", "meta_path: null"))
+    with pytest.raises(ValueError, match="meta_path or data_dir, .* got neither"):
+        load_recipe(released, PATHS[4:])
+    assert load_recipe(released, ["data.folder=mine", *PATHS[4:]]).data.folder == "mine"
+
+
 def test_released_files_train(released, tmp_path):
     small = ["run.steps=1", "run.precision=float32", "data.num_clips=3", "data.validation_clips=0",
              "loss.discriminator_width=4", "run.batch_size=1"]  # fmt: skip
@@ -160,8 +175,13 @@ def test_two_stages(name):
     assert first.run.steps != 11
     with pytest.raises(ValueError, match="must have one stage for this, got 2"):
         load_recipe(name)
-    with pytest.raises(ValueError, match=r"stages must be numbered 0..1, got 'stages.2.x=1'"):
-        load_stages(name, ["stages.2.x=1"])
+    for override in ("stages.2.x=1", "stages.2={}", "stages.one={}"):
+        with pytest.raises(ValueError, match=f"stages must be numbered 0..1, got {override!r}"):
+            load_stages(name, [override])
+    with pytest.raises(ValueError, match="stages must be a list of sections, got "):
+        load_stages(name, ["stages.0=3"])
+    third, _ = load_stages(name, ["stages.0={run: {steps: 5}}"])
+    assert third.run.steps == 5 and third.data.height == DataRecipe().height
 
 
 def test_a_stage_begins_where_the_one_before_ended(tmp_path):

@@ -15,7 +15,7 @@ from typing import Any
 
 from vtok_ext.models._config import closest
 from vtok_ext.training.recipe import Recipe
-from vtok_ext.training.released_recipe import is_released, released_recipe
+from vtok_ext.training.released_recipe import is_released, released_recipe, require_clips
 from vtok_ext.training.tasks import task_class
 
 BUILT_IN = Path(__file__).parent / "recipes"
@@ -48,7 +48,8 @@ def load_stages(source: str | Path, overrides: Sequence[str] = ()) -> list[Any]:
 
     Args:
         source: as `load_recipe`.
-        overrides: "run.steps=100" for every stage, "stages.0.run.steps=100" for the first.
+        overrides: "run.steps=100" for every stage, "stages.0.run.steps=100" for the first;
+            "stages.0={}" replaces all that the first has for itself.
 
     Raises:
         FileNotFoundError, ValueError: as `load_recipe`.
@@ -57,6 +58,7 @@ def load_stages(source: str | Path, overrides: Sequence[str] = ()) -> list[Any]:
     values = _read(path)
     if is_released(values):
         values = released_recipe(values, path)
+        require_clips(values, path, overrides)
     own = [text for text in overrides if text.startswith("stages.")]
     for override in own:
         _replace(values, override)
@@ -142,18 +144,24 @@ def _replace(values: Any, override: str) -> None:
         raise ValueError(f"recipe: an override must be section.key=value, got {override!r}")
     *sections, name = key.split(".")
     for section in sections:
-        if isinstance(values, list):
-            if not section.isdigit() or int(section) >= len(values):
-                raise ValueError(
-                    f"recipe: stages must be numbered 0..{len(values) - 1}, got {override!r}"
-                )
-            inner = values[int(section)]
-        else:
-            inner = values.setdefault(section, {})
+        inner = _inner(values, section, override)
         if not isinstance(inner, dict) and not (section == "stages" and isinstance(inner, list)):
             raise ValueError(f"recipe: {section} must be a section for {override!r}, got {inner!r}")
         values = inner
-    values[name] = _parse(f"value: {text}", override)["value"]
+    place = _place(values, name, override) if isinstance(values, list) else name
+    values[place] = _parse(f"value: {text}", override)["value"]
+
+
+def _inner(values: Any, section: str, override: str) -> Any:
+    if isinstance(values, list):
+        return values[_place(values, section, override)]
+    return values.setdefault(section, {})
+
+
+def _place(stages: list[Any], number: str, override: str) -> int:
+    if not number.isdecimal() or int(number) >= len(stages):
+        raise ValueError(f"recipe: stages must be numbered 0..{len(stages) - 1}, got {override!r}")
+    return int(number)
 
 
 def _build(cls: Any, values: Any, prefix: str) -> Any:

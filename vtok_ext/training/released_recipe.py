@@ -11,7 +11,7 @@ Source: microsoft/VidTok, configs/ of releases 1.0 and 1.1; specification sectio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,24 @@ def released_recipe(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     }
 
 
+def require_clips(recipe: Mapping[str, Any], path: Path, overrides: Sequence[str]) -> None:
+    """Returns None unless a released file names no clips: others would be made up instead.
+
+    Args:
+        recipe: of `released_recipe`.
+        path: of the file.
+        overrides: "data.folder=..." names clips too, and null asks for procedural ones.
+
+    Raises:
+        ValueError: neither the file nor an override names clips.
+    """
+    if not recipe["data"]["folder"] and not any(o.startswith("data.folder=") for o in overrides):
+        raise ValueError(
+            f"recipe: {path} must have data.params.train.params.meta_path or data_dir, or "
+            "data.folder=... be given, got neither"
+        )
+
+
 def _loss(params: Mapping[str, Any]) -> dict[str, Any]:
     config = _section(params, "loss_config")
     if config.get("target", _LOSS) != _LOSS:
@@ -128,17 +146,17 @@ def _data(values: Mapping[str, Any]) -> dict[str, Any]:
     clips = _section(train, "video_params")
     found = {_CLIP_FIELDS[name]: value for name, value in clips.items() if name in _CLIP_FIELDS}
     # A list of videos lies in `meta_path`, its paths begin in `data_dir`; each part has its own.
-    roots = [p.get("data_dir") if p.get("meta_path") is not None else None for p in parts]
+    roots = [p.get("data_dir") if p.get("meta_path") else None for p in parts]
     rate, held_out_rate = (_section(p, "video_params").get("sample_fps") for p in (train, held_out))
     size = [_section(held_out, "video_params").get(f"input_{side}") for side in ("height", "width")]
     return {
         **found,
-        "folder": train.get("meta_path", train.get("data_dir")),
+        "folder": train.get("meta_path") or train.get("data_dir"),
         "root": roots[0],
         "fps": [] if rate is None else [float(rate)],
         "sampling": "timestamps" if rate is None else "reference",
         "fraction": float(train.get("data_frac", 1.0)),
-        "validation_folder": held_out.get("meta_path", held_out.get("data_dir")),
+        "validation_folder": held_out.get("meta_path") or held_out.get("data_dir"),
         "validation_root": roots[1],
         # Placeholders left as they are mean the size of the training clips.
         "validation_size": size if all(isinstance(side, int) for side in size) else [],
