@@ -162,6 +162,26 @@ def test_float16_leaves_steps_out_and_lowers_its_scale():
     assert training.samples == 2 * training.step
 
 
+def test_float16_has_the_adaptive_weight_of_float32():
+    """Where its gradients overflow without the scale: a large reconstruction loss. Steps are left
+    out until it is small enough, then the weight is no largest one."""
+    options = ["loss.perceptual_weight=0", "loss.discriminator_start=0", "loss.learn_logvar=false",
+               "loss.logvar=-9", "loss.generator_cross_entropy=false"]  # fmt: skip
+    weights, left_out, samples = [], 0, 0
+    for precision in ("float16", "float32"):
+        training = build_training(tiny(*options, f"run.precision={precision}"), torch.device("cpu"))
+        with torch.no_grad():
+            training.task.discriminator.main[-1].weight *= 1e3
+        training.samples = samples  # its noise
+        step, batch = Stepper(training), clip_batches(1)
+        while "left_out" in (terms := step(batch)):
+            assert "d_weight" not in terms or terms["d_weight"] < 2000
+            left_out, samples = left_out + 1, training.samples
+        weights.append(terms["d_weight"])
+    assert 3 < left_out < 12 and weights[0] == pytest.approx(weights[1], rel=0.1)
+    assert weights[1] < 0.2 * 1e4
+
+
 @pytest.mark.parametrize("change", [recompute_activations, "compile"])
 def test_recomputed_and_compiled_blocks_compute_the_same(change):
     found = []
