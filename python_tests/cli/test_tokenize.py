@@ -66,6 +66,41 @@ def test_clips_of_videos(vtok, videos, saved_models, tmp_path):
     assert other.code == 2 and "the same model, videos and settings" in other.err
 
 
+def test_going_on_refuses_what_would_make_other_latents(vtok, videos, saved_models, tmp_path):
+    """Names alone do not tell: other files, and other captions, would be mixed in."""
+    rows = [{"video": f"{name}.mp4", "caption": name} for name in "abc"]
+    listed = tmp_path / "list.jsonl"
+
+    def call(*options, root=videos):
+        listed.write_text("\n".join(map(json.dumps, rows)))
+        options = ("--frames", 5, "--size", 16, "--model", saved_models["kl"], *CPU, *options)
+        return vtok("tokenize", listed, tmp_path / "out", "--root", root, "--resume", *options)
+
+    assert call().code == 0
+    videos.rename(tmp_path / "moved")
+    assert call(root=tmp_path / "moved").code == 0
+
+    def refusal(*options):
+        failed = call(*options, root=tmp_path / "moved")
+        assert failed.code == 2 and "the same model, videos and settings to go on" in failed.err
+        return failed.err.partition("to go on, got ")[2]
+
+    there, other = (vt.load_model(saved_models[kind]).model_id for kind in ("kl", "fsq"))
+    changed = refusal("--frames", 6, "--dtype", "float16")
+    assert changed.startswith("dtype float32, not float16; num_frames 5, not 6\n")
+    model = refusal("--model", saved_models["fsq"], "--output", "latent")
+    assert model.startswith(f"model {there}, not {other}\n")
+    rows[1]["caption"] = "another"
+    assert refusal().startswith("videos of the same names with other fields, such as captions\n")
+    rows[1]["caption"] = "b"
+    (tmp_path / "moved" / "b.mp4").write_bytes((tmp_path / "moved" / "a.mp4").read_bytes())
+    assert refusal().startswith("videos of the same names with files of other sizes\n")
+    del rows[2]
+    assert refusal().startswith("a list of 3 other videos, not these 2\n")
+    (tmp_path / "out" / "settings.json").unlink()
+    assert refusal().startswith("no settings.json\n")
+
+
 def test_whole_videos_as_tokens_with_several_workers(vtok, videos, model_folder, tmp_path):
     (videos / "e.mp4").unlink()
     options = ("--model", model_folder, *CPU, "--videos-per-shard", 3)

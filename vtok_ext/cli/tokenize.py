@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vtok_ext.data.atomic_output import output_file, remove_partials
 from vtok_ext.data.latent_shards import MANIFEST, Shard, write_manifest
-from vtok_ext.data.tokenizing import (
-    TokenizeSettings,
-    procedural_videos,
-    tokenize_shard,
-    warmup_latents,
-)
+from vtok_ext.data.tokenize_settings import TokenizeSettings, differences
+from vtok_ext.data.tokenizing import tokenize_shard, warmup_latents
 from vtok_ext.data.video_list import VideoItem, list_videos
+from vtok_ext.data.video_portions import procedural_videos
 from vtok_ext.training.distributed import (
     on_rank_0,
     process_group,
@@ -65,7 +62,8 @@ def run_tokenize(options: TokenizeOptions, *, as_json: bool) -> None:
     start = time.monotonic()
     with process_group(resolve_device(options.device), patient=True) as place:
         console = Console(as_json or rank() != 0)
-        videos, procedural = _videos(options, console)
+        # All processes go by the list of one: another might see another folder.
+        videos, procedural = on_rank_0(lambda: _videos(options, console))
         model, _ = load_model_for(
             options.model,
             options.name,
@@ -75,11 +73,12 @@ def run_tokenize(options: TokenizeOptions, *, as_json: bool) -> None:
             trust_checkpoint=options.trust_checkpoint,
         )
         settings = _settings(options, model)
-        digest = settings.hash(model.model_id, videos)
+        origin = on_rank_0(lambda: settings.origin(model.model_id, videos))
+        digest = origin["settings_hash"]
         num_shards = -(-len(videos) // settings.videos_per_shard)
 
         def begin() -> list[int]:
-            _begin(options, settings, model.model_id, digest)
+            _begin(options, origin)
             shards = (Shard(options.out, n) for n in range(num_shards))
             return [shard.number for shard in shards if shard.read(digest) is None]
 
@@ -109,7 +108,7 @@ def run_tokenize(options: TokenizeOptions, *, as_json: bool) -> None:
         wait_for_all()
 
         def finish() -> dict[str, Any]:
-            facts = {**_model_facts(model), **_begun(settings, model.model_id, digest)}
+            facts = {**_model_facts(model), **origin}
             return write_manifest(options.out, facts, num_shards)
 
         manifest = on_rank_0(finish)
@@ -125,8 +124,7 @@ def _videos(options: TokenizeOptions, console: Console) -> tuple[list[VideoItem]
         if not count.isdigit():
             raise ValueError(f"tokenize: source must be procedural:N, got {options.source}")
         return procedural_videos(int(count)), True
-    warn = console.warn if rank() == 0 else lambda line: None
-    return list_videos(options.source, root=options.root, warn=warn), False
+    return list_videos(options.source, root=options.root, warn=console.warn), False
 
 
 def _settings(options: TokenizeOptions, model: Any) -> TokenizeSettings:
@@ -147,16 +145,7 @@ def _settings(options: TokenizeOptions, model: Any) -> TokenizeSettings:
     )
 
 
-def _begun(settings: TokenizeSettings, model_id: str, digest: str) -> dict[str, Any]:
-    return {
-        "model_id": model_id,
-        "kind": settings.kind,
-        "settings": asdict(settings),
-        "settings_hash": digest,
-    }
-
-
-def _begin(options: TokenizeOptions, settings: TokenizeSettings, model_id: str, digest: str):
+def _begin(options: TokenizeOptions, origin: dict[str, Any]) -> None:
     """Makes the folder, or checks that it holds what this call would make."""
     path = options.out / _BEGUN
     remove_partials(path)  # of a process that was killed before it had begun
@@ -167,16 +156,16 @@ def _begin(options: TokenizeOptions, settings: TokenizeSettings, model_id: str, 
                 f"tokenize: DST must be a new or empty folder, got {options.out}; "
                 "--resume goes on with what is there"
             )
-        if found.get("settings_hash") != digest:
+        if found.get("settings_hash") != origin["settings_hash"]:
+            other = "; ".join(differences(found, origin)) if found else f"no {_BEGUN}"
             raise ValueError(
                 f"tokenize: {options.out} must hold latents of the same model, videos and settings "
-                f"to go on, got those of {found.get('model_id')} with {found.get('settings')}"
+                f"to go on, got {other}"
             )
         return
     options.out.mkdir(parents=True, exist_ok=True)
     with output_file(path, "tokenize") as partial:
-        text = json.dumps(_begun(settings, model_id, digest), indent=1) + "\n"
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
 
 
 def _model_facts(model: Any) -> dict[str, Any]:

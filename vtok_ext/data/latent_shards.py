@@ -25,6 +25,7 @@ FORMAT = "vtok_ext.latents"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 _MAX_JSON_BYTES = 1 << 30
+_PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,11 @@ class Shard:
         self.entries.unlink(missing_ok=True)  # of other settings: it must not vouch for new tensors
         with output_file(self.tensors, "tokenize") as partial:
             save_file(tensors, partial, {"format": FORMAT})
-            content = partial.read_bytes()
+            digest, size = _digest(partial), partial.stat().st_size
         facts = {
             "settings": settings,
-            "sha256": hashlib.sha256(content).hexdigest(),
-            "bytes": len(content),
+            "sha256": digest,
+            "bytes": size,
             "entries": entries,
             "unreadable": unreadable,
         }
@@ -250,6 +251,15 @@ class LatentDataset:
     def __getstate__(self) -> dict[str, Any]:
         """Open files stay with the process that opened them."""
         return {**self.__dict__, "_open": {}}
+
+
+def _digest(path: Path) -> str:
+    """Returns the SHA-256 of a file, which need not fit into memory."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE_BYTES):
+            found.update(piece)
+    return found.hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,156 +1,36 @@
 """Tokenizing a list of videos, shard by shard.
 
 A shard is `videos_per_shard` consecutive videos of the list, so that nothing needs to be known of
-the others. Workers read and scale videos; the model encodes them in the order of the list, in
-batches that are the same whenever a shard is made, which is what gives it the same bytes.
+the others. Workers read and scale videos, in portions (see `video_portions`); the model encodes
+them in the order of the list, in batches that are the same whenever a shard is made, which is what
+gives it the same bytes.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from vtok_ext.data.clips import fit
-from vtok_ext.data.frame_sampling import nearest
 from vtok_ext.data.latent_shards import Shard
-from vtok_ext.data.procedural import procedural_clip
-from vtok_ext.data.video import VideoReadError, VideoTimes, read_frames_at, read_times
+from vtok_ext.data.tokenize_settings import DTYPES, TokenizeSettings
 from vtok_ext.data.video_list import VideoItem
+from vtok_ext.data.video_portions import (
+    FRAMES_PER_CHUNK,
+    Portion,
+    UnreadableVideoError,
+    portions_of_videos,
+)
 from vtok_ext.models.grid import GridTokenizer
 
-KINDS = ("tokens", "latent")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_FRAMES_PER_CHUNK = 16
-_PROCEDURAL_FPS = 30
 # Longest decoder memory that is looked for, in latent frames. VidTok 488's convolutions reach back
 # some 45: 34 at the rate of the latents, 12 frames each at twice and four times that rate.
 _LONGEST_WARMUP = 64
 # Outputs that differ by less than this fraction of their spread are equal: rounding is 1e-6.
 _EQUAL = 1e-4
-
-
-@dataclass(frozen=True)
-class TokenizeSettings:
-    """How videos become latents.
-
-    Attributes:
-        kind: "tokens" or "latent".
-        num_frames: cut each video into clips of so many frames and leave out the rest; None encodes
-            it as a whole, in constant activation memory for causal models.
-        max_clips: clips of one video at most; None for all.
-        fps: take the frame nearest to every 1 / fps seconds; None takes all frames.
-        size: (H, W) to scale to and crop at the centre; None keeps that of the video.
-        batch_size: clips of one shape that are encoded at once.
-        videos_per_shard: see above.
-        dtype: of stored latents.
-    """
-
-    kind: str
-    num_frames: int | None = None
-    max_clips: int | None = None
-    fps: float | None = None
-    size: tuple[int, int] | None = None
-    batch_size: int = 8
-    videos_per_shard: int = 64
-    dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        """Checks every field."""
-        if self.kind not in KINDS or self.dtype not in DTYPES:
-            raise ValueError(
-                f"tokenize: kind must be one of {KINDS} and dtype one of {tuple(DTYPES)}, "
-                f"got {self.kind!r} and {self.dtype!r}"
-            )
-        for name in ("num_frames", "max_clips", "batch_size", "videos_per_shard", "fps"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"tokenize: {name} must be positive, got {value}")
-
-    def hash(self, model_id: str, videos: list[VideoItem]) -> str:
-        """Returns 16 hexadecimal digits that change with model, list of videos and settings."""
-        names = hashlib.sha256("\n".join(video.name for video in videos).encode()).hexdigest()
-        text = json.dumps([model_id, names, asdict(self)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class _Clip:
-    """Frames [3, T, H, W] uint8 with their times, and their rate per second if it is known."""
-
-    frames: Tensor
-    timestamps: list[int]
-    time_base: str
-    original_size: tuple[int, int]
-    fps: float | None
-
-
-def procedural_videos(count: int) -> list[VideoItem]:
-    """Returns names of procedural clips, for which nothing is read."""
-    if count < 1:
-        raise ValueError(f"tokenize: procedural:N must have N >= 1, got {count}")
-    return [VideoItem(f"procedural-{seed:08d}", Path()) for seed in range(count)]
-
-
-class _Videos:
-    """Data set of the clips of each video, or the reason why there are none."""
-
-    def __init__(self, videos: list[VideoItem], settings: TokenizeSettings, procedural: bool):
-        self.videos, self.settings, self.procedural = videos, settings, procedural
-
-    def __len__(self) -> int:
-        return len(self.videos)
-
-    def __getitem__(self, index: int) -> list[_Clip] | str:
-        video = self.videos[index]
-        try:
-            return self._procedural(video) if self.procedural else self._clips(video)
-        except (VideoReadError, OSError) as error:
-            return str(error)
-
-    def _procedural(self, video: VideoItem) -> list[_Clip]:
-        count, size = self.settings.num_frames, self.settings.size
-        assert count is not None and size is not None  # checked by `tokenize_shard`
-        seed = int(video.name.rpartition("-")[2])
-        frames = procedural_clip(count, *size, seed=seed, motion="erratic")
-        rate = _PROCEDURAL_FPS
-        return [_Clip(frames, list(range(count)), f"1/{rate}", size, float(rate))]
-
-    def _clips(self, video: VideoItem) -> list[_Clip] | str:
-        settings, content = self.settings, video.content()
-        times = read_times(video.path, content)
-        chosen = _chosen(times, settings.fps)
-        length = settings.num_frames or len(chosen)
-        starts = list(range(0, len(chosen) - length + 1, length))[: settings.max_clips]
-        if not starts:
-            return f"has {len(chosen)} of {length} frames"
-        # That of the file, as `vtok encode` takes it, not of the clip's times: they are rounded.
-        fps = settings.fps or float(times.fps) or None
-        found = []
-        for start in starts:
-            stamps = [times.timestamps[i] for i in chosen[start : start + length]]
-            frames = read_frames_at(video.path, stamps, content)
-            original = (frames.shape[2], frames.shape[3])
-            if settings.size is not None:
-                frames = fit(frames, *settings.size)
-            found.append(_Clip(frames.contiguous(), stamps, str(times.time_base), original, fps))
-        return found
-
-
-def _chosen(times: VideoTimes, fps: float | None) -> list[int]:
-    """Returns the indices of the frames of a video that are wanted."""
-    seconds = times.seconds()
-    if fps is None:
-        return list(range(len(seconds)))
-    count = int((seconds[-1] - seconds[0]) * fps + 1e-6) + 1
-    return [nearest(seconds, seconds[0] + i / fps) for i in range(count)]
 
 
 def tokenize_shard(
@@ -166,12 +46,15 @@ def tokenize_shard(
 ) -> None:
     """Returns None when the shard is written.
 
+    Frames of a batch of clips, or of a part of a long video, exist at a time, and the latents of
+    the whole shard.
+
     Args:
         model: a VideoTokenizer in eval mode; its device is used.
         videos: all of them, of which the shard takes its part.
         settings: how.
         shard: which one.
-        settings_hash: see `TokenizeSettings.hash`.
+        settings_hash: of `TokenizeSettings.origin`.
         procedural: the videos are those of `procedural_videos`.
         num_workers: processes that read videos; 0 for this one.
         on_video: called after each video.
@@ -182,33 +65,116 @@ def tokenize_shard(
     if procedural and (settings.num_frames is None or settings.size is None):
         raise ValueError("tokenize: num_frames and size must be given for procedural clips")
     per_shard = settings.videos_per_shard
-    part = videos[shard.number * per_shard : (shard.number + 1) * per_shard]
-    loader: Any = DataLoader(
-        _Videos(part, settings, procedural),  # type: ignore[arg-type]
-        batch_size=None,
-        num_workers=num_workers,
-        generator=torch.Generator().manual_seed(0),
-    )
-    tensors: dict[str, Tensor] = {}
-    entries: list[dict[str, Any]] = []
+    first = shard.number * per_shard
+    part = videos[first : first + per_shard]
+    work = _ShardWork(model, settings)
     unreadable: list[dict[str, str]] = []
-    waiting: list[tuple[dict[str, Any], Tensor]] = []
-    for position, clips in enumerate(loader):
+    sources = portions_of_videos(part, settings, procedural=procedural, num_workers=num_workers)
+    for position, portions in enumerate(sources):
         video = part[position]
-        if isinstance(clips, str):
-            unreadable.append({"video": video.name, "reason": clips})
-            clips = []
-        for number, clip in enumerate(clips):
-            key = f"{shard.number * per_shard + position:08d}-{number:05d}"
-            entries.append({"key": key, **_facts(video, clip, model)})
-            if waiting and not _share_a_batch(model, waiting[0], (entries[-1], clip.frames)):
-                _encode(model, waiting, settings, tensors)
-            waiting.append((entries[-1], clip.frames))
-            if len(waiting) == settings.batch_size:
-                _encode(model, waiting, settings, tensors)
+        try:
+            work.add(video, f"{first + position:08d}", portions)
+        except UnreadableVideoError as error:
+            unreadable.append({"video": video.name, "reason": str(error)})
         on_video()
-    _encode(model, waiting, settings, tensors)
-    shard.write(tensors, entries, unreadable, settings_hash)
+    work.encode()
+    shard.write(work.tensors, work.entries, unreadable, settings_hash)
+
+
+class _ShardWork:
+    """The latents of a shard in the making, and the clips that wait for a full batch.
+
+    Attributes:
+        tensors, entries: see `Shard.write`.
+    """
+
+    def __init__(self, model: Any, settings: TokenizeSettings) -> None:
+        self.model, self.settings = model, settings
+        self.device = next(model.parameters()).device
+        self.tensors: dict[str, Tensor] = {}
+        self.entries: list[dict[str, Any]] = []
+        self._waiting: list[tuple[dict[str, Any], Tensor]] = []  # with [3, T, H, W] uint8
+
+    def add(self, video: VideoItem, key: str, portions: Iterator[Portion]) -> None:
+        """Returns None after taking all clips of a video, or nothing of it.
+
+        Args:
+            video: which one.
+            key: the beginning of the keys of its clips.
+            portions: of it.
+
+        Raises:
+            UnreadableVideoError: it ends early; all is as if there were no such video.
+        """
+        num_entries, waiting, number = len(self.entries), list(self._waiting), 0
+        try:
+            for portion in portions:
+                if portion.is_part:
+                    self._add_long(video, f"{key}-{number:05d}", portion, portions)
+                    return
+                for clip, stamps in zip(portion.clips, portion.timestamps, strict=True):
+                    self._add_clip(video, f"{key}-{number:05d}", portion, clip, stamps)
+                    number += 1
+        except UnreadableVideoError:
+            for entry in self.entries[num_entries:]:
+                for name in [
+                    entry["key"],
+                    *(f"{entry['key']}.{p}" for p in entry.get("planes", ())),
+                ]:
+                    self.tensors.pop(name, None)
+            del self.entries[num_entries:]
+            # Those before may have been encoded in a batch with clips of this video: once more.
+            self._waiting = waiting
+            raise
+
+    def _add_clip(
+        self, video: VideoItem, key: str, portion: Portion, clip: Tensor, stamps: list[int]
+    ) -> None:
+        entry = {"key": key, **_facts(video, portion, stamps, self.model)}
+        self.entries.append(entry)
+        if self._waiting and not _share_a_batch(self.model, self._waiting[0], (entry, clip)):
+            self.encode()
+        self._waiting.append((entry, clip))
+        if len(self._waiting) == self.settings.batch_size:
+            self.encode()
+
+    def _add_long(
+        self, video: VideoItem, key: str, first: Portion, rest: Iterator[Portion]
+    ) -> None:
+        """Encodes a clip that comes in parts, alone: it shares its shape with none that waits."""
+        stamps: list[int] = []
+
+        def parts() -> Iterator[Tensor]:
+            for portion in chain([first], rest):
+                stamps.extend(portion.timestamps[0])
+                yield portion.clips
+
+        latent = _latent_of_parts(self.model, parts(), first, self.settings)
+        self.encode()
+        self.entries.append({"key": key, **_facts(video, first, stamps, self.model)})
+        self._keep(self.entries[-1], latent)
+
+    @torch.no_grad()
+    def encode(self) -> None:
+        """Moves the latents of the waiting clips into `tensors` and completes their entries."""
+        if not self._waiting:
+            return
+        video = torch.stack([frames for _, frames in self._waiting]).to(self.device)
+        latents = _latents(self.model, video, self.settings, self._waiting[0][0]["fps"])
+        for (entry, _), latent in zip(self._waiting, latents, strict=True):
+            self._keep(entry, latent)
+        self._waiting = []
+
+    def _keep(self, entry: dict[str, Any], latent: Any) -> None:
+        planes = latent if isinstance(latent, dict) else {}
+        entry["planes"] = sorted(planes)
+        entry["latent_frames"] = None
+        for name in entry["planes"]:
+            self.tensors[f"{entry['key']}.{name}"] = _stored(planes[name], self.settings)
+        if isinstance(latent, Tensor):
+            self.tensors[entry["key"]] = _stored(latent, self.settings)
+            time_axis = 0 if self.settings.kind == "tokens" else 1
+            entry["latent_frames"] = latent.shape[time_axis]
 
 
 def _share_a_batch(
@@ -221,18 +187,18 @@ def _share_a_batch(
     return isinstance(model, GridTokenizer) or one[0]["fps"] == other[0]["fps"]
 
 
-def _facts(video: VideoItem, clip: _Clip, model: Any) -> dict[str, Any]:
-    num_frames, height, width = clip.frames.shape[1:]
+def _facts(video: VideoItem, portion: Portion, stamps: list[int], model: Any) -> dict[str, Any]:
+    num_frames, (height, width) = portion.num_frames, portion.clips.shape[3:]
     s = model.spatial_factor
     padded = None if s is None else [-(-height // s) * s, -(-width // s) * s]
     return {
         "video": video.name,
-        "timestamps": clip.timestamps,
-        "time_base": clip.time_base,
-        "fps": clip.fps,
+        "timestamps": stamps,
+        "time_base": portion.time_base,
+        "fps": portion.fps,
         "num_frames": num_frames,
         "padded_frames": _padded_frames(model, num_frames),
-        "original_size": list(clip.original_size),
+        "original_size": list(portion.original_size),
         "size": [height, width],
         "padded_size": padded,
         "fields": video.fields,
@@ -248,31 +214,6 @@ def _padded_frames(model: Any, num_frames: int) -> int | None:
     return alone + (num_latents - alone) * model.temporal_factor
 
 
-@torch.no_grad()
-def _encode(
-    model: Any,
-    waiting: list[tuple[dict[str, Any], Tensor]],
-    settings: TokenizeSettings,
-    tensors: dict[str, Tensor],
-) -> None:
-    """Moves the latents of the waiting clips into `tensors` and completes their entries."""
-    if not waiting:
-        return
-    device = next(model.parameters()).device
-    video = torch.stack([frames for _, frames in waiting]).to(device)
-    latents = _latents(model, video, settings, waiting[0][0]["fps"])
-    for (entry, _), latent in zip(waiting, latents, strict=True):
-        planes = latent if isinstance(latent, dict) else {}
-        entry["planes"] = sorted(planes)
-        entry["latent_frames"] = None
-        for name in entry["planes"]:
-            tensors[f"{entry['key']}.{name}"] = _stored(planes[name], settings)
-        if isinstance(latent, Tensor):
-            tensors[entry["key"]] = _stored(latent, settings)
-            entry["latent_frames"] = latent.shape[0 if settings.kind == "tokens" else 1]
-    waiting.clear()
-
-
 def _stored(x: Tensor, settings: TokenizeSettings) -> Tensor:
     return (x.to(DTYPES[settings.dtype]) if x.is_floating_point() else x).cpu().contiguous()
 
@@ -281,13 +222,8 @@ def _latents(
     model: Any, video: Tensor, settings: TokenizeSettings, fps: float | None
 ) -> Iterator[Any]:
     """Yields the latent or ids of each clip [B, 3, T, H, W] uint8 of `fps` frames per second."""
-    if settings.num_frames is None and model.is_causal and hasattr(model, "encode_chunk"):
-        stream = model.stream_encoder(output="tokens" if settings.kind == "tokens" else "latent")
-        parts = []
-        for chunk in video.split(_FRAMES_PER_CHUNK, 2):
-            parts += stream.push(chunk)
-        parts += stream.flush()
-        yield from torch.cat(parts, 1 if settings.kind == "tokens" else 2)
+    if settings.num_frames is None and _has_stream(model):
+        yield from _streamed(model, iter([video]), settings)
         return
     encoding = model.encode(video, fps=fps)
     if settings.kind == "tokens":
@@ -297,6 +233,52 @@ def _latents(
     else:
         for i in range(video.shape[0]):
             yield {name: plane[i] for name, plane in encoding.latent.items()}
+
+
+@torch.no_grad()
+def _latent_of_parts(
+    model: Any, parts: Iterator[Tensor], first: Portion, settings: TokenizeSettings
+) -> Any:
+    """Returns the latent or ids of one clip that comes in parts [1, 3, t, H, W] uint8.
+
+    No more than a part is kept where the model can go on after it: with a stream encoder, or as a
+    VTok whose key frame is the first. Others need the whole clip.
+    """
+    from vtok_ext.models.vtok import VTok
+    from vtok_ext.models.vtok_streaming import encode_portions
+
+    device = next(model.parameters()).device
+    if _has_stream(model):
+        return _streamed(model, (part.to(device) for part in parts), settings)[0]
+    if isinstance(model, VTok) and model.config.key_frame == "first":
+        encoding = encode_portions(model, (part.to(device) for part in parts), fps=first.fps)
+        found: Any = encoding.indices if settings.kind == "tokens" else encoding.latent
+        return found[0]
+    whole = first.clips.new_empty(1, 3, first.num_frames, *first.clips.shape[3:])
+    done = 0
+    for part in parts:
+        whole[:, :, done : done + part.shape[2]] = part
+        done += part.shape[2]
+    return next(_latents(model, whole.to(device), settings, first.fps))
+
+
+def _has_stream(model: Any) -> bool:
+    return model.is_causal and hasattr(model, "encode_chunk")
+
+
+def _streamed(model: Any, parts: Iterator[Tensor], settings: TokenizeSettings) -> Tensor:
+    """Returns the latents or ids, on the CPU, of clips that come in parts [B, 3, t, H, W] uint8.
+
+    Their t are multiples of `FRAMES_PER_CHUNK` but for the last one, which makes the chunks, and
+    the result, those of the clips in one part.
+    """
+    stream = model.stream_encoder(output="tokens" if settings.kind == "tokens" else "latent")
+    found: list[Tensor] = []
+    for part in parts:
+        for chunk in part.split(FRAMES_PER_CHUNK, 2):
+            found += [_stored(piece, settings) for piece in stream.push(chunk)]
+    found += [_stored(piece, settings) for piece in stream.flush()]
+    return torch.cat(found, 1 if settings.kind == "tokens" else 2)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ leave in place.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +21,8 @@ from .reader import _is_cover_picture, _reason, _upright
 _OP = "read_video"
 # How far behind the wanted frame a seek aims, in frames: pictures may be stored out of order.
 _SEEK_MARGIN = 2
+# Frames that are decoded at once where those of a file do not come in their order.
+_FRAMES_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,60 @@ def read_frames_at(
     return torch.stack([found[t] for t in timestamps]).permute(3, 0, 1, 2)
 
 
+def frames_in_order(
+    path: Path, timestamps: Sequence[int], content: bytes | None = None
+) -> Iterator[torch.Tensor]:
+    """Yields the frames [H, W, 3] uint8 that `read_frames_at` gives at once, one after the other.
+
+    The file is decoded once, from its beginning to the last of them; one frame exists at a time.
+
+    Args:
+        path: the file.
+        timestamps: as for `read_frames_at`.
+        content: its bytes, if they are not in a file of their own.
+
+    Raises:
+        VideoReadError, TruncatedVideoError: as `read_frames_at`, where the frame is due.
+    """
+    size, num_given = None, 0
+    for picture in _run_through(path, timestamps, content):
+        if size not in (None, picture.shape):
+            sizes = {tuple(size or ()), tuple(picture.shape)}
+            raise VideoReadError(f"{_OP}: every frame must have one size, got {sizes} in {path}")
+        size, num_given = picture.shape, num_given + 1
+        yield picture
+    # Not in their order, or not there, which this finds out.
+    for start in range(num_given, len(timestamps), _FRAMES_AT_ONCE):
+        stamps = timestamps[start : start + _FRAMES_AT_ONCE]
+        yield from read_frames_at(path, stamps, content).permute(1, 2, 3, 0)
+
+
+def _run_through(
+    path: Path, timestamps: Sequence[int], content: bytes | None
+) -> Iterator[torch.Tensor]:
+    """Yields the frames at `timestamps`, up to one that does not come when it is due."""
+    import av
+
+    container, stream = _opened(path, content)
+    due, count = 0, 0
+    with container:
+        try:
+            for frame in container.decode(stream):
+                count += 1
+                if frame.pts is None or frame.pts < timestamps[due]:
+                    continue
+                if frame.pts > timestamps[due]:
+                    return
+                picture = torch.from_numpy(_upright(frame).copy())
+                while due < len(timestamps) and timestamps[due] == frame.pts:
+                    yield picture
+                    due += 1
+                if due == len(timestamps):
+                    return
+        except (av.error.FFmpegError, OSError) as error:
+            raise _damaged(path, count, error) from error
+
+
 def _decode(
     path: Path, content: bytes | None, wanted: list[int], seek: bool
 ) -> dict[int, torch.Tensor]:
@@ -139,12 +195,16 @@ def _decode(
         except (av.error.FFmpegError, OSError) as error:
             if seek:
                 return {}
-            raise TruncatedVideoError(
-                f"{_OP}: the video must be intact, got a decoding error after {count} readable "
-                f"frames in {path} ({_reason(error)})",
-                count,
-            ) from error
+            raise _damaged(path, count, error) from error
     return found
+
+
+def _damaged(path: Path, count: int, error: Exception) -> TruncatedVideoError:
+    return TruncatedVideoError(
+        f"{_OP}: the video must be intact, got a decoding error after {count} readable frames in "
+        f"{path} ({_reason(error)})",
+        count,
+    )
 
 
 def _opened(path: Path, content: bytes | None) -> tuple[Any, Any]:
