@@ -3,8 +3,8 @@
     SiT   flow matching loss of normalised latents; their statistics are part of the checkpoint
     GPT   negative log likelihood per token
 
-Latents are made while training, or once for all clips (`latent.cache`). Source: CoordTok
-(specification sections 9.2 to 9.4).
+Latents are made while training, or once for all clips (`latent.cache`), or come from a folder of
+`vtok tokenize` (`latent.folder`). Source: CoordTok (specification sections 9.2 to 9.4).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from vtok_ext.models.latent_statistics import Latent, LatentStatistics, Statisti
 from vtok_ext.models.sit import SiT
 from vtok_ext.training.generator_recipe import GeneratorRecipe
 from vtok_ext.training.latent_clips import CachedLatents, LabelledClips
+from vtok_ext.training.latent_folder import LatentFolder
 from vtok_ext.training.parallel import is_sharded, plain_class
 from vtok_ext.training.recipe import Recipe
 from vtok_ext.training.task import MicroBatch, Task
@@ -49,6 +50,8 @@ class GeneratorTask(Task):
     recipe_class: ClassVar[type[Recipe]] = GeneratorRecipe
     metric: ClassVar[str] = "val_loss"
     generator_class: ClassVar[type]
+    # What it makes, as `vtok tokenize` calls it.
+    kind: ClassVar[str]
     # Fewer steps than `sample` takes by itself: pictures interrupt the training.
     picture_options: ClassVar[dict[str, Any]] = {}
     recipe: GeneratorRecipe
@@ -57,24 +60,36 @@ class GeneratorTask(Task):
         super().__init__(recipe, device)
         self.tokenizer = load_model(recipe.latent.tokenizer).to(device).requires_grad_(False)
         self.clips: Any = None
+        self.stored: LatentFolder | None = None
+        if recipe.latent.folder is not None:
+            self.stored = LatentFolder(recipe, self.tokenizer, self.kind)
         self.model: Any = self._build().to(device)
         if not isinstance(self.model, self.generator_class):
             raise ValueError(
                 f"train: model must be a {self.generator_class.__name__} for task {recipe.task!r}, "
                 f"got {type(self.model).__name__}"
             )
-        data = recipe.data
-        # Known where every clip of files is brought to one rate.
-        one_rate = data.folder is not None and len(data.fps) == 1
         self.origin = LatentOrigin(
-            data.num_frames,
-            data.height,
-            data.width,
-            data.fps[0] if one_rate else None,
+            *self._clip_shape(),
+            self._rate(),
             tokenizer_id=self.tokenizer.model_id,
             tokenizer=os.path.abspath(recipe.latent.tokenizer),
         )
         self.modules, self.networks = {"model": self.model}, {"model": self.model}
+
+    def _clip_shape(self) -> tuple[int, int, int]:
+        """Returns T, H, W of the clips that latents stand for."""
+        if self.stored is not None:
+            return self.stored.shape
+        data = self.recipe.data
+        return data.num_frames, data.height, data.width
+
+    def _rate(self) -> float | None:
+        """Returns frames per second, known where every clip is brought to one rate."""
+        if self.stored is not None:
+            return self.stored.fps
+        data = self.recipe.data
+        return data.fps[0] if data.folder is not None and len(data.fps) == 1 else None
 
     def _build(self) -> nn.Module:
         recipe = self.recipe.model
@@ -96,8 +111,13 @@ class GeneratorTask(Task):
 
     def data(self, warn: Callable[[str], None]) -> tuple[Any, list[Any]]:
         """Returns clips or latents to train on, and held-out ones."""
-        clips, held_out = super().data(warn)
         settings = self.recipe
+        if self.stored is not None:
+            if self.stored.num_classes is not None:
+                self._check_classes(self.stored.num_classes, self.stored.names_classes)
+            self.clips, held_out = self.stored.split()
+            return self.clips, held_out
+        clips, held_out = super().data(warn)
         if settings.latent.labels == "folders":
             assert settings.data.folder is not None  # checked by the recipe
             clips = LabelledClips(clips, settings.data.folder)
@@ -113,13 +133,13 @@ class GeneratorTask(Task):
         self.clips = clips
         return clips, held_out
 
-    def _check_classes(self, count: int) -> None:
+    def _check_classes(self, count: int, is_exact: bool = True) -> None:
         known = self.model.config.num_classes
-        if known != count:
-            raise ValueError(
-                f"train: model.overrides.num_classes must be {count}, the number of folders with "
-                f"videos, got {known}"
-            )
+        if known < count or (is_exact and known != count):
+            what = f"{count}, the number of folders with videos"
+            if self.stored is not None:
+                what = f"{count}{'' if is_exact else ' or more'}, as the labels of the latents have"
+            raise ValueError(f"train: model.overrides.num_classes must be {what}, got {known}")
 
     def _labelled_held_out(self, held_out: list[Any], names: list[str]) -> list[Any]:
         from vtok_ext.training.setup import held_out_clips
@@ -167,20 +187,27 @@ class GeneratorTask(Task):
         if isinstance(data, list | tuple):
             data, labels = data
         is_clip = isinstance(data, Tensor) and data.dtype == torch.uint8
-        return (self.encode(data) if is_clip else data), labels
+        return (self.encode(data) if is_clip else _in_float32(data)), labels
 
     def validate(self, samples: list[Any]) -> dict[str, float]:
         """Returns `val_loss`: the loss of held-out clips at times and noises that stay the same."""
         total, draws = 0.0, self.recipe.latent.validation_draws
         for i, sample in enumerate(samples):
             clip, label = sample if isinstance(sample, tuple) else (sample, 0)
-            latent = self.encode(clip[None].to(self.device))
+            latent = self._latents(self._batch([clip]))[0]
             labels = torch.tensor([label], device=self.device)
             for draw in range(draws):
                 generator = torch.Generator().manual_seed(_VALIDATION_SEED + i * draws + draw)
                 with self.autocast():
                     total += self.model.loss(latent, labels, generator).item()
         return {"val_loss": total / (len(samples) * draws)}
+
+    def _batch(self, items: list[Any]) -> Any:
+        """Returns clips or latents without labels, collated, where the task is."""
+        batch = torch.utils.data.default_collate(items)
+        if isinstance(batch, dict):
+            return {name: plane.to(self.device) for name, plane in batch.items()}
+        return batch.to(self.device)
 
     def pictures(self, samples: list[Any]) -> dict[str, Tensor]:
         """Returns as many new videos as there are samples, from the same noise every time.
@@ -203,6 +230,13 @@ class GeneratorTask(Task):
         plain.load_state_dict(weights, strict=True)
         plain.origin, plain.statistics = self.origin, self.model.statistics
         plain.eval().save_pretrained(folder)
+
+
+def _in_float32(latent: Latent) -> Latent:
+    """Returns latents as they are computed with; they may be stored in 16 bits. Ids stay ids."""
+    if isinstance(latent, dict):
+        return {name: plane.float() for name, plane in latent.items()}
+    return latent.float() if latent.is_floating_point() else latent
 
 
 class _KeptStatistics(nn.Module):
@@ -236,6 +270,7 @@ class SiTTask(GeneratorTask):
     """Trains a SiT on planes of CoordTok or grids of a continuous VidTok."""
 
     generator_class = SiT
+    kind = "latent"
     picture_options: ClassVar[dict[str, Any]] = {
         "sampler": "ode",
         "method": "heun",
@@ -256,9 +291,11 @@ class SiTTask(GeneratorTask):
                 f"train: latent.tokenizer must be continuous for a SiT, got {self.tokenizer.name}; "
                 "a GPT takes tokens"
             )
-        data = self.recipe.data
-        empty = torch.zeros(1, 3, data.num_frames, data.height, data.width, dtype=torch.uint8)
-        latent = self.encode(empty.to(self.device))
+        if self.stored is not None:
+            latent = self._batch([self.stored.example()])
+        else:
+            empty = torch.zeros(1, 3, *self._clip_shape(), dtype=torch.uint8)
+            latent = self.encode(empty.to(self.device))
         if isinstance(latent, dict):
             size = (latent["yt"].shape[1], *latent["xy"].shape[1:3])
             return {"latent": "triplane", "input_size": size, "in_channels": latent["xy"].shape[3]}
@@ -303,10 +340,7 @@ class SiTTask(GeneratorTask):
         for start in range(0, wanted, _STATISTICS_BATCH):
             items = [self.clips[0, i] for i in indices[start : start + _STATISTICS_BATCH]]
             first = [item[0] if isinstance(item, tuple) else item for item in items]
-            batch = torch.utils.data.default_collate(first)
-            if isinstance(batch, Tensor):
-                batch = batch.to(self.device)
-            counter.update(self._latents(batch)[0])
+            counter.update(self._latents(self._batch(first))[0])
         return counter.result()
 
 
@@ -314,6 +348,7 @@ class GPTTask(GeneratorTask):
     """Trains a GPT on the ids of a discrete tokenizer."""
 
     generator_class = GPT
+    kind = "tokens"
 
     def _implied(self) -> dict[str, Any]:
         if not self.tokenizer.is_discrete:
@@ -321,8 +356,7 @@ class GPTTask(GeneratorTask):
                 f"train: latent.tokenizer must be discrete for a GPT, got {self.tokenizer.name}; "
                 "a SiT takes continuous latents"
             )
-        data = self.recipe.data
-        grid = self.tokenizer.token_grid(data.num_frames, data.height, data.width)
+        grid = self.tokenizer.token_grid(*self._clip_shape())
         size = self.tokenizer.codebook_size
         levels = getattr(self.tokenizer.config, "levels", ())
         return {"codebook_size": size, "grid": grid, "factors": balanced_factors(levels)}
