@@ -26,12 +26,12 @@ from vtok_ext.metrics import psnr
 from vtok_ext.models import Grown, grow, load_model
 from vtok_ext.training.distributed import process_group, rank
 from vtok_ext.training.recipe_file import load_recipe
-from vtok_ext.training.setup import build_clips
+from vtok_ext.training.setup import build_clips, index_kept_in
 
 from .comparison import labelled_rows
 from .console import Console
 from .model_source import resolve_device
-from .train import train_visibly, where_to_go_on
+from .train import INDEX, train_visibly, where_to_go_on
 
 _COLUMNS = 7
 
@@ -61,7 +61,8 @@ def run_grow(
     with process_group(resolve_device(device)) as place:
         leads = rank() == 0
         console = Console(as_json or not leads)
-        result = train_visibly(settings, out, place, resume, console)
+        with index_kept_in(out / INDEX):
+            result = train_visibly(settings, out, place, resume, console)
     if result.stopped_by is not None:
         return where_to_go_on(result)
     if leads:

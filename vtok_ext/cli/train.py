@@ -12,11 +12,15 @@ import torch
 from vtok_ext.training.distributed import on_rank_0, process_group, rank, world_size
 from vtok_ext.training.loop import TrainProgress, TrainResult, train
 from vtok_ext.training.recipe_file import load_stages
+from vtok_ext.training.setup import index_kept_in
 from vtok_ext.training.stages import stage_recipes, stages_done
 
 from .console import Console
 from .model_source import resolve_device
 from .train_checks import run_dry, run_overfit
+
+# What is known of the videos of all stages, so that a run which goes on need not open them again.
+INDEX = "index.json"
 
 
 def run_train(
@@ -47,7 +51,8 @@ def run_train(
                 continue
             if len(stages) > 1:
                 console.say(f"stage {number} of {len(stages)}, in {folder}")
-            result = train_visibly(settings, folder, place, resume, console)
+            with index_kept_in(out / INDEX):
+                result = train_visibly(settings, folder, place, resume, console)
             if result.stopped_by is not None:
                 return where_to_go_on(result)
     if leads:

@@ -20,6 +20,7 @@ from vtok_ext.data.frame_sampling import FrameSampling
 from vtok_ext.data.procedural import procedural_clip
 from vtok_ext.data.video import VideoReadError, read_frames_at, read_times
 from vtok_ext.data.video_list import VideoItem
+from vtok_ext.data.video_scan import VideoFacts, VideoIndex
 
 
 class Clips(Protocol):
@@ -131,6 +132,7 @@ class VideoClips:
         seed: of all random choices.
         scan: read the index of every video now, so that unusable ones are left out at once; False
             starts faster, needs a single bucket, and finds them on the way.
+        facts: what a scan has found of each video (`VideoIndex.scan`), instead of one now.
         damage_log: a file that gets one line for every video found damaged later, from whichever
             worker or rank meets it.
 
@@ -152,6 +154,7 @@ class VideoClips:
         augmentation: Augmentation | None = None,
         seed: int = 0,
         scan: bool = True,
+        facts: Sequence[VideoFacts | str] | None = None,
         damage_log: Path | None = None,
     ) -> None:
         check_buckets(buckets)
@@ -164,8 +167,10 @@ class VideoClips:
         self.videos: list[VideoItem] = []
         self.bucket_of: list[int] = []
         self.unreadable: list[str] = []
-        for video in videos:
-            bucket = self._bucket(video) if scan else 0
+        if scan and facts is None:
+            facts = VideoIndex().scan(videos)
+        for number, video in enumerate(videos):
+            bucket = 0 if facts is None else self._bucket(video, facts[number])
             if bucket is not None:
                 self.videos.append(video)
                 self.bucket_of.append(bucket)
@@ -177,23 +182,24 @@ class VideoClips:
                 f"{len(videos)} files, none of them usable{reason}"
             )
 
-    def _bucket(self, video: VideoItem) -> int | None:
+    def _bucket(self, video: VideoItem, facts: VideoFacts | str) -> int | None:
         """Returns the bucket of a video, None (and a line in `unreadable`) if it is unusable."""
-        try:
-            times = read_times(video.path, video.content(), decode_first=True)
-        except (VideoReadError, OSError) as error:
-            self.unreadable.append(f"{video.name}: {error}")
+        if isinstance(facts, str):
+            self.unreadable.append(f"{video.name}: {facts}")
             return None
-        seconds = times.seconds()
+        count, duration = facts.num_frames, facts.duration
         lengths = {s.num_frames: s for s in self.samplings}
         found = choose_bucket(
-            self.buckets, times.height, times.width, lambda t: lengths[t].fits(seconds)
+            self.buckets,
+            facts.height,
+            facts.width,
+            lambda t: lengths[t].fits_length(count, duration),
         )
         if found is None:
             rate = self.samplings[0].fps
             at = "" if rate is None else f" for clips at {rate} fps"
             self.unreadable.append(
-                f"{video.name} has {len(seconds)} of {min(s.least for s in self.samplings)} "
+                f"{video.name} has {count} of {min(s.least for s in self.samplings)} "
                 f"frames{at}, too few"
             )
         return found

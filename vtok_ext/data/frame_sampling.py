@@ -70,12 +70,21 @@ class FrameSampling:
 
     def fits(self, seconds: Sequence[float]) -> bool:
         """Returns whether a video with frames at these times is long enough."""
+        return self.fits_length(len(seconds), _duration(seconds))
+
+    def fits_length(self, num_frames: int, duration: float) -> bool:
+        """Returns whether a video is long enough.
+
+        Args:
+            num_frames: of the video.
+            duration: from the first to the last of them, in seconds.
+        """
         if self.rule == "reference":
-            return len(seconds) > 0  # the published rule repeats the last frame
+            return num_frames > 0  # the published rule repeats the last frame
         if self.fps is None:
-            return len(seconds) >= self.least
+            return num_frames >= self.least
         fastest = max(self.fps) if isinstance(self.fps, tuple) else self.fps
-        return self._span(fastest, self.least) <= _duration(seconds) + _TOLERANCE_S
+        return self._span(fastest, self.least) <= duration + _TOLERANCE_S
 
     def indices(
         self, seconds: Sequence[float], declared_fps: float, generator: random.Random

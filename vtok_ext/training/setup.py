@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vtok_ext.data.clips import Augmentation, Clips, ProceduralClips, VideoClips
 from vtok_ext.data.frame_sampling import FrameSampling
-from vtok_ext.data.video_list import list_videos
+from vtok_ext.data.video_list import VideoItem, list_videos
+from vtok_ext.data.video_scan import VideoFacts, VideoIndex
 from vtok_ext.training.blocks import compile_blocks, recompute_activations
+from vtok_ext.training.distributed import on_rank_0, rank
 from vtok_ext.training.parallel import wrap
 from vtok_ext.training.recipe import DataRecipe, Recipe
 from vtok_ext.training.state import Training
@@ -19,6 +25,10 @@ from vtok_ext.training.tasks import task_class
 
 # Beyond any number of training clips, so that the held-out ones are none of them.
 _VALIDATION_SEED = 1_000_000_000
+# Videos that are scanned, in seconds to minutes, before the other processes hear of it: they wait
+# for no longer than 10.
+_SCANNED_AT_ONCE = 1024
+_INDEX: ContextVar[Path | None] = ContextVar("index of videos", default=None)
 
 
 def build_task(recipe: Recipe, device: torch.device) -> Task:
@@ -87,8 +97,40 @@ def build_clips(
     return clips, [sources[-1][0, i] for i in range(wanted)]
 
 
+@contextmanager
+def index_kept_in(path: Path) -> Iterator[None]:
+    """Within this context scans of videos go by the index file `path`, see `VideoIndex`."""
+    token = _INDEX.set(path)
+    try:
+        yield
+    finally:
+        _INDEX.reset(token)
+
+
+def _listed(
+    source: str, warn: Callable[[str], None], scan: bool = True, **options: Any
+) -> tuple[list[VideoItem], list[VideoFacts | str] | None]:
+    """Returns the videos of a source and what a scan finds of each, None without one.
+
+    The first process looks and tells the others: each by itself might find something else, at a
+    passing failure of the storage, and would then have another order of clips.
+    """
+    videos = on_rank_0(lambda: list_videos(source, warn=warn, **options))
+    if not scan:
+        return videos, None
+    path = _INDEX.get()
+    index = VideoIndex(path if rank() == 0 else None)
+    facts: list[VideoFacts | str] = []
+    for start in range(0, len(videos), _SCANNED_AT_ONCE):
+        part = videos[start : start + _SCANNED_AT_ONCE]
+        facts += on_rank_0(partial(index.scan, part))
+    on_rank_0(index.save)
+    return videos, facts
+
+
 def _video_clips(recipe: DataRecipe, seed: int, warn: Callable[[str], None]) -> VideoClips:
-    videos = list_videos(str(recipe.folder), root=recipe.root, fraction=recipe.fraction, warn=warn)
+    options = {"root": recipe.root, "fraction": recipe.fraction}
+    videos, facts = _listed(str(recipe.folder), warn, recipe.scan, **options)
     rate = recipe.fps
     return VideoClips(
         videos,
@@ -102,6 +144,7 @@ def _video_clips(recipe: DataRecipe, seed: int, warn: Callable[[str], None]) -> 
         augmentation=Augmentation(recipe.crop, recipe.zoom, recipe.flip),
         seed=seed,
         scan=recipe.scan,
+        facts=facts,
         damage_log=None if recipe.damage_log is None else Path(recipe.damage_log),
     )
 
@@ -111,6 +154,6 @@ def held_out_clips(recipe: DataRecipe, warn: Callable[[str], None]) -> VideoClip
     rule = "timestamps" if recipe.validation_fps is None else recipe.sampling
     sampling = FrameSampling(recipe.num_frames, recipe.validation_fps, rule, "first")
     root = recipe.root if recipe.validation_root is None else recipe.validation_root
-    videos = list_videos(str(recipe.validation_folder), root=root, warn=warn)
+    videos, facts = _listed(str(recipe.validation_folder), warn, root=root)
     height, width = recipe.validation_size or (recipe.height, recipe.width)
-    return VideoClips(videos, sampling, [(recipe.num_frames, height, width)])
+    return VideoClips(videos, sampling, [(recipe.num_frames, height, width)], facts=facts)
