@@ -293,7 +293,8 @@ def generate(
         typer.Option(
             "--out",
             "-o",
-            help="Folder for the videos, or the video of a text [default: vtok-generated].",
+            help="Folder for the videos [default: vtok-generated], or the video of a text "
+            "[default: vtok-generated.mp4].",
         ),
     ] = None,
     num_samples: Annotated[
@@ -317,10 +318,14 @@ def generate(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="SiT: steps [default: 250 of sde, 50 of ode but dopri5]."),
+        typer.Option(
+            min=1,
+            help="SiT: steps [default: 250 of sde, 50 of ode but dopri5]; of a text: those of the "
+            "decoder [default: the model's].",
+        ),
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(help="GPT: 1 unchanged, 0 likeliest.")
+        float | None, typer.Option(help="GPT, or of a text: 1 unchanged, 0 likeliest.")
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="GPT: draw among the k likeliest.")] = None,
     top_p: Annotated[
@@ -328,7 +333,8 @@ def generate(
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Videos at a time [default: 4].")] = None,
     fps: Annotated[
-        float | None, typer.Option(min=0.1, help="Frames per second [default: known, or 25].")
+        float | None,
+        typer.Option(min=0.1, help="Frames per second [default: known, or 25; 8 of a text]."),
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="Preset of a released checkpoint, such as sit_l_2.")
@@ -377,6 +383,7 @@ def generate(
                 "--name": name,
                 "--tokenizer-name": tokenizer_name,
                 "--statistics": statistics,
+                "--statistics-order": statistics_order,
                 "--last": last,
                 "--any-weights": any_weights,
             },

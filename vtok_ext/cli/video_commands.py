@@ -64,7 +64,10 @@ def reconstruct(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Encode a video and decode it again, frame by frame through a stream; print the quality."""
+    """Encode a video and decode it again; print the quality.
+
+    Frame by frame with a causal model; others take the whole video, which --max-frames bounds.
+    """
     from .reconstruct import run_reconstruct
 
     run_reconstruct(
@@ -103,7 +106,10 @@ def encode(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Encode a video to a token or latent file, in constant memory."""
+    """Encode a video to a token or latent file.
+
+    In constant memory with a causal model; others take the whole video.
+    """
     from .encode import EncodeOptions, run_encode
 
     options = EncodeOptions(
@@ -135,7 +141,10 @@ def decode(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Decode a token or latent file to a video, in constant memory."""
+    """Decode a token or latent file to a video.
+
+    In constant memory with a causal model; others take the whole video.
+    """
     from .decode import run_decode
 
     run_decode(
@@ -184,7 +193,10 @@ def stream(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Encode, decode or reconstruct, file to file in constant memory; encoding can be resumed."""
+    """Encode, decode or reconstruct, file to file; encoding can be resumed.
+
+    In constant memory with a causal model; others take the whole video.
+    """
     from .stream import run_stream
 
     run_stream(
@@ -273,8 +285,8 @@ def evaluate(
 ) -> None:
     """Measure a model on videos, or generated videos against real ones.
 
-    PSNR, SSIM, use of the codebook, visibility of chunk borders, dynamics and detail of the videos;
-    on request LPIPS, FVD, KVD.
+    PSNR, SSIM, use of the codebook, visibility of chunk borders; on request LPIPS, FVD, KVD; with
+    --generated or --json also dynamics and detail of the videos.
     """
     from .eval_measures import MeasureOptions
     from .evaluate import EvalOptions, run_eval

@@ -63,7 +63,9 @@ def tokenize_shard(
         ValueError: the settings do not suit the model or the videos.
     """
     if procedural and (settings.num_frames is None or settings.size is None):
-        raise ValueError("tokenize: num_frames and size must be given for procedural clips")
+        raise ValueError(
+            "tokenize: num_frames and size (--frames, --size) must be given for procedural clips"
+        )
     per_shard = settings.videos_per_shard
     first = shard.number * per_shard
     part = videos[first : first + per_shard]
