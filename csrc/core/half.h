@@ -50,12 +50,15 @@ VTOK_FUNCTION float to_float(float16 value) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(value.bits));
 #else
-  // Exponent and mantissa are moved into place and the exponent bias (127 - 15 = 112) is corrected
-  // by a multiplication, which also normalises subnormals. Infinity and NaN keep an all-ones
+  // Exponent and mantissa are moved into place and the exponent bias (127 - 15 = 112) is added; a
+  // subnormal is one step of the exponent above itself, without the leading one it never had, so
+  // that no subnormal float32 arises, which a thread may flush. Infinity and NaN keep an all-ones
   // exponent.
   const uint32_t magnitude = uint32_t(value.bits & 0x7fffu) << 13;
   const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16;
-  const uint32_t scaled = float_to_bits(bits_to_float(magnitude) * 0x1p112f);
+  const uint32_t normal = magnitude + (112u << 23);
+  const uint32_t subnormal = float_to_bits(bits_to_float(magnitude + (113u << 23)) - 0x1p-14f);
+  const uint32_t scaled = magnitude < (1u << 23) ? subnormal : normal;
   const uint32_t special = magnitude >= (0x7c00u << 13) ? 0x7f800000u : 0u;
   return bits_to_float(sign | scaled | special);
 #endif

@@ -6,6 +6,7 @@
 // emulation every view refers to a guarded copy.
 #pragma once
 
+#include <pybind11/gil_safe_call_once.h>
 #include <pybind11/pybind11.h>
 
 #include <memory>
@@ -25,16 +26,19 @@ struct TorchObjects {
 
 // Looked up on first use: torch is imported by then, since the caller holds a tensor.
 inline const TorchObjects& torch_objects() {
-  static const TorchObjects* objects = [] {
+  // Not a plain static: threads that wait for one would hold the GIL, which Python code needs.
+  PYBIND11_CONSTINIT static pybind11::gil_safe_call_once_and_store<TorchObjects> storage;
+  const auto look_up = [] {
     const auto torch = pybind11::module_::import("torch");
     static const char* const names[] = {"float32", "float64", "float16", "bfloat16",
                                         "uint8",   "int32",   "int64",   "bool"};
-    auto* found = new TorchObjects{
+    TorchObjects found{
         torch.attr("Tensor"), torch.attr("nn").attr("Parameter"), torch.attr("strided"), {}};
-    for (int i = 0; i < 8; ++i) found->dtypes[i] = torch.attr(names[i]);
-    return found;  // never freed: the interpreter may already be gone at exit
-  }();
-  return *objects;
+    for (int i = 0; i < 8; ++i) found.dtypes[i] = torch.attr(names[i]);
+    return found;
+  };
+  // Never freed: the interpreter may already be gone at exit.
+  return storage.call_once_and_store_result(look_up).get_stored();
 }
 
 inline std::string type_name(pybind11::handle object) {

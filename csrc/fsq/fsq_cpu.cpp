@@ -105,6 +105,17 @@ static void dispatch_method(const FsqLayout& layout, int first, int last,
   }
 }
 
+// Whether all channels find their levels in one way, which a packed pass needs. Comparing and tanh
+// differ for a few numbers next to a boundary, and a channel's way must not depend on the layout.
+template <typename Real>
+static bool has_one_method(const FsqLayout& layout) {
+  int compared = 0;
+  for (int d = 0; d < layout.channels; ++d) {
+    compared += layout.channel[d].levels <= kFsqMaxCompared ? 1 : 0;
+  }
+  return std::is_same_v<Real, double> || compared == 0 || compared == layout.channels;
+}
+
 // Channel constants of kGroup consecutive packed tokens, one entry per element.
 template <typename Real>
 struct PackedTable {
@@ -270,7 +281,8 @@ void fsq_forward(const FsqForward& params) {
       T* codes = params.codes.data_as<T>();
       Index* indices = params.indices.data_as<Index>();
       const PackedTable<real<T>> table(layout);
-      const PackedTable<real<T>>* packed = is_packed(layout) ? &table : nullptr;
+      const bool is_packed_run = is_packed(layout) && has_one_method<real<T>>(layout);
+      const PackedTable<real<T>>* packed = is_packed_run ? &table : nullptr;
       const auto run_forward = [&](const Run& run) {
         forward_run(layout, packed, z + run.z, codes + run.code, indices + run.index, run.count);
       };

@@ -105,6 +105,20 @@ def test_folded_upsampling(upsample, temporal, groups, batch, monkeypatch):
     assert torch.allclose(chunked, whole, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_weights_are_folded_for_chunks_as_for_their_clip(dtype):
+    """Folded weights are rounded once more: a chunk that is too small to fold had other ones."""
+    weight = torch.zeros(8, 8, 3, 3, 3, dtype=dtype)
+    g = make_geometry((3, 3, 3), 1, 1, 1, "zeros", None, "same", "time")
+    for side in (16, 32, 64):
+        folds = {
+            cpu._folds((b, 8, t, side, side), weight, 2, g) for b in (1, 2) for t in (1, 3, 40)
+        }
+        assert len(folds) == 1, side
+    sizes = {cpu._folds((1, 8, t, 16, 16), weight.float(), 2, g) for t in (1, 40)}
+    assert sizes == {False, True}  # in float32 nothing is rounded: what pays may decide
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_one_frame_doubled_in_space(stride, monkeypatch):
     """Kernel (1, 3, 3): a transposed convolution where that pays, unless frames are left out."""

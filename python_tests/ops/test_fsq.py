@@ -328,6 +328,39 @@ def test_steps_by_saturation_are_the_boundaries(channels, packed, emulated_modul
             assert torch.equal(a, b), f"{levels} levels, {dtype}"
 
 
+@pytest.mark.parametrize("levels", [[8, 32], [32, 5], [3, 16, 17], [8, 16], [17, 40]])
+def test_levels_of_a_channel_do_not_depend_on_memory_or_other_channels(levels, emulated_module):
+    """One channel of more than 16 levels made packed memory use tanh for all of its channels, which
+    decides otherwise than comparing for a few numbers next to each boundary."""
+    columns = []
+    for count in levels:
+        middle = _boundaries(count).view(torch.int32)[:, None]
+        columns.append((middle + torch.arange(-50, 51, dtype=torch.int32)).view(torch.float32))
+    rows = max(column.numel() for column in columns)
+    z = torch.stack([c.flatten().repeat(40)[:rows] for c in columns], dim=1)
+    codes, indices = vt.fsq(z, levels)
+    planar_codes, planar = vt.fsq(z.T.contiguous(), levels, channel_dim=0)
+    assert torch.equal(indices, planar) and torch.equal(codes, planar_codes.T)
+    for channel, count in enumerate(levels):
+        alone = vt.fsq(z[:, channel, None].contiguous(), [count])[0]
+        assert torch.equal(codes[:, channel], alone[:, 0])
+    for given, dim in ((z, -1), (z.T.contiguous(), 0)):
+        with EmulatedCuda(emulated_module, "", f"{levels} {dim}"):
+            emulated = vt.fsq(given, levels, channel_dim=dim)
+        assert torch.equal(emulated[1], indices)
+
+
+def test_subnormal_halves_where_a_thread_flushes_subnormal_floats():
+    """They are ordinary numbers in float32, and stay what they are."""
+    x = torch.full((1, 1, 2, 2, 2), 1e-5, dtype=torch.float16)
+    assert torch.set_flush_denormal(True)
+    try:
+        y = vt.temporal_upsample(x, interpolation="nearest")
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(y, x.repeat_interleave(2, dim=2))
+
+
 def test_references_run_without_the_compiled_kernels():
     code = """if True:
         import torch, vtok_ext as vt

@@ -147,6 +147,10 @@ def test_statistics_of_known_counts():
             lambda: vt.fsq_entropy_loss(torch.zeros(2, 13), [8] * 12 + [4]),
         ),
         (
+            "inverse_temperature must be finite and at least 0, got -1.0",
+            lambda: vt.fsq_entropy_loss(torch.zeros(2, 3), [8] * 3, inverse_temperature=-1.0),
+        ),
+        (
             r"z must have 3 channels at dimension 1",
             lambda: vt.fsq_entropy_loss(torch.zeros(2, 4), [8] * 3),
         ),

@@ -7,7 +7,6 @@ frames (temporal="valid") avoids it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -222,7 +221,10 @@ def repeat_nearest(x: Tensor, time: int, space: int) -> Tensor:
 
 
 def _folds(x_shape: Sequence[int], weight: Tensor, state_frames: int | None, g: Geometry) -> bool:
-    if math.prod(x_shape) < FOLDING_PAYS_POSITIONS * x_shape[1]:
+    """Whether folding is possible and pays. Folded half weights are rounded: there neither the
+    frames of a chunk nor the batch may decide, and four frames are taken for granted."""
+    frames = x_shape[0] * x_shape[2] if weight.element_size() > 2 else 4
+    if frames * x_shape[3] * x_shape[4] < FOLDING_PAYS_POSITIONS:
         return False
     return folding.folds(weight, state_frames, g)
 

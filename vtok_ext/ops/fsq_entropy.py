@@ -81,7 +81,7 @@ def fsq_entropy_loss_reference(
     Takes 20 to 28 bytes x tokens x codebook of memory with gradients: over 26 GB for 5,120 tokens
     and 2^18 codes. Arguments, results and errors: as `fsq_entropy_loss`.
     """
-    channel_dim = _check_entropy(z, levels, channel_dim, num_codebooks)
+    channel_dim = _check_entropy(z, levels, channel_dim, num_codebooks, inverse_temperature)
     real = z.dtype if z.dtype == torch.float64 else torch.float32
     with torch.autocast(z.device.type, enabled=False):
         tokens = _tokens(z.to(real), channel_dim, num_codebooks)  # [codebooks, N, D]
@@ -101,13 +101,24 @@ def fsq_entropy_loss_reference(
     return FsqEntropy(loss, per_sample, diversity, commitment, counts)
 
 
-def _check_entropy(z: Tensor, levels: Sequence[int], channel_dim: int, num_codebooks: int) -> int:
+def _check_entropy(
+    z: Tensor,
+    levels: Sequence[int],
+    channel_dim: int,
+    num_codebooks: int,
+    inverse_temperature: float,
+) -> int:
     """Raises for bad arguments; returns `channel_dim` counted from the front."""
     channel_dim = _check_fsq("fsq_entropy_loss", z, levels, channel_dim, num_codebooks)
     if math.prod(levels) > MAX_CODEBOOK:
         raise ValueError(
             "fsq_entropy_loss: levels must have a product of at most 2^30 (the average "
             f"distribution is stored), got {math.prod(levels):.3g}"
+        )
+    if not 0 <= inverse_temperature < math.inf:
+        raise ValueError(
+            "fsq_entropy_loss: inverse_temperature must be finite and at least 0, "
+            f"got {inverse_temperature}"
         )
     return channel_dim
 
@@ -242,7 +253,7 @@ def fsq_entropy_loss(
             clamp_per_sample=clamp_per_sample,
             process_group=process_group,
         )
-    channel_dim = _check_entropy(z, levels, channel_dim, num_codebooks)
+    channel_dim = _check_entropy(z, levels, channel_dim, num_codebooks, inverse_temperature)
     per_sample, average, commitment, counts = FsqAssignmentFunction.apply(
         _tokens(z, channel_dim, num_codebooks),
         list(levels),

@@ -288,7 +288,8 @@ def residual_pool(
 
     Frames float32, float16 and bfloat16 on cpu and cuda, float64 on cpu; parameters of any of
     these are computed with in float32 (float64 for float64 frames) and results rounded once. The
-    differences [B, T, N, C] are never stored. Deterministic, whatever the number of threads.
+    differences [B, T, N, C] are never stored. Deterministic; on a CPU gradients are for one number
+    of threads.
     Differentiable once in every argument; vmap is refused. Autocast leaves the dtypes alone.
 
     Source: VTok (arXiv 2602.04202); the attention pool is our own.
