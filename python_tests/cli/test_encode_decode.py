@@ -309,6 +309,8 @@ sys.exit(run(sys.argv[1:]))
 
 def test_refusals(vtok, make_video, saved_models, tmp_path):
     video, tokens = make_video("in.mp4", 5), tmp_path / "tokens"
+    plain = video.with_suffix("")
+    plain.write_bytes(video.read_bytes())
     fsq, kl = saved_models["fsq"], saved_models["kl"]
     assert vtok("encode", video, tokens, "--model", fsq).code == 0
     torch.manual_seed(1)
@@ -316,7 +318,8 @@ def test_refusals(vtok, make_video, saved_models, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     out, mp4 = tmp_path / "out", tmp_path / "out.mp4"
     for arguments, words in (
-        (("encode", video, video, "--model", fsq), "must be another file than the input"),
+        (("encode", plain, plain, "--model", fsq), "must be another file than the input"),
+        (("encode", video, video, "--model", fsq), "output must end in no suffix of videos"),
         (("encode", video, tmp_path, "--model", fsq), "output must be a file, got the folder"),
         (("encode", video, out, "--model", kl, "--output", "tokens"), "model must be discrete"),
         (("encode", video, out, "--model", fsq, "--output", "ids"), "--output must be one of tok"),
