@@ -246,7 +246,7 @@ def test_planes_and_labels(vtok, make_video, tmp_path):
 def test_bad_input(vtok, model_folder, saved_models, tmp_path):
     for arguments, message in (
         (("procedural:x",), "source must be procedural:N"),
-        (("procedural:2",), "num_frames and size must be given"),
+        (("procedural:2",), "num_frames and size (--frames, --size) must be given"),
         ((tmp_path / "none",), "source must exist"),
     ):
         failed = vtok("tokenize", *arguments, tmp_path / "out", "--model", model_folder, *CPU)
