@@ -1,5 +1,5 @@
 """What several test files share: the tolerance table, the comparison against a reference, and what
-a call allocates, what a test needs of torch and of other libraries."""
+a call allocates, what a test needs of torch and of other libraries, the hashes of a folder."""
 
 import json
 import os
@@ -7,11 +7,13 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+from vtok_ext.data.file_hash import sha256_of
 from vtok_ext.models._optional import require
 
 RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
@@ -25,6 +27,12 @@ def needs_torch(release: tuple[int, int], reason: str) -> pytest.MarkDecorator:
 
 # See README.md, Install. Older versions break the graph at the first of our ops.
 needs_one_graph = needs_torch((2, 6), "torch.compile traces setup_context from then on")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Returns the hash of every file below a folder, hidden ones too, by its place in it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
 
 
 def import_or_skip(name: str) -> ModuleType:

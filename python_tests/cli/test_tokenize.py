@@ -1,6 +1,5 @@
 """`vtok tokenize`, `vtok stats`, normalised latents, and the data set of them."""
 
-import hashlib
 import json
 import os
 import signal
@@ -10,6 +9,7 @@ import time
 
 import pytest
 import torch
+from helpers import digests
 from tiny_vtok import tiny as tiny_vtok
 
 import vtok_ext as vt
@@ -21,15 +21,6 @@ from vtok_ext.data.video import read_clip
 from vtok_ext.training.clip_order import ClipOrder, step_batches
 
 CPU = ("--device", "cpu")
-
-
-def digests(folder):
-    """Hash of every file below a folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-    }
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """`vtok tokenize` on videos that are longer than a portion: the same bytes, in bounded memory."""
 
-import hashlib
 import json
 import os
 import resource
@@ -9,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import write_video
+from helpers import digests, write_video
 from tiny_vtok import tiny as tiny_vtok
 
 import vtok_ext as vt
@@ -21,15 +20,6 @@ from vtok_ext.data.video_portions import portions_of_videos
 
 CPU = ("--device", "cpu")
 FRAME_BYTES = 3 * 16 * 16
-
-
-def digests(folder):
-    """Hash of every file below a folder."""
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 @pytest.fixture

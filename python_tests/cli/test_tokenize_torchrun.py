@@ -1,26 +1,16 @@
 """`vtok tokenize` in two processes of torchrun: the bytes of one, also after a kill."""
 
-import hashlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import torchrun
+from helpers import digests, torchrun
 
 from vtok_ext.training.distributed import on_rank_0, process_group
 
 OPTIONS = ("--size", 16, "--videos-per-shard", 3, "--device", "cpu")
 KILLED = Path(__file__).with_name("killed_tokenize.py")
-
-
-def digests(folder):
-    """Hash of every file below a folder, hidden ones too."""
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 @pytest.fixture

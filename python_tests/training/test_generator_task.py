@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tiny_coordtok import tiny_coordtok
 
 import vtok_ext as vt
 from vtok_ext.data.procedural import procedural_clip
@@ -116,16 +117,7 @@ def test_a_trained_generator_can_be_trained_on(recipe, tmp_path):
 
 @pytest.mark.parametrize("cache", ["false", "true"])
 def test_planes_of_coordtok(cache, recipe, tmp_path):
-    torch.manual_seed(0)
-    sizes = {"video_shape": (8, 16, 16), "enc_patch_size": (4, 8, 8), "dec_patch_size": (1, 8, 8)}
-    sizes |= {"latent_resolution": (8, 4, 4), "latent_patch_size": (4, 2, 2), "latent_channels": 3}
-    thin = {
-        f"{p}_{k}": v
-        for p in ("enc", "dec")
-        for k, v in {"embed_dim": 16, "num_layers": 1, "num_heads": 2}.items()
-    }
-    tokenizer = vt.create_model("coordtok_small_128", **sizes, **thin, enc_patch_num_layers=1)
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    tiny_coordtok().save_pretrained(tmp_path / "tokenizer")
     folder = [f"latent.tokenizer={tmp_path / 'tokenizer'}", f"latent.cache={cache}"]
     result = train(recipe("sit", *folder, "data.num_frames=8", "run.steps=2"), tmp_path / "run")
     model = vt.load_generator(result.model)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import torchrun, write_video
 from safetensors.torch import load_file
+from tiny_coordtok import tiny_coordtok
 
 import vtok_ext as vt
 from vtok_ext.cli.app import run
@@ -150,16 +151,7 @@ def test_labels(kind, made, tmp_path):
 
 
 def test_planes_and_latents_of_16_bits(made, tmp_path):
-    torch.manual_seed(0)
-    sizes = {"video_shape": (8, 16, 16), "enc_patch_size": (4, 8, 8), "dec_patch_size": (1, 8, 8)}
-    sizes |= {"latent_resolution": (8, 4, 4), "latent_patch_size": (4, 2, 2), "latent_channels": 3}
-    thin = {
-        f"{p}_{k}": v
-        for p in ("enc", "dec")
-        for k, v in {"embed_dim": 16, "num_layers": 1, "num_heads": 2}.items()
-    }
-    tokenizer = vt.create_model("coordtok_small_128", **sizes, **thin, enc_patch_num_layers=1)
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    tiny_coordtok().save_pretrained(tmp_path / "tokenizer")
     out = tmp_path / "latents"
     options = ("--frames", 8, "--size", 16, "--dtype", "bfloat16")
     tokenize("procedural:5", out, tmp_path / "tokenizer", *options)

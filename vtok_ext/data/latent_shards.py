@@ -10,7 +10,6 @@ Everything is a function of model, videos and settings: made again, a shard has 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,13 @@ from typing import Any
 from torch import Tensor
 
 from vtok_ext.data.atomic_output import output_file, remove_partials
+from vtok_ext.data.file_hash import sha256_of
 from vtok_ext.models.latent_statistics import Latent, LatentStatistics
 
 FORMAT = "vtok_ext.latents"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 _MAX_JSON_BYTES = 1 << 30
-_PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Shard:
         self.entries.unlink(missing_ok=True)  # of other settings: it must not vouch for new tensors
         with output_file(self.tensors, "tokenize") as partial:
             save_file(tensors, partial, {"format": FORMAT})
-            digest, size = _digest(partial), partial.stat().st_size
+            digest, size = sha256_of(partial), partial.stat().st_size
         facts = {
             "settings": settings,
             "sha256": digest,
@@ -251,15 +250,6 @@ class LatentDataset:
     def __getstate__(self) -> dict[str, Any]:
         """Open files stay with the process that opened them."""
         return {**self.__dict__, "_open": {}}
-
-
-def _digest(path: Path) -> str:
-    """Returns the SHA-256 of a file, which need not fit into memory."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE_BYTES):
-            found.update(piece)
-    return found.hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

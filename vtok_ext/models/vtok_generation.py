@@ -151,7 +151,7 @@ def next_tokens(
     """Returns tokens [n, D] drawn for states [n, H]."""
     if isinstance(model.head, CodeHead):
         return model.head.codes[model.head.choose(states, temperature, generator)]
-    noise = normal_rows([1] * len(states), model.head.token_dim, states, generator)
+    noise = normal_rows([len(states)], model.head.token_dim, states, generator)
     predicted = model.head.predict(states, temperature * noise, SAMPLING_STEPS)
     return model.denormalised(predicted)
 

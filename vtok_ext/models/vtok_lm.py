@@ -90,8 +90,8 @@ class VTokLM(nn.Module):
         if config.lora_rank:
             add_lora(self.lm, config.lora_rank, config.lora_alpha, config.lora_targets)
         width = self.lm.get_input_embeddings().embedding_dim
-        control = ControlTokens(text.special.values(), width)
-        self.control = control if config.lora_rank else None
+        special = text.special.values()
+        self.control = ControlTokens(special, width) if config.lora_rank else None
         dim, slots = tokenizer.config.latent_dim, tokenizer.config.key_tokens
         self.projector = nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, width))
         self.slot_embed = nn.Embedding(slots + 1, width)

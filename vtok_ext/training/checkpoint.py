@@ -12,7 +12,6 @@ under another name and the one before it is used.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -32,6 +31,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
 
+from vtok_ext.data.file_hash import sha256_of
 from vtok_ext.training.checkpoint_storage import STATE, PartReader, PartWriter, read_index
 from vtok_ext.training.distributed import (
     any_rank,
@@ -48,7 +48,6 @@ _NAME = re.compile(r"step-(\d{8,})")
 _MANIFEST = "manifest.json"
 _PARTIAL = ".partial-"
 _DAMAGED = "damaged-"
-_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -253,7 +252,7 @@ def _verified(folder: Path) -> Checkpoint:
         if size != wanted["bytes"]:
             got = "none" if size is None else f"{size} bytes"
             raise ValueError(f"checkpoint: {path} must have {wanted['bytes']} bytes, got {got}")
-        digest = _sha256(path)
+        digest = sha256_of(path)
         if digest != wanted["sha256"]:
             raise ValueError(
                 f"checkpoint: {path} must have SHA-256 {wanted['sha256'][:12]}..., "
@@ -331,7 +330,7 @@ def _folders(root: Path) -> list[tuple[int, Path]]:
 def _described(path: Path) -> dict[str, Any]:
     """Returns size and hash of a file that is on the disk."""
     _flush(path)
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _write_manifest(partial: Path, step: int, metric: float | None, files: dict[str, Any]) -> None:
@@ -394,14 +393,6 @@ def _prune(root: Path, keep_last: int) -> None:
             doomed = root / f"{_PARTIAL}{folder.name}"
             os.replace(folder, doomed)  # a half-removed checkpoint does not look like one
             shutil.rmtree(doomed)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

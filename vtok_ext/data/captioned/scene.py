@@ -8,9 +8,8 @@ frame, moving left, right, up or down, slowly or fast; and three events that las
     appearance   a shape of another colour and any kind shows up in an empty quarter
 
 In half of the clips one shape leaves for good. Everything is drawn uniformly. Clips are split by
-(colour, kind, quarter, direction, speed): what is held out is known by all five together. Colour,
-kind and quarter, which one picture shows, say nothing about direction or speed, nor do any four of
-the five but for the fifth of speed: see `in_split`.
+(colour, kind, quarter, direction, speed): only all five together tell what is held out. Colour,
+kind and quarter, which one picture shows, say nothing about direction or speed: see `in_split`.
 """
 
 from __future__ import annotations
@@ -160,15 +159,11 @@ def _draw_shapes(rng: random.Random, quarters: list[int], split: str) -> list[Sh
     kinds = [*rng.sample(KINDS, len(quarters) - 1), rng.choice(KINDS)]
     shapes = []
     for colour, kind, quarter in zip(colours, kinds, quarters, strict=True):
-        ways = [
-            [
-                way
-                for speed in SPEEDS
-                if in_split(way := Shape(colour, kind, d, speed, quarter), split)
-            ]
-            for d in DIRECTIONS
-        ]
-        shapes.append(rng.choice(rng.choice([same for same in ways if same])))
+        every = [Shape(colour, kind, d, speed, quarter) for d in DIRECTIONS for speed in SPEEDS]
+        allowed = [shape for shape in every if in_split(shape, split)]
+        directions = list(dict.fromkeys(shape.direction for shape in allowed))
+        direction = rng.choice(directions)  # first, so that they are uniform: see `in_split`
+        shapes.append(rng.choice([shape for shape in allowed if shape.direction == direction]))
     return shapes
 
 

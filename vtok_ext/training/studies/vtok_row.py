@@ -37,7 +37,7 @@ from vtok_ext.training.studies.vtok_tokens import StudyLM
 GROUPS = {
     "appearance": ("colour", "shape", "count"),
     "motion": ("direction", "speed"),
-    "events": (*("reversal", "blink", "appearance", "appearing shape", "disappearance", "order"),),
+    "events": ("reversal", "blink", "appearance", "appearing shape", "disappearance", "order"),
 }
 
 
