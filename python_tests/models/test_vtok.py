@@ -460,6 +460,36 @@ def test_masked_autoencoder_learns_and_freezes():
         MaskedAutoencoder(encoder, mask_ratio=1.0)
 
 
+def test_features_are_standardised(clip, tmp_path):
+    model, videos = tiny(), [clip(2, 20, 16, 16), clip(1, 3, 24, 20)]
+    before = model.features(videos[0][:, :, 0])
+    torch.testing.assert_close(before, model.encoder(videos[0][:, :, 0]))  # none stored yet
+    model.fit_features(videos)
+    # Frames evenly apart: 8 of 20, and all of 3.
+    frames = [i * 20 // 8 for i in range(8)]
+    pictures = [videos[0][:, :, frames], videos[1]]
+    maps = [model.features(p.transpose(1, 2).flatten(0, 1)).transpose(0, 1) for p in pictures]
+    points = torch.cat([part.flatten(1) for part in maps], 1)
+    torch.testing.assert_close(points.mean(1), torch.zeros(len(points)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        points.std(1, correction=0), torch.ones(len(points)), atol=1e-4, rtol=0
+    )
+    model.save_pretrained(tmp_path / "vtok")
+    latent = encode(model, videos[1]).latent
+    assert torch.equal(encode(vt.load_model(tmp_path / "vtok"), videos[1]).latent, latent)
+    with pytest.raises(ValueError, match="videos must be at least one"):
+        model.fit_features([])
+    with pytest.raises(ValueError, match="fit_features: video must be"):
+        model.fit_features([videos[0][0]])
+
+
+def test_dead_channels_stay_small(clip):
+    model = tiny()
+    model.encoder.norm.weight.data[3] = 0
+    model.fit_features([clip(1, 3, 16, 16)])
+    assert model.features(clip(1, 1, 16, 16)[:, :, 0])[:, 3].abs().max() < 1e-3
+
+
 @pytest.mark.parametrize(
     "overrides, message",
     [

@@ -1,5 +1,7 @@
 """The unified model: sequences, losses, heads, generation, files, and two architectures."""
 
+import json
+
 import pytest
 import torch
 from helpers import assert_close, import_or_skip
@@ -525,6 +527,22 @@ def test_errors():
     ):
         with pytest.raises(ValueError, match=message):
             tiny_lm_config(9, *arguments)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_narrow_language_models_begin_with_larger_weights(architecture):
+    name = {"llama": "hidden_size", "gpt2": "n_embd"}[architecture]
+    described = json.loads(tiny_lm_config(9, architecture, {name: 100}))
+    assert described["initializer_range"] == pytest.approx(0.1)
+    chosen = {name: 100, "initializer_range": 0.02}
+    assert json.loads(tiny_lm_config(9, architecture, chosen))["initializer_range"] == 0.02
+
+
+def test_projector_keeps_the_size_of_tokens():
+    torch.manual_seed(0)
+    model = unified()
+    tokens = torch.randn(256, model.tokenizer.config.latent_dim)
+    assert 0.4 < model.projector(tokens).std() < 1
 
 
 def test_texts_that_do_not_go_with_the_clips(clip):

@@ -60,6 +60,8 @@ def test_encoder_then_tokenizer_then_unified_model(tmp_path):
     ):
         assert torch.equal(ours, theirs)
     assert {"psnr", "rec_loss"} <= set(second.validation)
+    # Features are standardised before the tokens are trained, and never again.
+    assert (trained.feature_deviation == 1).all() and (tokenizer.feature_deviation != 1).all()
     import_or_skip("transformers")
     third = run(
         "smoke_vtok_lm",
@@ -72,6 +74,7 @@ def test_encoder_then_tokenizer_then_unified_model(tmp_path):
     model = VTokLM.from_pretrained(str(third.model))
     assert torch.equal(model.tokenizer.encoder.embed.weight, trained.encoder.embed.weight)
     assert (model.token_deviation != 1).any()
+    assert torch.equal(model.tokenizer.feature_deviation, tokenizer.feature_deviation)
 
 
 @pytest.mark.parametrize("name", ["smoke_vtok", "smoke_vtok_lm"])

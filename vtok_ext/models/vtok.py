@@ -2,15 +2,19 @@
 
     key frame  V_s = pool(F(x_1)), S = 16 by an average over 4 x 4 areas
     later      v_t = g(F(x_t) - F(x_1)), one token
+    F          (encoder's features - mean) / deviation, by stored statistics per channel
     sequence   S + (T - 1) tokens instead of S * T; 5 s at 6 tokens per second: 16 + 30 = 46
 
-F is a frozen image encoder, g a pool and a small MLP. A flow-matching transformer decodes. No code
-or weights are public: what is not in the paper is marked as our own where it stands.
+The encoder is frozen, g a pool and a small MLP. A flow-matching transformer decodes. Features are
+standardised since most of one is the same in all pictures, and networks that are trained from
+nothing behind it see little else for long. No code or weights are public: what is not in the paper,
+such as the statistics, is marked as our own where it stands.
 Source: VTok (arXiv 2602.04202).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
@@ -45,6 +49,9 @@ from vtok_ext.models.vtok_layout import (
 from vtok_ext.models.vtok_residual import build_residual
 from vtok_ext.models.vtok_streaming import VTokStreamEncoder
 
+# For the statistics of features: frames of a video, and the least deviation, of a dead channel.
+_STATISTICS_FRAMES, _LEAST_DEVIATION = 8, 1e-3
+
 
 class VTok(VideoTokenizer):
     """Returns a VTok; see `VideoTokenizer`.
@@ -59,6 +66,8 @@ class VTok(VideoTokenizer):
     """
 
     config: VTokConfig
+    feature_mean: Tensor
+    feature_deviation: Tensor
     config_class = VTokConfig
     presets = PRESETS
 
@@ -81,6 +90,8 @@ class VTok(VideoTokenizer):
         self.encoder = encoder
         side = config.image_size // encoder.patch
         channels, dim = encoder.channels, config.token_dim
+        self.register_buffer("feature_mean", torch.zeros(channels))
+        self.register_buffer("feature_deviation", torch.ones(channels))
         self.key_projection = nn.Linear(channels, dim) if channels != dim else nn.Identity()
         self.residual = build_residual(config, channels, (side, side))
         self.quantizer = FSQ(config.levels, channel_dim=-1) if config.levels else None
@@ -262,8 +273,44 @@ class VTok(VideoTokenizer):
                 "(vtok encode --output latent)"
             )
 
+    @torch.no_grad()
+    def fit_features(self, videos: Iterable[Tensor]) -> None:
+        """Stores mean and deviation of the encoder's features over some videos; before training.
+
+        Args:
+            videos: [B, 3, T, H, W] each, of which frames evenly apart are taken.
+
+        Raises:
+            TypeError, ValueError: a video is not as described, or there is none.
+        """
+        sums, squares, count = 0.0, 0.0, 0
+        for video in videos:
+            video_input.check_video("fit_features", video)
+            length = video.shape[2]
+            number = min(length, _STATISTICS_FRAMES)
+            chosen = [i * length // number for i in range(number)]
+            images = video_input.to_float(video[:, :, chosen], self.dtype).transpose(1, 2)
+            maps = self._maps_of(images.flatten(0, 1)).double()
+            sums, squares = sums + maps.sum((0, 2, 3)), squares + maps.square().sum((0, 2, 3))
+            count += maps[:, 0].numel()
+        if not isinstance(sums, Tensor) or not isinstance(squares, Tensor):
+            raise ValueError("fit_features: videos must be at least one, got none")
+        mean = sums / count
+        self.feature_mean.copy_(mean)
+        variance = squares / count - mean.square()
+        self.feature_deviation.copy_(variance.clamp(min=_LEAST_DEVIATION**2).sqrt())
+
+    def standardised(self, maps: Tensor) -> Tensor:
+        """Returns maps [..., C, h, w] of the encoder by the stored statistics."""
+        mean, deviation = self.feature_mean[:, None, None], self.feature_deviation[:, None, None]
+        return (maps - mean) / deviation
+
     def features(self, images: Tensor) -> Tensor:
-        """Returns the encoder's maps [n, C, h, w] of pictures [n, 3, H, W] in [-1, 1]."""
+        """Returns standardised maps [n, C, h, w] of pictures [n, 3, H, W] in [-1, 1]."""
+        return self.standardised(self._maps_of(images))
+
+    def _maps_of(self, images: Tensor) -> Tensor:
+        """Returns the encoder's own maps [n, C, h, w] of pictures [n, 3, H, W] in [-1, 1]."""
         return self.encoder(resized(images, self.config.image_size))
 
     def key_tokens(self, maps: Tensor) -> Tensor:

@@ -98,6 +98,11 @@ class VTokLM(nn.Module):
         self.frame_embed = nn.Linear(_FRAME_WAVES, width, bias=False)
         for embed in (self.slot_embed, self.frame_embed):
             nn.init.normal_(embed.weight, std=0.02)
+        # Keeps the size of tokens: torch's own initial weights leave a third of their variance at
+        # each layer, and next to positions little of what differs between tokens.
+        for layer in (self.projector[0], self.projector[2]):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+            nn.init.zeros_(layer.bias)
         self.head = self._build_head(width, dim)
         # What no loss reaches: else a weight decay would wear it out.
         if config.lambda_dec == 0:

@@ -28,7 +28,13 @@ from vtok_ext.training.recipe import Recipe
 from vtok_ext.training.task import MicroBatch, Task
 from vtok_ext.training.tokenizer_task import to_video
 from vtok_ext.training.vtok_recipe import LanguageModelRecipe, UnifiedRecipe, VTokLMRecipe
-from vtok_ext.training.vtok_task import HELD_OUT_SEED, adamw, build_vtok, captioned_clips
+from vtok_ext.training.vtok_task import (
+    HELD_OUT_SEED,
+    adamw,
+    build_vtok,
+    captioned_clips,
+    fit_features,
+)
 
 # Clips whose tokens give the statistics that targets are normalised by.
 _STATISTICS_CLIPS = 32
@@ -76,7 +82,10 @@ class VTokLMTask(Task):
         self.kinds = recipe.unified.questions or list(QUESTION_KINDS)
         self.fps = FPS if recipe.fps is None else recipe.fps
         self.train_clips, self.held_out = captioned_clips(recipe)
-        self.model: Any = build_unified(build_vtok(recipe), recipe.language_model, recipe.unified)
+        tokenizer = build_vtok(recipe).to(device)
+        if recipe.model.weights is None:
+            fit_features(tokenizer, self.train_clips)
+        self.model: Any = build_unified(tokenizer, recipe.language_model, recipe.unified)
         self.model.to(device)
         if not self.model.tokenizer.is_discrete:
             count = min(_STATISTICS_CLIPS, len(self.train_clips))

@@ -29,6 +29,8 @@ from vtok_ext.training.vtok_recipe import VTokRecipe
 
 # Beyond any number of training clips.
 HELD_OUT_SEED = 1_000_000_000
+# Clips whose features give the statistics by which they are standardised.
+_FEATURE_CLIPS = 32
 
 
 def captioned_clips(recipe: VTokRecipe) -> tuple[CaptionedClips, CaptionedClips]:
@@ -58,6 +60,13 @@ def build_vtok(recipe: VTokRecipe) -> VTok:
                 f"train: encoder must be that of {model.encoder.name}, got {source.encoder.name}"
             ) from error
     return model
+
+
+def fit_features(model: VTok, clips: Any) -> None:
+    """Fits the statistics of a VTok's features to the first clips of a data set."""
+    device = model.feature_mean.device
+    count = min(_FEATURE_CLIPS, len(clips))
+    model.fit_features(to_video(clips[0, i][None]).to(device) for i in range(count))
 
 
 def adamw(task: Task, *names: str) -> dict[str, torch.optim.Optimizer]:
@@ -172,6 +181,17 @@ class VTokTask(_VTokTask):
         super().__init__(recipe, device)
         self.model: Any = build_vtok(recipe).to(device)
         self.modules = self.networks = {"model": self.model}
+        # Now, while no process holds a part of the weights only.
+        self._warnings: list[str] = []
+        self._data = super().data(self._warnings.append)
+        if recipe.model.weights is None:
+            fit_features(self.model, self._data[0])
+
+    def data(self, warn: Callable[[str], None]) -> tuple[Any, list[Any]]:
+        """Returns the data set and held-out clips [3, T, H, W] uint8."""
+        for line in self._warnings:
+            warn(line)
+        return self._data
 
     def frozen(self) -> list[nn.Module]:
         """Returns the image encoder."""

@@ -71,8 +71,8 @@ class GenerationRow(VTokRow):
     sampling_steps: int = 8
     temperature: float = 1.0
 
-    def build(self, encoder: SmallViT) -> VideoStudyLM:
-        """Returns the model of a row."""
+    def build(self, encoder: SmallViT, clips: CaptionedClips) -> VideoStudyLM:
+        """Returns the model of a row; see `VTokRow.build`."""
         names = ("decoder_dim", "decoder_depth", "decoder_heads", "decoder_patch")
         decoder = {name: getattr(self, name) for name in (*names, "sampling_steps")}
         text = WordTokenizer(vocabulary())
@@ -84,7 +84,7 @@ class GenerationRow(VTokRow):
             predicted=self.predicted,
             predicted_steps=self.predicted_steps,
         )
-        tokenizer = self.tokenizer(encoder, **decoder)
+        tokenizer = self.tokenizer(encoder, clips, **decoder)
         return VideoStudyLM(unified, tokenizer, text, **self.shows())
 
 
@@ -101,7 +101,7 @@ def run_row(settings: dict[str, Any], seed: int, folder: Path, progress: Progres
     test = CaptionedClips(row.eval_clips, *shape, split="test", first_seed=HELD_OUT_SEED)
     encoder = trained_encoder(shared_folder(folder), train, row.encoder(), progress)
     torch.manual_seed(seed)
-    model = row.build(encoder)
+    model = row.build(encoder, train)
     start = time.process_time()
     _train(model, row, train, seed, progress)
     result = _measure(model.eval(), row, test, folder, seed, progress)

@@ -33,6 +33,7 @@ from vtok_ext.training.studies.row_settings import read_settings
 from vtok_ext.training.studies.row_training import train_steps
 from vtok_ext.training.studies.vtok_clips import HELD_OUT_SEED, EncoderSettings, StudyClips
 from vtok_ext.training.studies.vtok_tokens import StudyLM
+from vtok_ext.training.vtok_task import fit_features
 
 GROUPS = {
     "appearance": ("colour", "shape", "count"),
@@ -100,11 +101,12 @@ class VTokRow:
         shape = (self.encoder_dim, self.encoder_depth, self.encoder_heads)
         return EncoderSettings(self.image_size, self.patch, *shape, self.encoder_steps)
 
-    def tokenizer(self, encoder: SmallViT, **decoder: Any) -> VTok:
+    def tokenizer(self, encoder: SmallViT, clips: CaptionedClips, **decoder: Any) -> VTok:
         """Returns a VTok with this encoder and otherwise random weights.
 
         Args:
             encoder: shared by all rows.
+            clips: of the training, for the statistics of features.
             **decoder: fields of `VTokConfig` that concern the decoder.
         """
         config = VTokConfig(
@@ -123,6 +125,7 @@ class VTokRow:
         )
         tokenizer = VTok(config, "study")
         tokenizer.encoder.load_state_dict(encoder.state_dict())
+        fit_features(tokenizer, clips)
         return tokenizer
 
     def language_model(self, vocabulary_size: int) -> str:
@@ -140,10 +143,15 @@ class VTokRow:
         """Returns the arguments of `StudyLM`."""
         return {"shown": self.shown, "num_shown": self.num_shown, "key_frame": self.key_frame}
 
-    def build(self, encoder: SmallViT) -> StudyLM:
-        """Returns the model of a row."""
+    def build(self, encoder: SmallViT, clips: CaptionedClips) -> StudyLM:
+        """Returns the model of a row.
+
+        Args:
+            encoder: shared by all rows.
+            clips: of the training.
+        """
         # Questions need no decoder and no head: as small as can be.
-        tokenizer = self.tokenizer(encoder, decoder_dim=4, decoder_depth=1, decoder_heads=1)
+        tokenizer = self.tokenizer(encoder, clips, decoder_dim=4, decoder_depth=1, decoder_heads=1)
         text = WordTokenizer(vocabulary())
         head = "codes" if self.levels else "mse"
         unified = VTokLMConfig(self.language_model(len(text)), head=head, head_width=8)
@@ -164,7 +172,7 @@ def run_row(settings: dict[str, Any], seed: int, folder: Path, progress: Progres
     stock = StudyClips(shared, train, row.encoder(), train, progress)
     held_out = StudyClips(shared, test, row.encoder(), train, progress)
     torch.manual_seed(seed)
-    model = row.build(stock.encoder)
+    model = row.build(stock.encoder, train)
     wall, cpu = time.monotonic(), time.process_time()
     _train(model, row, stock, seed, progress)
     seconds = {"train_seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu}

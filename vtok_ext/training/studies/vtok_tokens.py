@@ -67,12 +67,16 @@ class StudyLM(VTokLM):
         self, video: Tensor, fps: float | None, step: int = 0
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Returns tokens, positions, ids and FSQ's loss of maps [B, T, C, h, w]."""
-        tokens, positions = self._show(video)
+        tokens, positions = self._show(self._maps(video))
         quantizer = self.tokenizer.quantizer
         if quantizer is None:
             return tokens, positions, None, None
         codes, indices, losses = quantizer(self.tokenizer.to_levels(tokens), step)
         return codes, positions, indices, losses.get("aux_loss")
+
+    def _maps(self, video: Tensor) -> Tensor:
+        """Returns standardised maps [B, T, C, h, w] of what `forward` is given."""
+        return self.tokenizer.standardised(video)
 
     def _places(self, num_frames: int) -> Tensor:
         slots = self.tokenizer.config.key_tokens
@@ -128,12 +132,8 @@ class StudyLM(VTokLM):
 class VideoStudyLM(StudyLM):
     """A StudyLM that is given videos [B, 3, T, H, W], which its decoder needs as well."""
 
-    def _encode(
-        self, video: Tensor, fps: float | None, step: int = 0
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Returns tokens, positions, ids and FSQ's loss."""
+    def _maps(self, video: Tensor) -> Tensor:
+        """Returns standardised maps [B, T, C, h, w]."""
         clip = self._float_video(video)
-        frames = tuple(range(clip.shape[2]))
         with torch.no_grad():
-            maps = self.tokenizer._frame_maps(clip, frames)
-        return super()._encode(maps, fps, step)
+            return self.tokenizer._frame_maps(clip, tuple(range(clip.shape[2])))
