@@ -532,9 +532,9 @@ def test_errors():
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_narrow_language_models_begin_with_larger_weights(architecture):
     name = {"llama": "hidden_size", "gpt2": "n_embd"}[architecture]
-    described = json.loads(tiny_lm_config(9, architecture, {name: 100}))
-    assert described["initializer_range"] == pytest.approx(0.1)
-    chosen = {name: 100, "initializer_range": 0.02}
+    described = json.loads(tiny_lm_config(9, architecture, {name: 144}))
+    assert described["initializer_range"] == pytest.approx(1 / 12)
+    chosen = {name: 144, "initializer_range": 0.02}
     assert json.loads(tiny_lm_config(9, architecture, chosen))["initializer_range"] == 0.02
 
 
