@@ -63,8 +63,8 @@ def test_maps_are_those_of_their_encoder(tmp_path):
 
 @pytest.mark.slow
 def test_one_picture_tells_colours(tmp_path):
-    """Of 8, among other questions, within 800 steps. With features as they come from the encoder and
-    the usual initial weights not even 5,000 steps got above chance."""
+    """Of 8, among other questions, within 800 steps. With features as they come from the encoder
+    and the usual initial weights not even 5,000 steps got above chance."""
     torch.set_num_threads(1)
     settings = {"steps": 800, "train_clips": 512, "eval_clips": 64, "encoder_steps": 300}
     result = run_row(
