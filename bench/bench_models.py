@@ -9,7 +9,9 @@ of its allocations. Every result is compared with the reference's in float32.
 Environment: VTOK_BENCH_SIZES (128; 256 takes a CPU five times as long), VTOK_BENCH_ROUNDS,
 VTOK_BENCH_TRAIN_SIZES (64 on a CPU, whose memory a larger step may not fit), VTOK_BENCH_COMPILED=1
 for compiled providers on a CPU, VTOK_BENCH_MERGE=1 to keep what an earlier run of the same commit
-measured (a CPU takes minutes for each parameter: run them one by one).
+measured (a CPU takes minutes for each parameter: run them one by one), VTOK_BENCH_PROVIDERS for
+some of them only (all at once need more than 24 GB for float32 at 256; results are compared with
+those of the first).
 """
 
 import importlib.util
@@ -50,7 +52,8 @@ def provider_names(training: bool) -> list[str]:
         names.append("diffusers")
     if not QUICK and os.environ.get("VTOK_BENCH_COMPILED", str(int(IS_CUDA))) == "1":
         names += [f"{name}, compiled" for name in names if name != "reference"]
-    return names
+    wanted = os.environ.get("VTOK_BENCH_PROVIDERS")
+    return names if wanted is None else [name for name in names if name in wanted.split(",")]
 
 
 def _settings(size: int, dtype: str, device: str, training: bool) -> dict:

@@ -387,9 +387,34 @@ def test_small_batches_take_another_path_with_the_same_result(channels):
 )
 def test_kernels_along_time_against_float64(channels, options, dtype):
     """See Note [Kernels along time on the CPU]."""
-    options = dict(options)
-    x = video(2, channels, 7, 4, 3, dtype=dtype).contiguous(memory_format=LAYOUT).requires_grad_()
-    weight = video(channels, channels // options.get("groups", 1), 3, 1, 1, dtype=dtype, seed=1)
+    check_against_float64((2, channels, 7, 4, 3), (3, 1, 1), dtype, dict(options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(6, 8), (7, 5), (1, 2)])
+@pytest.mark.parametrize(
+    "channels, kernel, options",
+    [
+        (64, (1, 3, 3), {"spatial_padding": ((0, 1), (0, 1)), "bias": True}),
+        (64, (1, 3, 3), {}),
+        (64, (1, 5, 3), {"stride": (1, 3, 2), "bias": True}),
+        (64, (1, 3, 3), {"stride": (1, 1, 2)}),
+        (64, (1, 1, 1), {}),
+        (64, (1, 3, 3), {"groups": 2}),
+        (8, (1, 3, 3), {}),
+    ],
+)
+def test_steps_within_frames_against_float64(channels, kernel, options, size, dtype):
+    """See Note [Steps within frames on the CPU]."""
+    options = {"stride": (1, 2, 2), **options}
+    check_against_float64((2, channels, 3, *size), kernel, dtype, options)
+
+
+def check_against_float64(size, kernel, dtype, options):
+    """Compares results and all gradients."""
+    channels = size[1]
+    x = video(*size, dtype=dtype).contiguous(memory_format=LAYOUT).requires_grad_()
+    weight = video(channels, channels // options.get("groups", 1), *kernel, dtype=dtype, seed=1)
     bias = video(channels, dtype=dtype, seed=2) if options.pop("bias", False) else None
     leaves = [leaf.requires_grad_() for leaf in (x, weight, bias) if leaf is not None]
     y = vt.causal_conv3d(x, weight, bias, **options)

@@ -6,6 +6,7 @@ batch of images, which torch sends to oneDNN more often than a video.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -56,6 +57,14 @@ GEMM_WEIGHT = 80
 #     one thread: 64 channels, 17x64x64 76 / 41 / 29; 128 253 / 166 / 89; 512, 5x16x16 26 / 40 / 25
 #     two threads: 64 channels 21 / 22 / 19; 128 79 / 84 / 48; 512 16 / 19 / 11
 LINE_PRODUCT_CHANNELS = 64
+
+# Note [Steps within frames on the CPU]
+# Behind a stride s in space, output i sees padded rows i s + k = (i + k // s) s + k % s: row i + k // s
+# of phase k % s. With each phase copied to a plane of its own, and gradient and phases on one grid
+# that has zeros where the gradient ends, every tap of the weight gradient is one product of matrices,
+# of the gradient and a phase that lies a constant number of values further. oneDNN's kernel is slow
+# there.
+PHASE_PRODUCT_CHANNELS = 64
 
 
 def is_small(x: Tensor) -> bool:
@@ -121,6 +130,8 @@ def backward(
     as_lines = views.runs_as_lines(frames, weight, padding, g)
     if as_lines and wanted == 1 and _pays_products(weight, frames, g):
         return _line_products(grad, frames, weight.shape[2], padding[0], has_bias, g)
+    if as_images and wanted == 1 and _pays_phases(weight, frames, g):
+        return _phase_products(grad, frames, weight.shape[3:], padding[1:], has_bias, g)
     batch, height = frames.shape[0], frames.shape[3]
     stride: Sequence[int] = g.stride
     dilation: Sequence[int] = g.dilation
@@ -184,3 +195,66 @@ def _line_products(
             found[k].addmm_(left.t(), right)
     grad_bias = rows.sum((0, 1, 2, 3)) if has_bias else None
     return None, found.permute(1, 2, 0).contiguous()[..., None, None], grad_bias
+
+
+def _pays_phases(weight: Tensor, frames: Tensor, g: Geometry) -> bool:
+    return (
+        frames.dtype == torch.float32
+        and g.groups == 1
+        and g.dilation[1:] == (1, 1)
+        and g.stride_h * g.stride_w > 1
+        and min(weight.shape[:2]) >= PHASE_PRODUCT_CHANNELS
+    )
+
+
+def _phase_products(
+    grad: Tensor,  # [B, O, T, H', W']
+    frames: Tensor,  # [B, C, T, H, W]
+    kernel: Sequence[int],
+    padding: Sequence[int],  # zeros around the rows and columns
+    has_bias: bool,
+    g: Geometry,
+) -> tuple[None, Tensor, Tensor | None]:
+    """Returns the gradients of a weight [O, C, 1, kh, kw] and of the bias.
+
+    See Note [Steps within frames on the CPU].
+    """
+    rows = grad.permute(0, 2, 3, 4, 1).flatten(0, 1)  # [N, H', W', O]
+    pixels = frames.permute(0, 2, 3, 4, 1).flatten(0, 1)  # [N, H, W, C]
+    steps, (high, wide) = (g.stride_h, g.stride_w), rows.shape[1:3]
+    grid = [n + (k - 1) // s for n, k, s in zip((high, wide), kernel, steps, strict=True)]
+    left = rows.new_zeros(len(rows), *grid, rows.shape[3])
+    left[:, :high, :wide] = rows
+    left = left.flatten(0, 2)
+    found = rows.new_zeros(*kernel, rows.shape[3], pixels.shape[3])
+    for a, b in itertools.product(*(range(min(n)) for n in zip(steps, kernel, strict=True))):
+        plane = pixels.new_zeros(len(pixels), *grid, pixels.shape[3])
+        (into, of), (into_w, of_w) = (
+            _phase(first, step, pad, size, number)
+            for first, step, pad, size, number in zip(
+                (a, b), steps, padding, pixels.shape[1:3], grid, strict=True
+            )
+        )
+        plane[:, into, into_w] = pixels[:, of, of_w]
+        right = plane.flatten(0, 2)
+        for i, j in itertools.product(range(a, kernel[0], steps[0]), range(b, kernel[1], steps[1])):
+            further = i // steps[0] * grid[1] + j // steps[1]
+            torch.mm(left[: len(left) - further].t(), right[further:], out=found[i, j])
+    grad_bias = rows.sum((0, 1, 2)) if has_bias else None
+    return None, found.permute(2, 3, 0, 1).unsqueeze(2).contiguous(), grad_bias
+
+
+def _phase(first: int, step: int, pad: int, size: int, number: int) -> tuple[slice, slice]:
+    """Returns which of a phase's `number` rows there are, and which of `size` rows they are.
+
+    Args:
+        first: padded row at which the phase begins.
+        step: rows from one to the next.
+        pad: zeros before the rows.
+        size: rows without padding.
+        number: rows of the grid.
+    """
+    end = max(0, min(number, -((first - pad - size) // step)))
+    begin = min(end, max(0, -((first - pad) // step)))  # the first that is no padding
+    source = begin * step + first - pad
+    return slice(begin, end), slice(source, source + (end - begin - 1) * step + 1, step)
