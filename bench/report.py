@@ -37,7 +37,8 @@ MODEL_BASELINES = (
 NO_GPU = "GPU: not measured yet."
 # JSON of other forms than cases, which no table of an op shows.
 MODELS = {"models", "models_256", "coordtok"}
-NOT_OPS = {"threads", "systems", "conv_tile_times", "max_batch", *MODELS}
+CONVOLUTIONS = {"causal_conv3d", "causal_conv3d_256"}
+NOT_OPS = {"causal_conv3d_256", "threads", "systems", "conv_tile_times", "max_batch", *MODELS}
 
 
 def load(name: str) -> list[dict]:
@@ -138,7 +139,7 @@ def table(name: str) -> str:
         if is_models:
             head[3:] = ["allocator", *head[3:5], "peak memory", "of the arithmetic limit"]
             rows = [line for case in result["cases"] for line in model_rows(case)]
-        elif name == "causal_conv3d":
+        elif name in CONVOLUTIONS:
             head[5:] = ["of the limit", "TFLOP/s", "peak memory"]
         lines += [
             f"{source(result)}:",
@@ -147,7 +148,7 @@ def table(name: str) -> str:
             "|---" * len(head) + "|",
             *rows,
             "",
-            *(convolution_sums(result) if name == "causal_conv3d" else []),
+            *(convolution_sums(result) if name in CONVOLUTIONS else []),
         ]
     if not any(is_gpu(r) for r in results):
         lines += [NO_GPU, ""]

@@ -62,9 +62,10 @@ LINE_PRODUCT_CHANNELS = 64
 # Behind a stride s in space, output i sees padded rows i s + k = (i + k // s) s + k % s: row i + k // s
 # of phase k % s. With each phase copied to a plane of its own, and gradient and phases on one grid
 # that has zeros where the gradient ends, every tap of the weight gradient is one product of matrices,
-# of the gradient and a phase that lies a constant number of values further. oneDNN's kernel is slow
-# there.
-PHASE_PRODUCT_CHANNELS = 64
+# of the gradient and a phase that lies a constant number of values further. Measured, two cores,
+# oneDNN / products, ms: 128 channels, 20x128x128 410 / 298; 256, 20x64x64 209 / 213; 512, 10x32x32
+# 79 / 83. So from the first to the last of:
+PHASE_PRODUCT_CHANNELS = 64, 128
 
 
 def is_small(x: Tensor) -> bool:
@@ -203,7 +204,7 @@ def _pays_phases(weight: Tensor, frames: Tensor, g: Geometry) -> bool:
         and g.groups == 1
         and g.dilation[1:] == (1, 1)
         and g.stride_h * g.stride_w > 1
-        and min(weight.shape[:2]) >= PHASE_PRODUCT_CHANNELS
+        and PHASE_PRODUCT_CHANNELS[0] <= min(weight.shape[:2]) <= PHASE_PRODUCT_CHANNELS[1]
     )
 
 
