@@ -283,7 +283,8 @@ class VTok(VideoTokenizer):
         Raises:
             TypeError, ValueError: a video is not as described, or there is none.
         """
-        sums, squares, count = 0.0, 0.0, 0
+        count, sums = 0, torch.zeros_like(self.feature_mean, dtype=torch.float64)
+        squares = torch.zeros_like(sums)
         for video in videos:
             video_input.check_video("fit_features", video)
             length = video.shape[2]
@@ -291,9 +292,10 @@ class VTok(VideoTokenizer):
             chosen = [i * length // number for i in range(number)]
             images = video_input.to_float(video[:, :, chosen], self.dtype).transpose(1, 2)
             maps = self._maps_of(images.flatten(0, 1)).double()
-            sums, squares = sums + maps.sum((0, 2, 3)), squares + maps.square().sum((0, 2, 3))
+            sums += maps.sum((0, 2, 3))
+            squares += maps.square().sum((0, 2, 3))
             count += maps[:, 0].numel()
-        if not isinstance(sums, Tensor) or not isinstance(squares, Tensor):
+        if count == 0:
             raise ValueError("fit_features: videos must be at least one, got none")
         mean = sums / count
         self.feature_mean.copy_(mean)

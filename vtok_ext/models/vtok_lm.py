@@ -93,14 +93,15 @@ class VTokLM(nn.Module):
         special = text.special.values()
         self.control = ControlTokens(special, width) if config.lora_rank else None
         dim, slots = tokenizer.config.latent_dim, tokenizer.config.key_tokens
-        self.projector = nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, width))
+        layers = nn.Linear(dim, width), nn.Linear(width, width)
+        self.projector = nn.Sequential(layers[0], nn.GELU(), layers[1])
         self.slot_embed = nn.Embedding(slots + 1, width)
         self.frame_embed = nn.Linear(_FRAME_WAVES, width, bias=False)
         for embed in (self.slot_embed, self.frame_embed):
             nn.init.normal_(embed.weight, std=0.02)
         # Keeps the size of tokens: torch's own initial weights leave a third of their variance at
         # each layer, and next to positions little of what differs between tokens.
-        for layer in (self.projector[0], self.projector[2]):
+        for layer in layers:
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
             nn.init.zeros_(layer.bias)
         self.head = self._build_head(width, dim)
