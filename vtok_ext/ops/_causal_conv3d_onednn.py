@@ -59,12 +59,12 @@ GEMM_WEIGHT = 80
 LINE_PRODUCT_CHANNELS = 64
 
 # Note [Steps within frames on the CPU]
-# Behind a stride s in space, output i sees padded rows i s + k = (i + k // s) s + k % s: row
-# i + k // s of phase k % s. With each phase copied to a plane of its own, and gradient and phases on
-# one grid that has zeros where the gradient ends, every tap of the weight gradient is one product of
-# matrices, of the gradient and a phase that lies a constant number of values further. Measured, two
-# cores, oneDNN / products, ms: 128 channels, 20x128x128 410 / 298; 256, 20x64x64 209 / 213; 512,
-# 10x32x32 79 / 83. So from the first to the last of:
+# Behind a stride s in space, output i sees padded rows i s + k = (i + k // s) s + k % s: row i + k
+# // s of phase k % s. With each phase copied to a plane of its own, and gradient and phases on one
+# grid that has zeros where the gradient ends, every tap of the weight gradient is one product of
+# matrices, of the gradient and a phase that lies a constant number of values further. Measured,
+# two cores, oneDNN / products, ms: 128 channels, 20x128x128 410 / 298; 256, 20x64x64 209 / 213;
+# 512, 10x32x32 79 / 83. So from the first to the last of:
 PHASE_PRODUCT_CHANNELS = 64, 128
 
 
