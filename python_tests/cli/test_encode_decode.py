@@ -342,6 +342,19 @@ def test_refusals(vtok, make_video, saved_models, tmp_path):
     assert vtok("decode", tokens, mp4, *options).code == 0
 
 
+@pytest.mark.parametrize("name", ["vidtok_kl_causal_488_4chn", "vidtok_kl_noncausal_488_4chn"])
+def test_latents_of_nan_make_no_black_video(vtok, tmp_path, name):
+    """Streamed, or decoded as a whole where the model takes clips only."""
+    model = vt.create_model(name, **TINY)
+    model.save_pretrained(tmp_path / "model")
+    latent = torch.full((1, model.latent_channels, 2, 2, 2), float("nan"))
+    vt.Encoding(latent, 5, (16, 16)).save(tmp_path / "latent")
+    out = tmp_path / "out.mp4"
+    result = vtok("decode", tmp_path / "latent", out, "--model", tmp_path / "model")
+    assert result.code == 2 and "must give finite frames, got NaN" in result.err
+    assert not out.exists()
+
+
 def test_video_to_video_is_reconstruct(vtok, make_video, model_folder, tmp_path):
     out = tmp_path / "out.mp4"
     result = vtok("stream", make_video("in.mp4", 6), out, "--model", model_folder, "--json")

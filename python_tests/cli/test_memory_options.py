@@ -77,10 +77,11 @@ def test_sizes_and_tiles_are_read():
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_peak_memory_does_not_depend_on_the_length(tmp_path):
+@pytest.mark.parametrize("name", ["vidtok_kl_causal_488_4chn", "vidtok_kl_causal_488_4chn_v1_1"])
+def test_peak_memory_does_not_depend_on_the_length(tmp_path, name):
     """2,000 frames like 64, both ways, in processes of their own."""
     torch.manual_seed(0)
-    model = vt.create_model("vidtok_kl_causal_488_4chn", ch=32, num_res_blocks=1)
+    model = vt.create_model(name, ch=32, num_res_blocks=1)
     model.save_pretrained(tmp_path / "model")
     peaks = {}
     for num_frames in (64, 2000):

@@ -70,6 +70,24 @@ def test_output_shows_the_model_s_picture(vtok, make_video, model_folder, tmp_pa
     assert difference < (expected.float() - read_clip(video)[0].float()).abs().mean() / 2
 
 
+@pytest.mark.slow
+def test_the_real_clip(vtok, parity_dir, tmp_path):
+    """All 136 frames at 256x256, streamed by a model that looks ahead."""
+    path = parity_dir.parent / "data" / "example.mp4"
+    if not path.is_file():
+        pytest.skip(f"no clip at {path}")
+    torch.manual_seed(0)
+    model = vt.create_model("vidtok_kl_causal_488_4chn_v1_1", ch=8, num_res_blocks=1)
+    model.save_pretrained(tmp_path / "model")
+    out = tmp_path / "out.mp4"
+    result = vtok("reconstruct", path, "--model", tmp_path / "model", "-o", out, "--json")
+    assert result.code == 0 and result.json["frames"] == 136, result.err
+    frames, timestamps, info = read_clip(out)
+    _, expected, source = read_clip(path)
+    assert frames.shape == (3, 136, 256, 256)
+    assert [t * info.time_base for t in timestamps] == [t * source.time_base for t in expected]
+
+
 def test_variable_frame_rate(vtok, make_video, model_folder, tmp_path):
     timestamps = [0, 20, 25, 100, 103, 400, 401, 700]
     video = make_video("in.mp4", 8, timestamps=timestamps)

@@ -38,6 +38,15 @@ def test_half_moments_give_half_means_and_float32_samples():
     assert kl_posterior(moments, sample=True)[0].dtype == torch.float32
 
 
+def test_double_moments_stay_double():
+    moments = torch.randn(1, 4, 3, dtype=torch.float64)
+    latent, losses = kl_posterior(moments, sample=True)
+    assert latent.dtype == losses["kl_loss"].dtype == torch.float64
+    mean, logvar = moments.chunk(2, dim=1)
+    exact = kl_divergence(Normal(mean, (0.5 * logvar).exp()), Normal(0.0, 1.0)).sum()
+    assert torch.allclose(losses["kl_loss"], exact, rtol=1e-12)
+
+
 def test_one_generator_per_sample():
     """A sample's noise does not depend on the others of its batch."""
     moments = torch.randn(3, 4, 2, 3, 3)

@@ -25,6 +25,18 @@ def test_same_weights_have_the_same_id(model, tmp_path):
     assert vt.load_model(tmp_path).to(torch.bfloat16).model_id == expected
 
 
+@torch.no_grad()
+def test_models_converted_to_float16_keep_their_id(model, clip):
+    """float16 rounds otherwise than the fingerprint, which would name another training run."""
+    half = copy.deepcopy(model).half()
+    tokens = half.tokenize(clip(1, 5, 8, 8))
+    assert half.model_id == model.model_id
+    assert model.detokenize(tokens).shape == (1, 3, 5, 8, 8)
+    assert copy.deepcopy(model).to("cpu", torch.float16).model_id == model.model_id
+    half.encoder.conv_in.conv.weight.mul_(1.5)
+    assert half.model_id != model.model_id
+
+
 @pytest.mark.parametrize("how", ["step", "replacement", "load", "data"])
 def test_other_weights_have_another_id(model, how):
     before = model.model_id

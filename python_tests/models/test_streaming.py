@@ -6,6 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
+from vtok_ext.models.failed_computation import FailedComputationError
+
 SETTINGS = settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -280,3 +282,40 @@ def test_ids_of_nan_are_refused(build, clip, value):
         model.encoder.conv_out.conv.bias[0] = value
     with pytest.raises(ValueError, match="finite latents, got NaN or infinity within 9 frames"):
         stream.push(clip(1, 4, 16, 16))
+
+
+def test_uint8_of_nan_is_refused(kl_model):
+    """It would be black."""
+    latent = torch.zeros(1, kl_model.latent_channels, 2, 2, 2)
+    for output in ("uint8", "float"):
+        stream = kl_model.stream_decoder(output=output)
+        stream.push(latent)
+        bad = torch.full_like(latent, float("nan"))
+        if output == "float":
+            assert stream.push(bad)[0].isnan().any()
+            continue
+        with pytest.raises(FailedComputationError, match="finite frames, got NaN or infinity af"):
+            stream.push(bad)
+
+
+def test_decoders_know_the_shape_of_their_latents(kl_model):
+    latent = torch.zeros(2, kl_model.latent_channels, 2, 2, 3)
+    stream = kl_model.stream_decoder()
+    stream.push(latent)
+    for other in (latent[:1], latent[..., :2]):
+        with pytest.raises(ValueError, match=r"latent must be \[2, 4, t, 2, 3\] as before, got"):
+            stream.push(other)
+    stream.push(latent)
+    resumed = kl_model.stream_decoder()
+    resumed.load_state_dict(stream.state_dict())
+    with pytest.raises(ValueError, match="as before, got"):
+        resumed.push(latent[:1])
+    stream = kl_model.stream_decoder(size=(16, 25))
+    with pytest.raises(ValueError, match=r"size must be within the decoded \[16, 24\], got"):
+        stream.push(latent)
+    assert stream.num_latents == 0
+    for options in ({"num_frames": 0}, {"size": 8}, {"size": (8, 0)}, {"size": (8, 8, 8)}):
+        with pytest.raises(ValueError, match=r"num_frames and size \(H, W\) must be integers >= 1"):
+            kl_model.stream_decoder(**options)
+    with pytest.raises(TypeError, match=r"decode: size must be \(H, W\), got 8"):
+        kl_model.decode(latent, size=8)

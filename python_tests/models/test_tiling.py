@@ -139,16 +139,12 @@ def test_killed_and_resumed_stream_in_tiles_is_bit_identical(model, clip):
     stream.load_state_dict(state)
     found += [z for chunk in chunks[2:] for z in stream.push(chunk)] + stream.flush()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    untiled = model.stream_encoder()
-    untiled.load_state_dict(state)
-    with pytest.raises(ValueError, match="state must"):
-        untiled.push(chunks[1])
+    with pytest.raises(ValueError, match="state must be that of encoder to latent of .*in tiles"):
+        model.stream_encoder().load_state_dict(state)
     plain = model.stream_encoder()
     plain.push(chunks[0])
-    stream = view.stream_encoder()
-    stream.load_state_dict(plain.state_dict())
-    with pytest.raises(ValueError, match="state must be that of a stream in tiles"):
-        stream.push(chunks[1])
+    with pytest.raises(ValueError, match="state must be that of encoder to latent in tiles of"):
+        view.stream_encoder().load_state_dict(plain.state_dict())
 
 
 def test_gradients_are_those_of_the_whole_picture(build, clip):
@@ -219,6 +215,45 @@ def test_blended_streams_equal_blended_clips(build, clip, name):
     assert relative_error(torch.cat(latents, dim=2), whole.latent) <= TOLERANCE
     frames = [y for z in latents for y in decoder.push(z)] + decoder.flush(9)
     assert relative_error(torch.cat(frames, dim=2), view.decode(whole)) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_streams_keep_the_tiles_they_began_with(build, clip):
+    model, video = build("vidtok_kl_causal_488_4chn", ch_mult=(1, 2)), clip(1, 9, 48, 48)
+    chunks = video[:, :, :1], video[:, :, 1:5], video[:, :, 5:]
+    for mode in ("exact", "blended"):
+        small = model.tiled((32, 32), mode=mode)
+        straight, stream = small.stream_encoder(), small.stream_encoder()
+        expected = [z for chunk in chunks for z in straight.push(chunk)]
+        found = stream.push(chunks[0])
+        other = model.tiled((48, 48), mode=mode).stream_encoder()
+        other.load_state_dict(stream.state_dict())
+        found += other.push(chunks[1]) + other.push(chunks[2])
+        assert all(map(torch.equal, found, expected)), mode
+        # Tiles of another kind, or none, would go on from something else.
+        for view in (
+            model,
+            model.tiled((32, 32), mode="exact" if mode == "blended" else "blended"),
+            model.tiled((32, 32), mode="blended", overlap=0.5),
+        ):
+            with pytest.raises(ValueError, match="state must be that of encoder to latent"):
+                view.stream_encoder().load_state_dict(stream.state_dict())
+
+
+def test_the_reference_backend_has_no_tiles(build, clip):
+    model = build("vidtok_kl_causal_488_4chn").set_backend("reference")
+    with pytest.raises(ValueError, match="tiled: backend must be 'native', got 'reference'"):
+        model.tiled(32)
+
+
+@torch.no_grad()
+def test_forward_tiles_both_directions(build, clip, monkeypatch):
+    model, video = build("vidtok_kl_causal_488_4chn", ch_mult=(1, 2)), clip(1, 1, 64, 64)
+    tiles, tiled = [], type(model).tiled
+    monkeypatch.setattr(type(model), "tiled", lambda m, t: tiles.append(t) or tiled(m, t))
+    output = model(video, tile=(32, 32))
+    assert tiles == [(32, 32)] * 2
+    assert relative_error(output.reconstruction, model(video).reconstruction) <= TOLERANCE
 
 
 def test_weights_of_overlapping_ranges_add_up_to_one():

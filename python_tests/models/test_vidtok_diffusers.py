@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from helpers import import_or_skip
+from safetensors.torch import load_file, save_file
 
 import vtok_ext as vt
 from vtok_ext.models import VidTok
@@ -19,6 +20,7 @@ from vtok_ext.models.vidtok_diffusers import (
 )
 
 KL, FSQ = "vidtok_kl_causal_488_4chn_v1_1", "vidtok_fsq_causal_888_32768_v1_1"
+SMALL = {"ch": 8, "num_res_blocks": 1}
 CENTRED, DEEP = "vidtok_fsq_noncausal_488_262144", "vidtok_kl_causal_41616_16chn_v1_1"
 MODELS = [KL, FSQ, CENTRED, DEEP, "vidtok_kl_causal_288_8chn_v1_1", "vidtok_kl_noncausal_488_4chn"]
 
@@ -88,6 +90,16 @@ def test_bad_arguments(fields, message):
         fields = {**fields, "double_z": False}
     with pytest.raises(ValueError, match=message):
         config_from_diffusers(fields)
+
+
+def test_weights_beside_a_configuration_of_diffusers_know_their_version(build, tmp_path):
+    """diffusers writes no header, and has version 1.1 alone of causal models."""
+    save_diffusers(build(KL), tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(path), path, {"format": "pt"})
+    assert vt.load_model(path, name=KL, **SMALL).reference_version == "1.1"
+    with pytest.raises(ValueError, match="name must be that of a version 1.1 model"):
+        vt.load_model(path, name="vidtok_kl_causal_488_4chn", **SMALL)
 
 
 def test_bad_folders(build, tmp_path):

@@ -182,11 +182,17 @@ def test_files_remember_the_chunks(build, kl, clip, tmp_path):
     expected = decode_published(kl, encoding, chunk_frames=8)
     assert torch.equal(kl.decode(encoding), expected)
     assert not torch.allclose(kl.decode(encoding, frames="reference"), expected, atol=1e-3)
-    assert torch.equal(kl.decode(encoding, num_frames=5, size=(9, 8)), expected[:, :, -5:, :9, :8])
+    assert torch.equal(kl.decode(encoding, num_frames=5, size=(9, 8)), expected[:, :, :5, :9, :8])
     with pytest.raises(ValueError, match="must be a VidTok 1.1 without tiles, got"):
         kl.decode(encoding, tile=(16, 16))
     kl.encode(video).save(path)
     assert vt.Encoding.load(path).chunk_frames is None
+    # The first frames of the clip that an Encoding records; of a bare latent the last ones.
+    whole = kl.encode(clip(1, 10, 16, 16), frames="reference")
+    frames = kl.decode(whole)
+    assert torch.equal(kl.decode(whole, num_frames=3), frames[:, :, :3])
+    bare = kl.decode(whole.latent, num_frames=3, frames="reference")
+    assert torch.equal(bare, frames[:, :, -3:])
 
     fsq = build("vidtok_fsq_causal_488_32768_v1_1")
     chunked = encode_published(fsq, video, chunk_frames=8)
@@ -197,7 +203,12 @@ def test_files_remember_the_chunks(build, kl, clip, tmp_path):
     assert torch.equal(fsq.detokenize(tokens), decode_published(fsq, chunked, chunk_frames=8))
 
 
-def test_refused_arguments(kl, kl_model, clip):
+def test_refused_arguments(kl, kl_model, clip, build):
+    with pytest.raises(ValueError, match="encode_published: height and width must be >= 8, got"):
+        encode_published(build("vidtok_kl_causal_488_4chn_v1_1"), torch.zeros(1, 3, 5, 4, 16))
+    reference = build("vidtok_kl_causal_488_4chn_v1_1").set_backend("reference")
+    with pytest.raises(ValueError, match="encode_published: backend must be 'native'"):
+        encode_published(reference, torch.zeros(1, 3, 5, 16, 16))
     with pytest.raises(ValueError, match="encode_published: model must be of version 1.1"):
         encode_published(kl_model, clip(1, 5, 16, 16))
     with pytest.raises(ValueError, match="decode_published: model must be of version 1.1"):

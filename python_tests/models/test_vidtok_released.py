@@ -206,6 +206,30 @@ def test_moving_averages(fsq_model, tmp_path, compiled, ema):
         assert torch.equal(value, fsq_model.state_dict()[name] + ema), name
 
 
+def test_averages_of_a_decoder_that_trained_alone(fsq_model, tmp_path):
+    """Averages are of what trains: a frozen encoder has none, and keeps its weights."""
+    state = training_checkpoint(fsq_model, False)
+    save_file(
+        {k: v for k, v in state.items() if not k.startswith("model_ema.encoder")},
+        tmp_path / "a.safetensors",
+    )
+    loaded = vt.load_model(tmp_path / "a.safetensors", name=FSQ, ema=True, **SMALL)
+    for name, value in loaded.state_dict().items():
+        expected = fsq_model.state_dict()[name] + name.startswith("decoder.")
+        assert torch.equal(value, expected), name
+
+
+def test_averages_named_before_the_model_was_compiled(fsq_model, tmp_path):
+    plain, compiled = (training_checkpoint(fsq_model, flag) for flag in (False, True))
+    state = {k: v for k, v in compiled.items() if not k.startswith("model_ema.")}
+    state |= {k: v for k, v in plain.items() if k.startswith("model_ema.")}
+    save_file(state, tmp_path / "a.safetensors")
+    loaded = vt.load_model(tmp_path / "a.safetensors", name=FSQ, ema=True, **SMALL)
+    assert all(
+        torch.equal(v, fsq_model.state_dict()[k] + 1) for k, v in loaded.state_dict().items()
+    )
+
+
 def test_incomplete_averages_and_ambiguous_names_are_refused(fsq_model, tmp_path):
     path = tmp_path / "last.safetensors"
     save_file(fsq_model.state_dict(), path)

@@ -160,7 +160,7 @@ def _decoded_whole(reader: Any, model: Any, source: Path, device: Any) -> Any:
     from vtok_ext.models.encoding import Encoding, Tokens
 
     if reader.kind == "tokens":
-        return model.detokenize(Tokens.load(source), output="uint8", any_weights=True)
+        return _as_uint8(model.detokenize(Tokens.load(source), any_weights=True))
     encoding = Encoding.load(source)
     encoding.model_id = ""  # checked already
     latent = encoding.latent
@@ -168,4 +168,13 @@ def _decoded_whole(reader: Any, model: Any, source: Path, device: Any) -> Any:
         encoding.latent = {name: plane.to(device) for name, plane in latent.items()}
     else:
         encoding.latent = latent.to(device)
-    return model.decode(encoding, output="uint8")
+    return _as_uint8(model.decode(encoding))
+
+
+def _as_uint8(video: Any) -> Any:
+    """Returns a decoded video in uint8, which would hide NaN and infinity."""
+    from vtok_ext.models._video_input import to_uint8
+
+    if not video.isfinite().all():
+        raise ValueError("decode: the model must give finite frames, got NaN or infinity")
+    return to_uint8(video)

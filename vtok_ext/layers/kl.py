@@ -33,20 +33,21 @@ def kl_posterior(
             not depend on the others of its batch.
 
     Returns:
-        The mean in the dtype of `moments`, or a float32 sample; and {"kl_loss"}: a float32 scalar,
-        summed over C and positions, averaged over B.
+        The mean in the dtype of `moments`, or a sample in float32 (float64 of float64); and
+        {"kl_loss"}: a scalar in that dtype, summed over C and positions, averaged over B.
 
     Raises:
         ValueError: as many generators as samples are wanted, and there are more or fewer.
     """
     mean, logvar = moments.chunk(2, dim=1)
-    mean32, logvar32 = mean.float(), logvar.float().clamp(*LOGVAR_RANGE)
-    terms = mean32.square() + logvar32.exp() - 1 - logvar32
+    wide = torch.promote_types(moments.dtype, torch.float32)
+    mean_wide, logvar_wide = mean.to(wide), logvar.to(wide).clamp(*LOGVAR_RANGE)
+    terms = mean_wide.square() + logvar_wide.exp() - 1 - logvar_wide
     losses = {"kl_loss": 0.5 * terms.sum() / moments.shape[0]}
     if not sample:
         return mean, losses
     noise = _noise(mean.shape, generator).to(mean.device)
-    return mean32 + torch.exp(0.5 * logvar32) * noise, losses
+    return mean_wide + torch.exp(0.5 * logvar_wide) * noise, losses
 
 
 def _noise(shape: torch.Size, generator: Generators) -> Tensor:

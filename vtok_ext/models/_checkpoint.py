@@ -84,15 +84,29 @@ def _unwrapped(name: str) -> str:
 
 
 def _moving_averages(kept: dict[str, Any], content: dict[Any, Any], path: str) -> dict[str, Any]:
-    """Returns for each name in `kept` its moving average, called as it is but without dots."""
-    averages = {name: EMA_PREFIX + name.replace(".", "") for name in kept}
-    missing = [name for name, average in averages.items() if average not in content]
+    """Returns for each name in `kept` its moving average, called as it is but without dots.
+
+    A part of the model (encoder, decoder, ...) of which no tensor has one did not train: it keeps
+    its weights, as long as another part has averages.
+    """
+    averages: dict[str, str] = {}
+    for name in kept:
+        for known in (name, _unwrapped(name)):
+            average = EMA_PREFIX + known.replace(".", "")
+            if average in content:
+                averages[name] = average
+    trained = {_unwrapped(name).partition(".")[0] for name in averages}
+    missing = [
+        name
+        for name in kept
+        if name not in averages and (not trained or _unwrapped(name).partition(".")[0] in trained)
+    ]
     if missing:
         raise ValueError(
             f"load_model: every tensor must have a moving average for ema=True, got none for "
             f"{len(missing)} of {len(kept)} ({', '.join(missing[:3])}) in {path!r}"
         )
-    return {name: content[average] for name, average in averages.items()}
+    return {name: content[averages[name]] if name in averages else kept[name] for name in kept}
 
 
 def read_generator_checkpoint(

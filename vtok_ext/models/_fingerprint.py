@@ -2,8 +2,9 @@
 
 SHA-256 over the names and shapes of all tensors and up to 1024 values of each, evenly spread and
 rounded to bfloat16. A copy of the model in bfloat16, on another device or in another process has
-the same fingerprint; any optimiser step worth the name gives another. It identifies, and does not
-protect against forgery.
+the same fingerprint, and so has a model that was converted to float16 (it keeps the one of before;
+weights read from a float16 file are others); any optimiser step worth the name gives another. It
+identifies, and does not protect against forgery.
 """
 
 from __future__ import annotations

@@ -14,7 +14,11 @@ from vtok_ext.models.coordtok import CoordTok
 from vtok_ext.models.promag import ProMAG
 from vtok_ext.models.promag_grown import Grown
 from vtok_ext.models.vidtok import VidTok
-from vtok_ext.models.vidtok_diffusers import is_diffusers_folder, load_diffusers
+from vtok_ext.models.vidtok_diffusers import (
+    diffusers_config,
+    is_diffusers_folder,
+    load_diffusers,
+)
 from vtok_ext.models.vidtok_released import YAML_SUFFIXES, released_config
 from vtok_ext.models.vtok import VTok
 
@@ -134,9 +138,13 @@ def load_model(
 def _check_version(path: str, model: VideoTokenizer) -> None:
     """Raises when the file says that its weights belong to another version than `model`.
 
-    Files saved by this package record it; of others the name may say it.
+    Files saved by this package record it; diffusers' configuration beside the file knows it; of
+    others the name may say it.
     """
     said, hint = _persistence.recorded_version(path), ""
+    folder = os.path.dirname(path) or "."
+    if said is None and is_diffusers_folder(folder):
+        said = diffusers_config(folder).version
     if said is None:
         said = _version_in_name(os.path.splitext(os.path.basename(path))[0])
         hint = "; a file with other weights than its name says must be renamed"

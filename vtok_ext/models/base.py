@@ -95,13 +95,29 @@ class VideoTokenizer(nn.Module):
         The last part is a fingerprint of the weights (see `_fingerprint`), computed when asked for
         and kept until a weight changes in place or is replaced.
         """
-        weights = self.state_dict()
-        state = [(t.data_ptr(), t._version) for t in weights.values() if not t.is_inference()]
-        if self._fingerprint is None or self._fingerprint[0] != state:
-            self._fingerprint = (state, weights_fingerprint(weights))
+        fingerprint = self._weights_fingerprint()
         content = json.dumps([type(self).__name__, self.config.to_dict()], sort_keys=True)
         configuration = hashlib.sha256(content.encode()).hexdigest()[:12]
-        return f"{self.name}@{configuration}+{self._fingerprint[1]}"
+        return f"{self.name}@{configuration}+{fingerprint}"
+
+    def _weights_fingerprint(self) -> str:
+        weights = self.state_dict()
+        state = _state_of(weights)
+        if self._fingerprint is None or self._fingerprint[0] != state:
+            self._fingerprint = (state, weights_fingerprint(weights))
+        return self._fingerprint[1]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # float16 rounds otherwise than the fingerprint: a converted model keeps that of before.
+        weight = next(self.parameters(), None)
+        if weight is None or weight.is_meta or weight.dtype == torch.float16:
+            return super()._apply(fn, recurse)
+        if fn(torch.zeros(1, dtype=weight.dtype, device=weight.device)).dtype != torch.float16:
+            return super()._apply(fn, recurse)
+        fingerprint = self._weights_fingerprint()
+        converted = super()._apply(fn, recurse)
+        self._fingerprint = (_state_of(self.state_dict()), fingerprint)
+        return converted
 
     def check_origin(self, op: str, model_id: str, any_weights: bool = False) -> None:
         """Raises ValueError unless `model_id`, that of a file, is "" or the one of this model.
@@ -311,6 +327,8 @@ class VideoTokenizer(nn.Module):
         if output not in OUTPUTS:
             raise ValueError(f"{op}: output must be one of {OUTPUTS}, got {output!r}")
         available = tuple(video.shape[2:])
+        if not isinstance(size, tuple | list | None):
+            raise TypeError(f"{op}: size must be (H, W), got {size!r}")
         wanted = (
             available[0] if num_frames is None else num_frames,
             *(available[1:] if size is None else size),
@@ -328,3 +346,8 @@ class VideoTokenizer(nn.Module):
         """Returns name and configuration, for printing."""
         fields = dataclasses.asdict(self.config)
         return f"{self.name}: " + ", ".join(f"{k}={v}" for k, v in fields.items())
+
+
+def _state_of(weights: dict[str, Tensor]) -> list[tuple[int, int]]:
+    """Returns what changes when a weight does: where each lies, and how often it was written."""
+    return [(t.data_ptr(), t._version) for t in weights.values() if not t.is_inference()]

@@ -34,6 +34,7 @@ class GridTokenizer(VideoTokenizer):
     """
 
     video_channels: int = 3
+    view: str = ""  # how a view of a model computes, that states of its streams are told by
     is_exact: bool = True  # False for a view in blended tiles, see `tiled`
 
     @property
@@ -123,11 +124,11 @@ class GridTokenizer(VideoTokenizer):
         Args:
             video: [B, 3, T, H, W], float in [-1, 1] or uint8.
             sample: draw continuous latents from the posterior; default in training mode only.
-            **options: `fps`, `generator`, `frames`, `step`, `compute_loss` of `encode`.
+            **options: others of `encode`; a `tile` holds for both directions.
         """
         sample = self.training if sample is None else sample
         encoding = self.encode(video, sample=sample, **options)
-        return Output(self.decode(encoding), encoding)
+        return Output(self.decode(encoding, tile=options.get("tile")), encoding)
 
     def encode(
         self,
@@ -205,7 +206,8 @@ class GridTokenizer(VideoTokenizer):
             encoding: an Encoding; or a bare latent [B, C, t, h, w]; or, of a discrete model,
                 integer ids [B, t, h, w].
             num_frames, size: crop to T and (H, W); default what the Encoding records, and for a
-                bare tensor all frames: f * t, without the first f - 1 of a causal model.
+                bare tensor all frames: f * t, without the first f - 1 of a causal model. Of a bare
+                latent under VidTok 1.1's published rule the last T, which is where a clip lies.
             output: "float", nominally in [-1, 1] and not clamped; or "uint8", clamped and rounded.
             frames: the frame rule of `encode`, on the whole clip; default what the Encoding
                 records, published chunks included, and "preserve".
@@ -220,18 +222,21 @@ class GridTokenizer(VideoTokenizer):
         if tile is not None:
             options = {"num_frames": num_frames, "size": size, "output": output, "frames": frames}
             return self.tiled(tile).decode(encoding, **options)
-        latent = encoding
+        latent, known = encoding, num_frames
         if isinstance(encoding, Encoding):
             self.check_origin("decode", encoding.model_id)
             latent = encoding.latent  # type: ignore[assignment]
             num_frames = encoding.num_frames if num_frames is None else num_frames
+            # The published rule finds the clip's frames at the end of what is decoded.
+            known = max(encoding.num_frames, num_frames)
             size = encoding.size if size is None else size
             if encoding.chunk_frames is not None and frames is None:
                 from vtok_ext.models.vidtok_published import decode_published  # builds on this file
 
                 chunked: Any = decode_published  # refuses models that are no VidTok 1.1
-                whole = dataclasses.replace(encoding, num_frames=num_frames, size=size)
-                return chunked(self, whole, chunk_frames=encoding.chunk_frames, output=output)
+                whole = dataclasses.replace(encoding, num_frames=known, size=size)
+                video = chunked(self, whole, chunk_frames=encoding.chunk_frames)
+                return self._finish("decode", video, num_frames, None, output)
             frames = encoding.frame_rule if frames is None else frames
         frames = "preserve" if frames is None else frames
         video_input.check_frame_rule("decode", frames)
@@ -239,7 +244,7 @@ class GridTokenizer(VideoTokenizer):
         if frames == "preserve":
             video = self.decode_clip(latent, num_frames)
         else:
-            video = self.decode_reference(latent, num_frames)
+            video = self.decode_reference(latent, known)
         return self._finish("decode", video, num_frames, size, output)
 
     def run_networks(self, batch: int, num_frames: int, height: int, width: int) -> None:
@@ -277,7 +282,8 @@ class GridTokenizer(VideoTokenizer):
     ) -> Any:
         """Returns a view of this model that computes its networks tile by tile.
 
-        The view has the same weights, id and methods, streams included; see `models.tiling`.
+        The view has the same weights, id and methods, streams included; see `models.tiling`. It
+        shares its layers with the model: put that into training or evaluation mode, not the view.
 
         Args:
             tile: (height, width) in positions of a feature map that are computed at once, at every

@@ -314,7 +314,7 @@ def exact_view(model: Any, tile: Any) -> Any:
     factor = model.spatial_factor
     height, width = (-(-size // factor) * factor for size in check_tile("tiled", tile))
     view = layerwise_tiled(model, height, width)
-    view.is_exact = True
+    view.is_exact, view.view = True, "tiles"
     return view
 
 

@@ -9,6 +9,7 @@ tensors only, and the same pushes after resuming give the same bits.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from vtok_ext.layers._state import owned
 from vtok_ext.models import _video_input as video_input
+from vtok_ext.models.failed_computation import FailedComputationError
 
 if TYPE_CHECKING:
     from vtok_ext.models.grid import GridTokenizer
@@ -35,7 +37,7 @@ class _Stream:
     def __init__(self, model: GridTokenizer, role: str) -> None:
         self.model = model
         self.flushed = False
-        self._role = f"{role} of {model.model_id}"
+        self._role = _role(role, model)
         self._state: dict[str, Tensor] | None = None
         # Frames [B, C, T, H, W] that have arrived or been decoded but not been handed on.
         self._waiting: Tensor | None = None
@@ -93,6 +95,12 @@ class _Stream:
 
     def _wait(self, frames: Tensor) -> None:
         self._waiting = owned(frames) if frames.shape[2] else None
+
+
+def _role(role: str, model: GridTokenizer) -> str:
+    """Returns what a stream is and of which model, that states of others are told from."""
+    view = f" in {model.view}" if model.view else ""
+    return f"{role}{view} of {model.model_id}"
 
 
 def _optional(value: int) -> int | None:
@@ -200,7 +208,10 @@ class StreamDecoder(_Stream):
     """
 
     _op = "stream_decoder"
-    _counters = ("num_latents", "num_emitted", "num_frames", "height", "width", "flushed")
+    _counters = (
+        *("num_latents", "num_emitted", "num_frames", "height", "width", "flushed"),
+        *("batch", "rows", "columns"),
+    )
 
     def __init__(
         self,
@@ -212,6 +223,15 @@ class StreamDecoder(_Stream):
     ) -> None:
         if output not in ("float", "uint8"):
             raise ValueError(f"stream_decoder: output must be 'float' or 'uint8', got {output!r}")
+        counts = (
+            1 if num_frames is None else num_frames,
+            *(size if isinstance(size, tuple | list) else (1, 1) if size is None else ()),
+        )
+        if len(counts) != 3 or not all(isinstance(n, Integral) and n >= 1 for n in counts):
+            raise ValueError(
+                "stream_decoder: num_frames and size (H, W) must be integers >= 1, "
+                f"got {num_frames} and {size}"
+            )
         super().__init__(model, f"decoder to {output}")
         self.output = output
         self.num_latents = 0
@@ -219,6 +239,28 @@ class StreamDecoder(_Stream):
         self.num_frames = num_frames
         self.height = None if size is None else size[0]
         self.width = None if size is None else size[1]
+        self.batch: int | None = None
+        self.rows: int | None = None  # of the latents
+        self.columns: int | None = None
+
+    def _check_shape(self, latent: Tensor) -> None:
+        """Raises ValueError for another batch or size than before, or one too small to crop."""
+        found = latent.shape[0], *latent.shape[3:]
+        if self.batch is None:
+            factor = self.model.spatial_factor
+            available = [factor * size for size in found[1:]]
+            wanted = [n for n in (self.height, self.width) if n is not None]
+            if any(n > most for n, most in zip(wanted, available, strict=False)):
+                raise ValueError(
+                    f"stream_decoder.push: size must be within the decoded {available}, "
+                    f"got {wanted}"
+                )
+            self.batch, self.rows, self.columns = found
+        elif found != (self.batch, self.rows, self.columns):
+            raise ValueError(
+                f"stream_decoder.push: latent must be [{self.batch}, {latent.shape[1]}, t, "
+                f"{self.rows}, {self.columns}] as before, got {list(latent.shape)}"
+            )
 
     @torch.no_grad()
     def push(self, latent: Tensor) -> list[Tensor]:
@@ -228,10 +270,13 @@ class StreamDecoder(_Stream):
             latent: [B, C, t, h, w], or ids [B, t, h, w] of a discrete model, t >= 1.
 
         Raises:
-            TypeError, ValueError: a bad latent, or a stream that has ended.
+            TypeError, ValueError: a bad latent, another shape than before, or a stream that has
+                ended.
+            FailedComputationError: NaN or infinity from the network, which uint8 would hide.
         """
         self._check_open("push")
         latent = self.model.to_latent("stream_decoder.push", latent)
+        self._check_shape(latent)
         frames, self._state = self.model.decode_chunk(latent, self._state, return_state=True)
         self.num_latents += latent.shape[2]
         frames = self._join(frames)
@@ -277,6 +322,12 @@ class StreamDecoder(_Stream):
     def _emit(self, frames: Tensor) -> list[Tensor]:
         if not frames.shape[2]:
             return []
+        # uint8 would hide them; they are few, and soon waited for anyway.
+        if self.output == "uint8" and not frames.isfinite().all():
+            raise FailedComputationError(
+                f"stream_decoder: the model must give finite frames, got NaN or infinity after "
+                f"{self.num_emitted} frames"
+            )
         self.num_emitted += frames.shape[2]
         size = None if self.height is None or self.width is None else (self.height, self.width)
         return [self.model._finish("stream_decoder", frames, None, size, self.output)]

@@ -269,8 +269,12 @@ def tiled_view(
     if not 0 < overlap <= 0.5:
         raise ValueError(f"tiled: overlap must be in (0, 0.5], got {overlap}")
     fixed = None if tile == "auto" else check_tile("tiled", tile)
+    backend = getattr(model, "backend", "native")
+    if backend != "native":
+        raise ValueError(f"tiled: backend must be 'native', got {backend!r}")
     view = copy.copy(model)
     view.is_exact = mode == "exact"
+    view.view = "tiles" if view.is_exact else f"tiles blended over {overlap:g}"
     if mode == "blended":
         return _blended(model, view, fixed, overlap)
     networks = {}

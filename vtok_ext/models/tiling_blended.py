@@ -52,8 +52,9 @@ class BlendedPass:
             following.update({prefix + name: value for name, value in result[1].items()})
             return result[0]
 
-        y = self._blended((x.shape[3], x.shape[4]), continued or self.tile, run)
-        return y if following is None else (y, with_tile(following, self.tile, x[:, :, :0]))
+        tile = continued or self.tile
+        y = self._blended((x.shape[3], x.shape[4]), tile, run)
+        return y if following is None else (y, with_tile(following, tile, x[:, :, :0]))
 
     def rest(self, decode_rest: Callable[[State], Tensor | None], state: State) -> Tensor | None:
         """Returns the frames that wait in the states of all tiles, None if none can."""

@@ -468,7 +468,8 @@ class VidTok(GridTokenizer):
 
         Args:
             streaming: "exact" equals the whole clip; "reference" equals the published decoding of
-                1.1 in overlapping chunks, see `vidtok_published`.
+                1.1 in overlapping chunks, see `vidtok_published`. 1.0 does not look ahead, so that
+                both are the same.
             **options: `num_frames`, `size`, `output` of `GridTokenizer.stream_decoder`.
 
         Raises:

@@ -62,6 +62,13 @@ def is_diffusers_folder(folder: str | os.PathLike) -> bool:
     return isinstance(description, dict) and description.get("_class_name") == CLASS_NAME
 
 
+def diffusers_config(folder: str | os.PathLike) -> VidTokConfig:
+    """Returns the configuration of the AutoencoderVidTok saved in `folder`."""
+    path = os.path.join(folder, _persistence.CONFIG_NAME)
+    fields = json.loads(Path(path).read_text(encoding="utf-8"))
+    return config_from_diffusers({k: v for k, v in fields.items() if not k.startswith("_")})
+
+
 def load_diffusers(folder: str | os.PathLike) -> VidTok:
     """Returns the model of a folder that AutoencoderVidTok.save_pretrained wrote, in eval mode.
 
@@ -73,9 +80,7 @@ def load_diffusers(folder: str | os.PathLike) -> VidTok:
         raise ValueError(
             f"load_diffusers: folder must hold a saved {CLASS_NAME}, got {os.fspath(folder)!r}"
         )
-    path = os.path.join(folder, _persistence.CONFIG_NAME)
-    fields = json.loads(Path(path).read_text(encoding="utf-8"))
-    config = config_from_diffusers({k: v for k, v in fields.items() if not k.startswith("_")})
+    config = diffusers_config(folder)
     model = VidTok(config, _preset_name(config))
     weights_path = os.path.join(folder, WEIGHTS_NAME)
     weights = _persistence.read_safetensors(weights_path, "load_diffusers")

@@ -28,7 +28,7 @@ from vtok_ext.layers._state import State, StateFlow, owned
 from vtok_ext.layers.alpha_blend import alpha_blend
 from vtok_ext.models import _video_input as video_input
 from vtok_ext.models.encoding import Encoding
-from vtok_ext.models.streaming import StreamEncoder
+from vtok_ext.models.streaming import StreamEncoder, _role
 
 if TYPE_CHECKING:
     from vtok_ext.models.vidtok import Decoder, VidTok
@@ -162,6 +162,8 @@ def _check(op: str, model: VidTok, chunk_frames: int) -> None:
     f = model.temporal_factor
     if model.reference_version != "1.1":
         raise ValueError(f"{op}: model must be of version 1.1, got {model.name}")
+    if model.backend != "native":
+        raise ValueError(f"{op}: backend must be 'native', got {model.backend!r}")
     if chunk_frames < f or chunk_frames % f:
         raise ValueError(f"{op}: chunk_frames must be a multiple of {f}, got {chunk_frames}")
 
@@ -202,6 +204,10 @@ def encode_published(
     _check("encode_published", model, chunk_frames)
     video_input.check_video("encode_published", video, model.video_channels)
     f, s = model.temporal_factor, model.spatial_factor
+    if min(video.shape[3:]) < s:
+        raise ValueError(
+            f"encode_published: height and width must be >= {s}, got {list(video.shape[3:])}"
+        )
     state, raws, parts = None, [], []
     for chunk in _first_and_chunks(video_input.to_float(video, model.dtype), chunk_frames):
         padded = video_input.pad_front(chunk, -chunk.shape[2] % f)
@@ -243,9 +249,7 @@ class PublishedStreamEncoder(StreamEncoder):
         _check("stream_encoder", model, chunk_frames)
         super().__init__(model, output)
         self.chunk_frames = chunk_frames
-        self._role = (
-            f"encoder in published chunks of {chunk_frames} to {output} of {model.model_id}"
-        )
+        self._role = _role(f"encoder in published chunks of {chunk_frames} to {output}", model)
 
     @property
     def size(self) -> tuple[int, int] | None:
