@@ -8,8 +8,10 @@ once on a bare clip and once on a buffer that already holds its front frames, as
 there are no rows with outputs made beforehand; "tuned" rows come from a run under an allocator that
 keeps freed memory (a preloaded jemalloc or tcmalloc, or glibc with MALLOC_MMAP_THRESHOLD_ and
 MALLOC_TRIM_THRESHOLD_ at 1e12), which VTOK_BENCH_ALLOCATOR=tuned says; VTOK_BENCH_MERGE=1 joins the
-runs. Upsampling rows include the upsampling. The floor is the greater of two times: the products at
-the rate of the fastest product of matrices or images measured in this run, and copying the bytes.
+runs. VTOK_BENCH_DTYPES names others than float32 on a CPU and bfloat16 on a GPU. Upsampling rows
+include the upsampling. The floor is the greater of two times: the products at the rate of the
+fastest product of matrices or images measured in this run, and copying the bytes. That the last
+wave of blocks leaves a part of a GPU idle is not taken off it.
 """
 
 import math
@@ -161,7 +163,9 @@ def timed(case: Case, providers: dict, dtype: torch.dtype, device: str) -> Case:
 
 
 def dtypes(device: str) -> list[torch.dtype]:
-    return [torch.bfloat16] if device == "cuda" else [torch.float32]
+    default = "bfloat16" if device == "cuda" else "float32"
+    names = os.environ.get("VTOK_BENCH_DTYPES", default).split(",")
+    return [getattr(torch, name) for name in names]
 
 
 @pytest.mark.parametrize("name, shape, count", SHAPES, ids=IDS)
@@ -202,6 +206,7 @@ def bench_causal_conv3d_gradient(name, shape, count, which, device, record, benc
         for provider, function, x in (
             ("pad + conv, contiguous", p.eager, p.plain),
             ("pad + conv, channels last", p.eager, p.x),
+            *([("compiled", p.compiled, p.x)] if COMPILED and not QUICK else []),
             ("native, bare clip", p.bare, p.x),
             ("native", p.native, p.buffer),
         ):
