@@ -1,6 +1,10 @@
 """What is special about causal_conv3d: known answers, streams in any chunks, gradients against
 float64, errors, and that the path a model takes makes no copies."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 import vtok_ext as vt
 from vtok_ext.ops import _causal_conv3d_cpu as cpu
 from vtok_ext.ops import _causal_conv3d_function as causal_conv3d_function
+from vtok_ext.ops import _causal_conv3d_onednn as onednn
 from vtok_ext.ops._causal_conv3d_geometry import make_geometry
 from vtok_ext.ops._causal_conv3d_onednn import is_small
 from vtok_ext.ops.causal_conv3d import causal_conv3d_reference
@@ -408,6 +413,86 @@ def test_steps_within_frames_against_float64(channels, kernel, options, size, dt
     """See Note [Steps within frames on the CPU]."""
     options = {"stride": (1, 2, 2), **options}
     check_against_float64((2, channels, 3, *size), kernel, dtype, options)
+
+
+@pytest.mark.parametrize(
+    "size, kernel, options",
+    [
+        ((1, 64, 2, 16, 16), (3, 3, 3), {"temporal": "same"}),
+        ((2, 32, 2, 8, 8), (3, 5, 5), {"temporal": "same"}),
+        ((1, 32, 2, 8, 8), (3, 3, 3), {"temporal": "same", "groups": 2}),
+        ((1, 32, 4, 8, 8), (5, 3, 3), {"temporal": "same", "stride": (1, 2, 2)}),
+        ((1, 32, 3, 8, 8), (5, 1, 1), {"temporal": "same", "stride": (1, 2, 2)}),
+        ((1, 32, 3, 8, 1), (3, 3, 3), {"stride": (1, 2, 2)}),
+        ((1, 32, 5, 8, 1), (1, 5, 5), {"stride": (1, 2, 2)}),  # as images
+        ((1, 32, 5, 1, 8), (3, 5, 5), {"temporal": "valid"}),
+    ],
+)
+def test_few_frames_against_float64(size, kernel, options):
+    """See Note [Padding of few frames on the CPU]."""
+    fill_freed_memory()
+    check_against_float64(size, kernel, torch.bfloat16, dict(options))
+
+
+def test_few_frames_behind_a_step_in_time():
+    """Also in float32: in a process whose C library fills memory, as glibc's does when asked."""
+    script = """
+import torch
+import vtok_ext as vt
+from vtok_ext.ops.causal_conv3d import causal_conv3d_reference
+
+options = {"temporal": "same", "stride": 2}
+for frames in (5, 6, 7):
+    x, weight = torch.randn(2, 16, frames, 6, 4), torch.randn(16, 16, 7, 3, 3).requires_grad_()
+    y, double = vt.causal_conv3d(x, weight, **options), weight.detach().double().requires_grad_()
+    expected = causal_conv3d_reference(x.double(), double, **options)
+    (found,) = torch.autograd.grad(y, weight, torch.ones_like(y))
+    (right,) = torch.autograd.grad(expected, double, torch.ones_like(expected))
+    assert (found - right).abs().max() <= 1e-5 * right.abs().max(), frames
+"""
+    environment = {**os.environ, "MALLOC_PERTURB_": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_padding_that_is_written_is_little(monkeypatch):
+    """Frames with room for two windows are read in place."""
+    padded = []
+    real = onednn._write_short_padding
+    monkeypatch.setattr(
+        onednn,
+        "_write_short_padding",
+        lambda frames, *rest: (
+            padded.append(real(frames, *rest)[0] is not frames) or real(frames, *rest)
+        ),
+    )
+    for frames in (2, 3):
+        x = video(1, 16, frames, 8, 8, dtype=torch.bfloat16)
+        weight = video(16, 16, 3, 3, 3, dtype=torch.bfloat16).requires_grad_()
+        vt.causal_conv3d(x, weight, temporal="same").float().sum().backward()
+    assert padded == [True, False]
+
+
+@pytest.mark.parametrize(
+    "size, kernel, options",
+    [
+        ((1, 24, 5, 6, 8), (3, 1, 1), {"dilation": 2}),  # as lines of 48
+        ((1, 20, 3, 6, 33), (1, 3, 3), {"dilation": (1, 2, 1)}),  # as images
+        ((1, 40, 3, 6, 48), (3, 3, 3), {"dilation": (1, 2, 2)}),
+    ],
+)
+def test_odd_channels_against_float64(size, kernel, options):
+    """See Note [Odd channels on the CPU]."""
+    fill_freed_memory()
+    check_against_float64(size, kernel, torch.bfloat16, dict(options))
+
+
+def fill_freed_memory():
+    """Frees memory full of NaN, so that reading memory that was never written shows."""
+    tensors = [torch.full((1 << bits,), float("nan")) for bits in range(4, 22) for _ in range(8)]
+    del tensors
 
 
 def check_against_float64(size, kernel, dtype, options):

@@ -67,6 +67,22 @@ LINE_PRODUCT_CHANNELS = 64
 # 512, 10x32x32 79 / 83. So from the first to the last of:
 PHASE_PRODUCT_CHANNELS = 64, 128
 
+# Note [Padding of few frames on the CPU]
+# Told of padding on an axis that is short for its kernel, oneDNN's gradient of a weight is made of
+# memory that nothing was written to, or damages the heap. Found with torch 2.13 and AVX-512, with
+# all memory filled by the C library, extents 1..12, kernels 1..9, strides 1..4, any equal padding:
+#     bfloat16, videos: in time at any stride, (3, 3, 3) at 2 frames, (5, 3, 3) at 2..4; in space at
+#         height or width 1, (3, 3, 3) with stride (1, 2, 2), (5, 5, 5) also without
+#     bfloat16, images: (3, 3) with stride 2 at width 1
+#     float32, videos: in time behind a stride, kernel 7 with stride 2 at 5..7 frames; images never
+# All of them have extents < reach + stride - 1. With that padding written to memory none is wrong.
+
+# Note [Odd channels on the CPU]
+# Where C / groups is no multiple of 16, its bfloat16 gradient of a weight is wrong in channels_last
+# memory, or damages the heap, behind dilated rows (20, 24 and 40 channels, kernel (3, 3), dilation
+# (2, 1), widths from 31 on) and behind a step that differs in height and width (12 channels, kernel
+# (1, 1), stride (2, 1), 6x31). In float32 these are right, and no model is known to have them.
+
 
 def is_small(x: Tensor) -> bool:
     """Returns whether torch would not send `x` to oneDNN although it could."""
@@ -133,6 +149,8 @@ def backward(
         return _line_products(grad, frames, weight.shape[2], padding[0], has_bias, g)
     if as_images and wanted == 1 and _pays_phases(weight, frames, g):
         return _phase_products(grad, frames, weight.shape[3:], padding[1:], has_bias, g)
+    if wanted == 1:
+        frames, padding = _write_short_padding(frames, weight, padding, g)
     batch, height = frames.shape[0], frames.shape[3]
     stride: Sequence[int] = g.stride
     dilation: Sequence[int] = g.dilation
@@ -143,6 +161,8 @@ def backward(
     if as_lines:
         grad, frames, weight = views.lines(grad), views.lines(frames), weight[..., 0]
         stride, dilation, pads = stride[:2], dilation[:2], pads[:2]
+    if wanted == 1 and _needs_single(weight, stride, dilation):
+        grad, frames, weight = grad.float(), frames.float(), weight.float()
     items, is_heavy = frames.shape[0], _is_heavy(weight, frames)
     if is_heavy and not (as_images or as_lines):
         grad, frames = grad.contiguous(), frames.contiguous()
@@ -162,6 +182,44 @@ def backward(
     if grad_weight is not None and as_lines:
         grad_weight = grad_weight.unsqueeze(4)
     return grad_frames, grad_weight, grad_bias
+
+
+def _write_short_padding(
+    frames: Tensor,  # [B, C, P, H, W]
+    weight: Tensor,  # [O, C / groups, kt, kh, kw]
+    padding: tuple[int, int, int],
+    g: Geometry,
+) -> tuple[Tensor, tuple[int, int, int]]:
+    """Returns the frames with the padding that oneDNN would go wrong with, and what is left of it.
+
+    See Note [Padding of few frames on the CPU].
+    """
+    sizes = frames.shape[2:]
+    written = [
+        pad if size < reach + stride - 1 else 0
+        for pad, size, reach, stride in zip(
+            padding, sizes, g.reach(weight.shape[2:]), g.stride, strict=True
+        )
+    ]
+    if frames.dtype != torch.bfloat16:
+        in_time = g.stride_t > 1 and frames.dtype == torch.float32
+        written = [written[0] if in_time else 0, 0, 0]
+    if not any(written):
+        return frames, padding
+    padded = [size + 2 * pad for size, pad in zip(sizes, written, strict=True)]
+    buffer = torch.empty(
+        *frames.shape[:2], *padded, dtype=frames.dtype, memory_format=torch.channels_last_3d
+    ).zero_()
+    inner = [slice(pad, pad + size) for pad, size in zip(written, sizes, strict=True)]
+    buffer[:, :, inner[0], inner[1], inner[2]] = frames
+    left = [pad - own for pad, own in zip(padding, written, strict=True)]
+    return buffer, (left[0], left[1], left[2])
+
+
+def _needs_single(weight: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> bool:
+    """Whether a gradient of `weight` is right in float32 only: Note [Odd channels on the CPU]."""
+    is_odd = weight.dtype == torch.bfloat16 and weight.shape[1] % 16 != 0
+    return is_odd and (dilation[-2] > 1 or stride[-2] != stride[-1])
 
 
 def _pays_products(weight: Tensor, frames: Tensor, g: Geometry) -> bool:
