@@ -9,6 +9,9 @@ import pytest
 import torch
 from cases import OP_CASES
 from helpers import STRIDES, assert_close, needs_one_graph
+from torch.utils.checkpoint import checkpoint
+
+import vtok_ext as vt
 
 SAMPLES = [
     pytest.param(
@@ -98,15 +101,92 @@ def test_expanded_gradient(case, backend):
         assert_close(a, e, str(case), case.gradient_factor)
 
 
+def refusal(case):
+    """What a second differentiation says: the name of the op, of which a case may be a variant."""
+    common = ("fsq_entropy", "norm_act", "triplane_gather", "temporal")
+    name = next((start for start in common if case.name.startswith(start)), case.name)
+    return f"^{name}[a-z_]*: differentiable once"
+
+
+@pytest.mark.parametrize("loss", [torch.sum, torch.mean, lambda y: y.square().sum()])
 @pytest.mark.parametrize("case", DIFFERENTIABLE, ids=str)
-def test_double_backward_is_refused(case):
+def test_double_backward_is_refused(case, loss):
+    """Also where the gradient that comes in is a constant, as that of a sum is."""
     sample = case.samples[0]
     tensors = case.inputs(sample, torch.float32, "cpu")
-    leaves = [t.requires_grad_() for t in tensors.values()]
-    out = as_tuple(case.function(**tensors, **sample.kwargs))[0]
-    (grad,) = torch.autograd.grad(out.square().sum(), leaves[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|differentiate twice"):
-        grad.sum().backward()
+    leaves = [tensors[name].requires_grad_() for name in differentiable(case, tensors)]
+    out = loss(as_tuple(case.function(**tensors, **sample.kwargs))[0])
+    plain = torch.autograd.grad(out, leaves, retain_graph=True, allow_unused=True)
+    grads = torch.autograd.grad(out, leaves, create_graph=True, allow_unused=True)
+    for once, again in zip(plain, grads, strict=True):
+        assert (once is None) == (again is None)
+        if once is not None:
+            assert not once.requires_grad and torch.equal(once, again)
+            with pytest.raises(RuntimeError, match=refusal(case)):
+                again.sum().backward(retain_graph=True)
+
+
+def test_double_backward_is_refused_on_the_way_to_a_leaf():
+    """A second gradient of chosen leaves does not run what leads to none of them."""
+    x, weight = torch.randn(1, 2, 3, 4, 4), torch.randn(2, 2, 3, 3, 3)
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    y = vt.causal_conv3d(x, weight).sum()
+    (grad,) = torch.autograd.grad(y, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="^causal_conv3d: differentiable once"):
+        torch.autograd.grad(grad.sum(), leaves, allow_unused=True)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_double_backward_is_refused_behind_a_checkpoint(use_reentrant):
+    """It gives out what was saved only once, and plain gradients as ever."""
+    x, weight = torch.randn(1, 2, 3, 4, 4), torch.randn(2, 2, 3, 3, 3)
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    expected = torch.autograd.grad(vt.causal_conv3d(x, weight, activation="silu").sum(), leaves)
+
+    def convolve(x, weight):
+        return vt.causal_conv3d(x, weight, activation="silu")
+
+    loss = checkpoint(convolve, x, weight, use_reentrant=use_reentrant).sum()
+    loss.backward(create_graph=not use_reentrant)
+    assert all(torch.equal(leaf.grad, e) for leaf, e in zip(leaves, expected, strict=True))
+    if not use_reentrant:
+        with pytest.raises(RuntimeError, match="^causal_conv3d: differentiable once"):
+            x.grad.sum().backward()
+
+
+@pytest.mark.parametrize("case", DIFFERENTIABLE, ids=str)
+def test_gradients_of_torch_func(case):
+    """As autograd's; a second transform is refused, unless the first gradient is constant."""
+    sample = case.samples[0]
+    tensors = case.inputs(sample, torch.float32, "cpu")
+    name = differentiable(case, tensors)[0]
+
+    def loss(tensor):
+        return (
+            as_tuple(case.function(**{**tensors, name: tensor}, **sample.kwargs))[0].square().sum()
+        )
+
+    found = torch.func.grad(loss)(tensors[name])
+    leaf = tensors[name].clone().requires_grad_()
+    assert not found.requires_grad
+    assert torch.equal(found, torch.autograd.grad(loss(leaf), leaf)[0])
+    with pytest.raises(RuntimeError, match=refusal(case)):
+        torch.func.grad(lambda tensor: torch.func.grad(loss)(tensor).sum())(tensors[name])
+
+
+@pytest.mark.parametrize("case", [c for c in DIFFERENTIABLE if c.supports_vmap], ids=str)
+def test_gradients_under_vmap(case):
+    sample = case.samples[0]
+    batch = [case.inputs(sample, torch.float32, "cpu", seed=s) for s in range(3)]
+    stacked = {n: torch.stack([b[n] for b in batch]) for n in batch[0]}
+
+    def loss(tensors):
+        return as_tuple(case.function(**tensors, **sample.kwargs))[0].square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss))(stacked)
+    for i, b in enumerate(batch):
+        for name, grad in torch.func.grad(loss)(b).items():
+            assert_close(found[name][i], grad, f"{case} grad_{name}", case.gradient_factor)
 
 
 @pytest.mark.parametrize("name, arguments", [p for case in OP_CASES for p in case.raw])

@@ -12,7 +12,7 @@ from vtok_ext import _native
 from vtok_ext.ops import _causal_conv3d_cpu as cpu
 from vtok_ext.ops import _causal_conv3d_cuda as cuda
 from vtok_ext.ops._causal_conv3d_geometry import Geometry
-from vtok_ext.ops._library import OpFunction, register
+from vtok_ext.ops._library import OpFunction, once_differentiable, register
 
 _LAYOUT = torch.channels_last_3d
 
@@ -185,7 +185,7 @@ class CausalConv3dFunction(OpFunction):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("causal_conv3d")
     def backward(ctx: Any, grad_y: Tensor | None, grad_keep: None) -> tuple[Any, ...]:
         """Gradients of all seven tensors; those that nobody needs are not computed."""
         if grad_y is None:

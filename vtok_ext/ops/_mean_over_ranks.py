@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from vtok_ext.ops._library import once_differentiable
+
 
 class MeanOverRanks(torch.autograd.Function):
     """The mean of a tensor over the processes of a group, forward and backward.
@@ -22,7 +24,7 @@ class MeanOverRanks(torch.autograd.Function):
         return _mean_over_ranks(x, group)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("fsq_entropy_loss")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """Mean over ranks."""
         return _mean_over_ranks(grad, ctx.group), None

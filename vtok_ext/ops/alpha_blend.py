@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vtok_ext import _native
 from vtok_ext.ops._dtypes import check_floating
-from vtok_ext.ops._library import OpFunction, register
+from vtok_ext.ops._library import OpFunction, once_differentiable, register
 
 STRATEGIES = ("learned", "fixed", "learned_with_images")
 MAX_DIMS = 6
@@ -186,7 +186,7 @@ class AlphaBlendFunction(OpFunction):
             ctx.save_for_backward(factor)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("alpha_blend")
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         """alpha * g, (1 - alpha) * g, and the sum of slope * g * (a - b) over a factor's reach."""
         factor, a, b = ctx.saved_tensors if ctx.learns_factor else (*ctx.saved_tensors, None, None)

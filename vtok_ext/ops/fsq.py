@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vtok_ext import _native
 from vtok_ext.ops._dtypes import FLOATING, check_floating
-from vtok_ext.ops._library import OpFunction, register
+from vtok_ext.ops._library import OpFunction, once_differentiable, register
 
 MAX_CHANNELS = 16
 MAX_LEVELS = 256
@@ -194,7 +194,7 @@ class FsqFunction(OpFunction):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("fsq")
     def backward(ctx: Any, grad_codes: Tensor | None, grad_indices: None) -> tuple[Any, ...]:
         """Straight-through: the gradient of the bounded value, divided by levels // 2."""
         if grad_codes is None or not ctx.needs_input_grad[0]:

@@ -28,7 +28,7 @@ from vtok_ext.ops._fsq_entropy_kernels import (
     fsq_entropy_average,
     fsq_entropy_average_backward,
 )
-from vtok_ext.ops._library import OpFunction
+from vtok_ext.ops._library import OpFunction, once_differentiable
 from vtok_ext.ops._mean_over_ranks import MeanOverRanks
 from vtok_ext.ops.fsq import _check_fsq, fsq_indices_to_codes_reference, fsq_reference
 from vtok_ext.ops.fsq_codebook_statistics import count_codes
@@ -148,7 +148,7 @@ class FsqAssignmentFunction(OpFunction):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("fsq_entropy_loss")
     def backward(
         ctx: Any,
         grad_per_sample: Tensor | None,
@@ -188,7 +188,7 @@ class FsqAverageEntropyFunction(OpFunction):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("fsq_entropy_loss")
     def backward(ctx: Any, grad: Tensor) -> Tensor | None:
         """-(ln max(p, 1e-5) + [p >= 1e-5])."""
         (average,) = ctx.saved_tensors

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vtok_ext import _native
 from vtok_ext.ops._dtypes import FLOATING, autocast_dtype, check_floating
-from vtok_ext.ops._library import OpFunction
+from vtok_ext.ops._library import OpFunction, once_differentiable
 from vtok_ext.ops._norm_act_kernels import LAYOUT, NORMS, norm_act_backward, norm_act_forward
 
 TEMPORAL_PADDINGS = ("zeros", "replicate")
@@ -217,7 +217,7 @@ class NormActFunction(OpFunction):
         ctx.options = (norm, num_groups, act, eps, front, replicate)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("norm_act")
     def backward(ctx: Any, grad_y: Tensor | None, grad_stats: None) -> tuple[Any, ...]:
         """Gradients of x, weight, bias and state; those that nobody needs are not computed."""
         if grad_y is None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vtok_ext import _native
 from vtok_ext.ops._dtypes import check_floating, without_autocast
-from vtok_ext.ops._library import OpFunction, register
+from vtok_ext.ops._library import OpFunction, once_differentiable, register
 
 # As in csrc/residual_pool: queries in the registers of a thread, pooled features of a frame in
 # shared memory, places per block.
@@ -250,7 +250,7 @@ class ResidualPoolFunction(OpFunction):
         ctx.save_for_backward(*inputs[:5], pooled, log_sum)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("residual_pool")
     def backward(ctx: Any, grad_out: Tensor, *unused: Any) -> tuple[Any, ...]:
         """Softmax attention's gradients, each only where needed."""
         needed = list(ctx.needs_input_grad)

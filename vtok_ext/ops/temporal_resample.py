@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vtok_ext import _native
-from vtok_ext.ops._library import OpFunction, register
+from vtok_ext.ops._library import OpFunction, once_differentiable, register
 from vtok_ext.ops.temporal_timing import (
     Timing,
     check_blend,
@@ -160,7 +160,7 @@ class TemporalResampleFunction(OpFunction):
         ctx.save_for_backward(*saved, factor)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("temporal_resample")
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         """The transposed resampling of alpha * g, (1 - alpha) * g, and the factor's sum."""
         needed = list(ctx.needs_input_grad[:5])

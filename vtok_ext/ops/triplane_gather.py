@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vtok_ext import _native
 from vtok_ext.ops._dtypes import check_floating
-from vtok_ext.ops._library import OpFunction, register
+from vtok_ext.ops._library import OpFunction, once_differentiable, register
 
 REDUCTIONS = ("cat", "sum", "product")
 _OP = "triplane_gather"
@@ -306,7 +306,7 @@ class TriplaneGatherFunction(OpFunction):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("triplane_gather")
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         """Gradients of the planes, and of coords if they need one."""
         needed = list(ctx.needs_input_grad[:4])
