@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from vtok_ext.layers import CausalConv1d, CausalConv3d, FrameConv2d
+from vtok_ext.layers.causal_conv3d import PixelConv1d, VolumeConv3d
 
 
 def video(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -122,3 +123,11 @@ def test_hooked_child_streams_as_a_plain_one():
     y = layer(x)
     assert y.shape == (1, 4, 0, 4, 4)
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("layer", [FrameConv2d, PixelConv1d, VolumeConv3d])
+def test_other_padding_modes_are_refused(layer):
+    assert layer(4, 4, 3, padding=1).padding_mode == "zeros"
+    message = f"{layer.__name__}: padding_mode must be 'zeros', got 'reflect'"
+    with pytest.raises(ValueError, match=message):
+        layer(4, 4, 3, padding=1, padding_mode="reflect")

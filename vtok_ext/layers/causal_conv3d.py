@@ -49,11 +49,22 @@ def check_temporal(op: str, temporal: str) -> None:
         raise ValueError(f"{op}: temporal must be one of {TEMPORAL_PADDINGS}, got {temporal!r}")
 
 
+def _check_padding_mode(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
+    if module.padding_mode != "zeros":
+        raise ValueError(
+            f"{type(module).__name__}: padding_mode must be 'zeros', got {module.padding_mode!r}"
+        )
+
+
 class FrameConv2d(nn.Conv2d):
     """2-D convolution of every frame of [B, C, T, H, W]; parameters of nn.Conv2d, zero padding.
 
     Equivalent to: `nn.Conv2d` on the frames flattened to [B * T, C, H, W].
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _check_padding_mode(self)
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:  # type: ignore[override]
         """Returns [B, O, T, H', W'] of [B, I, T, H, W]; options of the op that are not sizes."""
@@ -73,6 +84,10 @@ class FrameConv2d(nn.Conv2d):
 class PixelConv1d(nn.Conv1d):
     """1-D convolution over time of every pixel, with no padding or the centred one."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _check_padding_mode(self)
+
     def forward(self, x: Tensor, **options: Any) -> Tensor:  # type: ignore[override]
         """Returns [B, O, T', H, W] of [B, I, T, H, W]; options of the op that are not sizes."""
         options.setdefault("temporal", _centred_or_valid(self.padding[0]))
@@ -89,6 +104,10 @@ class PixelConv1d(nn.Conv1d):
 
 class VolumeConv3d(nn.Conv3d):
     """3-D convolution of [B, C, T, H, W]; in time with no padding or the centred one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _check_padding_mode(self)
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:  # type: ignore[override]
         """Returns [B, O, T', H', W'] of [B, I, T, H, W]; options of the op that are not sizes."""
@@ -250,7 +269,8 @@ class CausalConv3d(_CausalConv):
         groups, temporal, front, spatial_padding, upsample, activation: as in `causal_conv3d`.
         bias: whether a bias is learned.
 
-    Input [B, C_in, T, H, W] and output [B, C_out, floor(T / stride), H, W], floating, any device.
+    Input [B, C_in, T, H, W] and output [B, C_out, T', H', W'] of `causal_conv3d`, floating, any
+    device: floor(T / stride), H and W with an integer stride and the other options as they are.
     `forward` takes `residual` and `blend` of the op. Parameters: `conv.weight`, `conv.bias`.
 
     Raises:
