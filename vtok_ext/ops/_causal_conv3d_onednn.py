@@ -90,8 +90,13 @@ def is_small(x: Tensor) -> bool:
         x.dtype == torch.float32
         and x.shape[0] == 1
         and math.prod(x.shape[:4]) <= SMALL_ELEMENTS
-        and torch.backends.mkldnn.is_available()
+        and _has_onednn()
     )
+
+
+def _has_onednn() -> bool:
+    """Whether torch may call it: `torch.backends.mkldnn.flags(enabled=False)` forbids that."""
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 def convolve(
@@ -120,7 +125,7 @@ def convolve(
     if as_lines:
         frames, weight = views.lines(frames), weight[..., 0]
         stride, dilation, pads = stride[:2], dilation[:2], pads[:2]
-    if is_single and torch.backends.mkldnn.is_available():
+    if is_single and _has_onednn():
         y = torch.mkldnn_convolution(frames, weight, bias, pads, stride, dilation, g.groups)
     else:
         y = torch.convolution(frames, weight, bias, stride, pads, dilation, False, [0], g.groups)
