@@ -103,7 +103,7 @@ def make_geometry(
 ) -> Geometry:
     """Returns the geometry of the arguments of `causal_conv3d`; ValueError where they are wrong."""
     steps, distances = _triple("stride", stride), _triple("dilation", dilation)
-    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
+    if not _is_integer(groups) or groups < 1:
         raise ValueError(f"causal_conv3d: groups must be an integer >= 1, got {groups!r}")
     if temporal not in TEMPORAL:
         raise ValueError(f"causal_conv3d: temporal must be one of {TEMPORAL}, got {temporal!r}")
@@ -126,12 +126,16 @@ def make_geometry(
 
 def _triple(name: str, value: int | Sequence[int]) -> tuple[int, int, int]:
     sizes = (value, 1, 1) if isinstance(value, int) else _as_tuple(value)
-    if len(sizes) != 3 or not all(isinstance(s, int) and s >= 1 for s in sizes):
+    if len(sizes) != 3 or not all(_is_integer(s) and s >= 1 for s in sizes):
         raise ValueError(
             f"causal_conv3d: {name} must be an integer >= 1 (in time) or three (t, h, w), "
             f"got {value!r}"
         )
     return sizes
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
@@ -153,14 +157,14 @@ def _temporal_padding(
             raise ValueError(f'causal_conv3d: front must be None with temporal="same", got {front}')
         return spare // 2, spare // 2
     if temporal == "valid":
-        if front not in (None, 0):
+        if front not in (None, 0) or isinstance(front, bool):
             raise ValueError(
                 f'causal_conv3d: front must be None or 0 with temporal="valid", got {front}'
             )
         return 0, 0
     if front is None:
         return max(0, spare + 1 - stride), 0
-    if isinstance(front, bool) or not isinstance(front, int) or not 0 <= front <= spare:
+    if not _is_integer(front) or not 0 <= front <= spare:
         raise ValueError(
             f"causal_conv3d: front must be in 0..{spare}, the frames that a first window can see "
             f"before the clip, got {front!r}"
@@ -187,7 +191,7 @@ def _spatial_padding(
     sides = [_as_tuple(side) for side in _as_tuple(padding)]
     values = [value for side in sides for value in side]
     if [len(side) for side in sides] != [2, 2] or not all(
-        isinstance(value, int) and value >= 0 for value in values
+        _is_integer(value) and value >= 0 for value in values
     ):
         raise ValueError(
             'causal_conv3d: spatial_padding must be "same" or ((top, bottom), (left, right)) with '

@@ -95,14 +95,14 @@ def _cast(
     residual: Tensor | None,
     blend: Blend | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Blend | None]:
-    """The tensors in the dtype of autocast where that is on; the state always in that of x."""
+    """The tensors in the dtype of autocast where that is on; a floating state in that of x."""
     dtype = autocast_dtype(x.device.type)
     if dtype is not None and x.is_floating_point() and x.dtype != torch.float64:
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         residual = None if residual is None else residual.to(dtype)
         blend = None if blend is None else (blend[0].to(dtype), blend[1])
-    if state is not None:
+    if state is not None and state.is_floating_point():
         state = state.to(x.dtype)
     return x, weight, bias, state, residual, blend
 
@@ -225,6 +225,11 @@ def check_stream(
             f'causal_conv3d: state must be None with temporal="{temporal}": a centred convolution '
             "needs whole clips, and a buffer that holds its front frames holds the state"
         )
+    if temporal == "valid" and g.repeat_time > 1:
+        raise ValueError(
+            'causal_conv3d: return_state must be False with temporal="valid" and upsample="time": '
+            "the state holds repeated frames, which a buffer would have repeated again"
+        )
     if g.stride_t > g.reach(kernel)[0]:
         raise ValueError(
             f"causal_conv3d: stride in time must be at most {g.reach(kernel)[0]} for a stream, "
@@ -232,6 +237,8 @@ def check_stream(
         )
     if state is None:
         return None
+    if not state.is_floating_point():
+        raise TypeError(f"causal_conv3d: state must be {x.dtype} as x, got {state.dtype}")
     batch, channels, _, height, width = x.shape
     # Without an extent the state of a stream that has seen no frame, see Note [Streams].
     if list(state.shape) == [batch, channels, 0, 0, 0]:
@@ -342,7 +349,8 @@ def causal_conv3d(
             max(0, (kt - 1) * dilation + 1 - stride): a frame comes out of every `stride` frames.
         spatial_padding: zeros around a frame: "same", (k - 1) * dilation / 2 on each side, or
             ((top, bottom), (left, right)).
-        state: continues a stream: what the call on the preceding chunk returned.
+        state: continues a stream: what the call on the preceding chunk returned, of any floating
+            dtype. With upsample="time" its frames are equal pairs, which is not checked.
         return_state: also return the state, for the next chunk.
         upsample: "space" repeats every pixel 2x2 before the convolution, "time" every frame twice.
         residual: added to the convolution, of the output's shape and dtype.
@@ -351,20 +359,23 @@ def causal_conv3d(
         activation: None or "silu", applied after bias and residual and before the blend.
 
     Returns:
-        y [B, O, T', H', W'] in channels_last_3d memory, T' = floor((front + T - reach) / stride)
-        + 1 with reach = (kt - 1) * dilation + 1, possibly 0; with return_state `(y, state)`. The
-        state is an owned tensor of the input frames that later outputs still need. Chunks of any
-        lengths give the results of the whole clip.
+        y [B, O, T', H', W'] in channels_last_3d memory, possibly with T' = 0,
+        T' = floor((front + T + back - reach) / stride) + 1 with reach = (kt - 1) * dilation + 1;
+        2 T for T with upsample="time"; front = back = (reach - 1) / 2 with temporal="same",
+        otherwise back = 0. H' and W' likewise. With return_state `(y, state)`. The state is an
+        owned tensor of the input frames that later outputs still need. Chunks of any lengths give
+        the results of the whole clip.
 
     Raises:
-        ValueError: wrong shapes or options; a stream with temporal="same", a state with "valid",
-            or a stream with a stride in time beyond the reach.
+        ValueError: wrong shapes or options; a stream with temporal="same", a state with "valid" or
+            a state from it behind upsample="time", or a stream with a stride beyond the reach.
         TypeError: unsupported or mixed dtypes.
 
-    float32, float16 and bfloat16 on cpu and cuda, float64 on cpu; sums in float32. Under autocast
-    it runs in and returns the dtype of autocast. Deterministic, on a CPU for one number of threads.
-    Every combination of options is differentiable once, with respect to x, weight, bias, state,
-    residual, blend and mix_factor.
+    float32, float16 and bfloat16 on cpu and cuda, float64 on cpu; sums in float32, rounded once,
+    but in bfloat16 on a CPU convolution, residual, activation and blend are rounded one by one.
+    Under autocast it runs in and returns the dtype of autocast. Deterministic, on a CPU for one
+    number of threads. Every combination of options is differentiable once, with respect to x,
+    weight, bias, state, residual, blend and mix_factor.
 
     Source: VidTok (arXiv 2412.13061), section 3.2; MAGVIT-v2 (arXiv 2310.05737).
     """
