@@ -184,6 +184,12 @@ def test_heavy_weights(size, options, dtype):
         assert (got - want).abs().max() <= tolerance * want.abs().max()
 
 
+def with_factor(outputs):
+    """Arguments of the op: a blend has a factor, too."""
+    blend = {"blend": (outputs["blend"], torch.tensor([0.3]))} if "blend" in outputs else {}
+    return {**outputs, **blend}
+
+
 def run_in_chunks(x, weight, bias, plan, outputs, **options):
     """Results of one stream, concatenated; `outputs` holds tensors of the output's shape."""
     state, chunks, first, done = None, [], 0, 0
@@ -192,7 +198,7 @@ def run_in_chunks(x, weight, bias, plan, outputs, **options):
         first += length
         y = vt.causal_conv3d(chunk, weight, bias, state=state, return_state=True, **options)[0]
         size = y.shape[2]
-        more = {name: t[:, :, done : done + size] for name, t in outputs.items()}
+        more = with_factor({name: t[:, :, done : done + size] for name, t in outputs.items()})
         y, state = vt.causal_conv3d(
             chunk, weight, bias, state=state, return_state=True, **options, **more
         )
@@ -207,20 +213,22 @@ def streams(draw):
     kernel = (draw(st.integers(1, 4)), draw(st.sampled_from([1, 3])), 1)
     dilation = draw(st.integers(1, 2))
     reach = (kernel[0] - 1) * dilation + 1
+    channels = draw(st.sampled_from([1, 3, 8]))
     return {
         "kernel": kernel,
         "plan": draw(st.lists(st.integers(0, 5), min_size=1, max_size=6)),
-        "channels": draw(st.sampled_from([1, 3, 8])),
+        "channels": channels,
         "batch": draw(st.integers(1, 2)),
         "options": {
-            "stride": draw(st.integers(1, reach)),
+            "stride": (draw(st.integers(1, reach)), *draw(st.tuples(*[st.integers(1, 2)] * 2))),
+            "groups": draw(st.sampled_from([1, 4])) if channels == 8 else 1,
             "dilation": dilation,
             "temporal": draw(st.sampled_from(["zeros", "replicate"])),
             "front": draw(st.one_of(st.none(), st.integers(0, reach - 1))),
             "upsample": draw(st.sampled_from([None, "space", "time"])),
             "activation": draw(st.sampled_from([None, "silu"])),
         },
-        "residual": draw(st.booleans()),
+        "outputs": draw(st.sets(st.sampled_from(["residual", "blend"]))),
     }
 
 
@@ -230,15 +238,16 @@ def test_any_chunks_equal_the_whole_clip(stream):
     """Results and gradients, through the state, of a random plan of chunks."""
     size, frames = stream["batch"], sum(stream["plan"])
     x = video(size, stream["channels"], frames, 3, 2, dtype=torch.float64).requires_grad_()
-    weight = video(4, stream["channels"], *stream["kernel"], dtype=torch.float64).requires_grad_()
-    bias = video(4, dtype=torch.float64).requires_grad_()
     options, outputs = stream["options"], {}
+    channels = stream["channels"] // options["groups"]
+    weight = video(4, channels, *stream["kernel"], dtype=torch.float64).requires_grad_()
+    bias = video(4, dtype=torch.float64).requires_grad_()
     whole = vt.causal_conv3d(x, weight, bias, **options)
-    leaves = [x, weight, bias]
-    if stream["residual"]:
-        outputs["residual"] = video(*whole.shape, dtype=torch.float64, seed=1).requires_grad_()
-        leaves.append(outputs["residual"])
-        whole = vt.causal_conv3d(x, weight, bias, **options, **outputs)
+    if stream["outputs"]:
+        for seed, name in enumerate(sorted(stream["outputs"]), 1):
+            outputs[name] = video(*whole.shape, dtype=torch.float64, seed=seed).requires_grad_()
+        whole = vt.causal_conv3d(x, weight, bias, **options, **with_factor(outputs))
+    leaves = [x, weight, bias, *outputs.values()]
     chunked, _ = run_in_chunks(x, weight, bias, stream["plan"], outputs, **options)
     assert torch.allclose(chunked, whole, rtol=1e-12, atol=1e-12)
     direction = video(*whole.shape, dtype=torch.float64, seed=2)
@@ -535,6 +544,18 @@ def test_native_path_copies_nothing(kernel, batch, dtype):
     assert any("convolution" in name for name in called)  # the profiler did look inside
 
 
+def test_onednn_can_be_switched_off():
+    """As by torch for its own convolutions."""
+    x, weight = video(1, 8, 3, 8, 8), video(8, 8, 3, 3, 3)
+    expected = causal_conv3d_reference(x, weight)
+    with torch.backends.mkldnn.flags(enabled=False), profile() as profiler:
+        y = vt.causal_conv3d(x, weight)
+    called = {event.key for event in profiler.key_averages()}
+    assert any("conv" in name for name in called)
+    assert not any("mkldnn" in name for name in called)
+    assert torch.allclose(y, expected, atol=1e-4)
+
+
 def test_autocast_decides_the_dtype():
     x, weight = video(1, 8, 3, 4, 4), video(8, 8, 3, 3, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -574,6 +595,18 @@ def call(x=(1, 4, 3, 5, 6), weight=(4, 4, 3, 3, 3), bias=None, **options):
             {"stride": 0},
         ),
         (ValueError, r"dilation must be .*, got \(1, 2\)", {"dilation": (1, 2)}),
+        (ValueError, "stride must be an integer .*, got True", {"stride": True}),
+        (ValueError, r"dilation must be .*, got \(1, True, 1\)", {"dilation": (1, True, 1)}),
+        (
+            ValueError,
+            "spatial_padding must be .*True",
+            {"spatial_padding": ((True, 1), (1, 1))},
+        ),
+        (
+            ValueError,
+            "front must be None or 0 .*, got False",
+            {"temporal": "valid", "front": False},
+        ),
         (ValueError, "groups must be an integer >= 1, got 0", {"groups": 0}),
         (ValueError, "groups must divide the channels of x and weight, got 3", {"groups": 3}),
         (ValueError, "temporal must be one of .*, got 'reflect'", {"temporal": "reflect"}),
@@ -636,6 +669,16 @@ def call(x=(1, 4, 3, 5, 6), weight=(4, 4, 3, 3, 3), bias=None, **options):
             ValueError,
             'state must be None with temporal="valid"',
             {"temporal": "valid", "state": torch.zeros(1, 4, 2, 5, 6)},
+        ),
+        (
+            ValueError,
+            'return_state must be False with temporal="valid" and upsample="time"',
+            {"temporal": "valid", "upsample": "time", "return_state": True},
+        ),
+        (
+            TypeError,
+            "state must be torch.float32 as x, got torch.int64",
+            {"state": torch.zeros(1, 4, 2, 5, 6, dtype=torch.int64)},
         ),
         (
             ValueError,
