@@ -77,7 +77,7 @@ def _settings(size: int, dtype: str, device: str, training: bool) -> dict:
 def bench_vidtok(size, dtype, allocation, device, record, tmp_path, benchmark):
     settings = _settings(size, dtype, device, training=False)
     # Both at once, as scripts call them, say nothing new for other dtypes, allocators and sizes.
-    whole = IS_CUDA or (dtype, allocation, size < 256) == ("float32", "default", True)
+    whole = IS_CUDA or (dtype == "float32" and allocation == "default" and size < 256)
     tasks = list(TASKS[: 3 if whole else 2])
     arguments = (tasks, provider_names(False), settings, allocation, tmp_path)
     cases = benchmark.pedantic(run_tasks, arguments, rounds=1)

@@ -83,6 +83,11 @@ def _unwrapped(name: str) -> str:
     return ".".join(level for level in name.split(".") if level not in WRAPPER_LEVELS)
 
 
+def _part(name: str) -> str:
+    """Returns the part of the model that a tensor belongs to."""
+    return _unwrapped(name).partition(".")[0]
+
+
 def _moving_averages(kept: dict[str, Any], content: dict[Any, Any], path: str) -> dict[str, Any]:
     """Returns for each name in `kept` its moving average, called as it is but without dots.
 
@@ -95,12 +100,8 @@ def _moving_averages(kept: dict[str, Any], content: dict[Any, Any], path: str) -
             average = EMA_PREFIX + known.replace(".", "")
             if average in content:
                 averages[name] = average
-    trained = {_unwrapped(name).partition(".")[0] for name in averages}
-    missing = [
-        name
-        for name in kept
-        if name not in averages and (not trained or _unwrapped(name).partition(".")[0] in trained)
-    ]
+    trained = {_part(name) for name in averages} or {_part(name) for name in kept}
+    missing = [name for name in kept if name not in averages and _part(name) in trained]
     if missing:
         raise ValueError(
             f"load_model: every tensor must have a moving average for ema=True, got none for "

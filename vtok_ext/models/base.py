@@ -110,9 +110,12 @@ class VideoTokenizer(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # float16 rounds otherwise than the fingerprint: a converted model keeps that of before.
         weight = next(self.parameters(), None)
-        if weight is None or weight.is_meta or weight.dtype == torch.float16:
-            return super()._apply(fn, recurse)
-        if fn(torch.zeros(1, dtype=weight.dtype, device=weight.device)).dtype != torch.float16:
+        if (
+            weight is None
+            or weight.is_meta
+            or weight.dtype == torch.float16
+            or fn(torch.zeros(1, dtype=weight.dtype, device=weight.device)).dtype != torch.float16
+        ):
             return super()._apply(fn, recurse)
         fingerprint = self._weights_fingerprint()
         converted = super()._apply(fn, recurse)

@@ -31,6 +31,8 @@ class _Stream:
     `_counters` names the integer attributes that are saved; None is stored as -1.
     """
 
+    height: int | None
+    width: int | None
     _op: str
     _counters: tuple[str, ...]
 
@@ -41,6 +43,11 @@ class _Stream:
         self._state: dict[str, Tensor] | None = None
         # Frames [B, C, T, H, W] that have arrived or been decoded but not been handed on.
         self._waiting: Tensor | None = None
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(H, W) of the video, None while it is not known."""
+        return None if self.height is None or self.width is None else (self.height, self.width)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns copies of all that the stream remembers: contiguous CPU tensors by name."""
@@ -125,13 +132,8 @@ class StreamEncoder(_Stream):
         self.output = output
         self.num_frames = 0
         self.batch: int | None = None
-        self.height: int | None = None
-        self.width: int | None = None
-
-    @property
-    def size(self) -> tuple[int, int] | None:
-        """(H, W) of the video, None before the first push."""
-        return None if self.height is None or self.width is None else (self.height, self.width)
+        self.height = None
+        self.width = None
 
     @torch.no_grad()
     def push(self, chunk: Tensor) -> list[Tensor]:
@@ -209,8 +211,15 @@ class StreamDecoder(_Stream):
 
     _op = "stream_decoder"
     _counters = (
-        *("num_latents", "num_emitted", "num_frames", "height", "width", "flushed"),
-        *("batch", "rows", "columns"),
+        "num_latents",
+        "num_emitted",
+        "num_frames",
+        "height",
+        "width",
+        "flushed",
+        "batch",
+        "rows",
+        "columns",
     )
 
     def __init__(
@@ -223,10 +232,9 @@ class StreamDecoder(_Stream):
     ) -> None:
         if output not in ("float", "uint8"):
             raise ValueError(f"stream_decoder: output must be 'float' or 'uint8', got {output!r}")
-        counts = (
-            1 if num_frames is None else num_frames,
-            *(size if isinstance(size, tuple | list) else (1, 1) if size is None else ()),
-        )
+        cropped = (1, 1) if size is None else size
+        counts = [1 if num_frames is None else num_frames]
+        counts += cropped if isinstance(cropped, tuple | list) else ()
         if len(counts) != 3 or not all(isinstance(n, Integral) and n >= 1 for n in counts):
             raise ValueError(
                 "stream_decoder: num_frames and size (H, W) must be integers >= 1, "
@@ -247,13 +255,12 @@ class StreamDecoder(_Stream):
         """Raises ValueError for another batch or size than before, or one too small to crop."""
         found = latent.shape[0], *latent.shape[3:]
         if self.batch is None:
-            factor = self.model.spatial_factor
-            available = [factor * size for size in found[1:]]
-            wanted = [n for n in (self.height, self.width) if n is not None]
-            if any(n > most for n, most in zip(wanted, available, strict=False)):
+            available = [self.model.spatial_factor * n for n in found[1:]]
+            wanted = self.size or available
+            if wanted[0] > available[0] or wanted[1] > available[1]:
                 raise ValueError(
                     f"stream_decoder.push: size must be within the decoded {available}, "
-                    f"got {wanted}"
+                    f"got {list(wanted)}"
                 )
             self.batch, self.rows, self.columns = found
         elif found != (self.batch, self.rows, self.columns):
@@ -329,5 +336,4 @@ class StreamDecoder(_Stream):
                 f"{self.num_emitted} frames"
             )
         self.num_emitted += frames.shape[2]
-        size = None if self.height is None or self.width is None else (self.height, self.width)
-        return [self.model._finish("stream_decoder", frames, None, size, self.output)]
+        return [self.model._finish("stream_decoder", frames, None, self.size, self.output)]
