@@ -13,7 +13,9 @@ import vtok_ext as vt
 from vtok_ext.models import Encoding, Tokens
 from vtok_ext.models.vision_encoder import SmallViT, VisionEncoder
 from vtok_ext.models.vision_mae import MaskedAutoencoder
+from vtok_ext.models.vtok_config import VTokConfig
 from vtok_ext.models.vtok_layout import FrameRule
+from vtok_ext.models.vtok_residual import build_residual
 from vtok_ext.models.vtok_streaming import encode_portions
 
 POOLS = ("mean", "attention", "grid")
@@ -481,6 +483,41 @@ def test_features_are_standardised(clip, tmp_path):
         model.fit_features([])
     with pytest.raises(ValueError, match="fit_features: video must be"):
         model.fit_features([videos[0][0]])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pool", POOLS)
+def test_residual_tokens_begin_as_large_as_the_difference(pool):
+    """With torch's initial weights they had a tenth of its deviation, and no reader saw them."""
+    config = VTokConfig(residual_pool=pool, token_dim=64)
+    torch.manual_seed(0)
+    residual = build_residual(config, 64, (4, 4))
+    key = torch.randn(8, 64, 1, 1).expand(-1, -1, 4, 4)
+    frames = key[:, None] + torch.randn(
+        8, 6, 64, 1, 1
+    )  # the same everywhere: no average shrinks it
+    assert residual(frames, key).std().item() == pytest.approx(1, abs=0.25)
+
+
+def test_times_of_the_decoder_are_near_noise(clip, monkeypatch):
+    model, seen = tiny(), []
+    predict = model.decoder.predict
+
+    def recorded(x, t, tokens, positions):
+        seen.append(t)
+        return predict(x, t, tokens, positions)
+
+    monkeypatch.setattr(model.decoder, "predict", recorded)
+    encoding = encode(model, clip(1, 1, 16, 16))
+    tokens, positions = encoding.latent.expand(512, -1, -1), encoding.positions.expand(512, -1, -1)
+    video = clip(1, 1, 16, 16).expand(512, -1, -1, -1, -1)
+    with torch.no_grad():
+        model.decoder.loss(video, tokens, positions, torch.Generator().manual_seed(0))
+    times = seen[0]
+    assert times.min() >= 0 and times.max() <= 0.95
+    # u / (4 - 3 u) of u = 1/4, 1/2, 3/4.
+    quartiles = times.quantile(torch.tensor([0.25, 0.5, 0.75])) / 0.95
+    torch.testing.assert_close(quartiles, torch.tensor([1 / 13, 1 / 5, 3 / 7]), atol=0.04, rtol=0)
 
 
 def test_dead_channels_stay_small(clip):

@@ -5,7 +5,7 @@ import torch
 
 import vtok_ext as vt
 from vtok_ext.training.muon import Muon, orthogonalize
-from vtok_ext.training.optimizers import tokenizer_optimizers
+from vtok_ext.training.optimizers import tokenizer_optimizers, transformer_optimizers
 from vtok_ext.training.recipe import OptimizerRecipe
 
 
@@ -83,6 +83,28 @@ def test_the_vectors_of_a_codebook_are_no_matrix():
     )
     assert adam.isdisjoint(muon) and adam | muon == set(names.values())
     assert "quantizer.codebook" in adam and "decoder.conv_in.conv.weight" in muon
+
+
+@pytest.mark.parametrize("muon_lr", [None, 0.01])
+def test_the_matrices_of_a_transformer(muon_lr):
+    sizes = {"image_size": 16, "encoder_dim": 16, "encoder_depth": 1, "encoder_heads": 2}
+    sizes |= {"token_dim": 16, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
+    model = vt.create_model("vtok_small", **sizes)
+    model.encoder.requires_grad_(False)
+    found = transformer_optimizers(model, OptimizerRecipe(lr=0.1, muon_lr=muon_lr))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = {
+        kind: {names[p] for group in optimizer.param_groups for p in group["params"]}
+        for kind, optimizer in found.items()
+    }
+    matrices = groups.pop("matrices", set())
+    trained = {name for name in names.values() if not name.startswith("encoder.")}
+    assert groups["model"].isdisjoint(matrices) and groups["model"] | matrices == trained
+    assert bool(matrices) == (muon_lr is not None)
+    if matrices:
+        assert {"decoder.blocks.0.attn.qkv.weight", "residual.mlp.0.weight"} <= matrices
+        rest = {"decoder.embed.weight", "decoder.slot_embed.weight", "decoder.out.weight"}
+        assert rest <= groups["model"]
 
 
 def test_refusals():

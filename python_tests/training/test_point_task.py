@@ -47,10 +47,12 @@ def test_a_run_leaves_a_model_that_loads(tmp_path):
     assert model(clip).reconstruction.shape == clip.shape
 
 
-@pytest.mark.parametrize("extra", [[], FRAMES], ids=["patches", "frames"])
+@pytest.mark.parametrize(
+    "extra", [[], FRAMES, ["optimizer.muon_lr=0.02"]], ids=["patches", "frames", "muon"]
+)
 def test_the_loss_falls_on_one_batch(extra, monkeypatch):
     overrides = ["run.batch_size=2", "optimizer.lr=3e-3", "optimizer.warmup=0", "data.min_frames=8"]
-    if extra:  # LPIPS wants pictures of 16 pixels or more
+    if extra is FRAMES:  # LPIPS wants pictures of 16 pixels or more
         monkeypatch.setattr("vtok_ext.training.tokenizer_task._RANDOM_LPIPS_CHANNELS", (4,) * 5)
     training = build_training(tiny(*overrides, "run.steps=60", *extra), torch.device("cpu"))
     clips, _ = training.task.data(print)

@@ -89,6 +89,17 @@ def test_resumed_run_has_the_numbers_of_a_whole_one(tmp_path, name):
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole2")
 
 
+@pytest.mark.parametrize("name", ["smoke_vtok", "smoke_vtok_encoder", "smoke_vtok_lm"])
+def test_muon_is_not_ignored(tmp_path, name):
+    if name == "smoke_vtok_lm":
+        import_or_skip("transformers")
+    steps = ["run.steps=2", "optimizer.schedule=constant"]
+    run(name, tmp_path / "adam", *steps)
+    run(name, tmp_path / "muon", *steps, "optimizer.muon_lr=0.02")
+    adam, muon = losses(tmp_path / "adam"), losses(tmp_path / "muon")
+    assert adam[1] == muon[1] and adam[2] != muon[2]
+
+
 @pytest.mark.parametrize("name", ["smoke_vtok", "smoke_vtok_encoder"])
 def test_loss_does_not_depend_on_micro_batches(tmp_path, name):
     """All hidden patches of a micro-batch were drawn from its first sample's generator."""
@@ -122,13 +133,14 @@ def test_recipes_for_use_are_valid(name):
         ("smoke_vtok_lm", "unified.questions=[taste]", "unified.questions must be among"),
         ("smoke_vtok_lm", "unified.head=gmm", "unified.head must be one of"),
         ("smoke_vtok_lm", "clips=clips", "clips must be 'captioned' for vtok_lm"),
+        ("smoke_vtok", "run.parallel=fsdp optimizer.muon_lr=0.02", "null with run.parallel fsdp"),
         ("smoke_vtok_encoder", "fps=0", "fps must be null or positive"),
         ("smoke_vtok", "data.num_frames=9", "num_frames must be >= 24"),
     ],
 )
 def test_bad_recipes(tmp_path, name, override, message):
     with pytest.raises(ValueError, match=message):
-        run(name, tmp_path / "run", override)
+        run(name, tmp_path / "run", *override.split())
 
 
 def test_divided_parameters(tmp_path):

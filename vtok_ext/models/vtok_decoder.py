@@ -9,6 +9,8 @@ only the tokens do. Predicting the clip instead of the velocity lets a narrow ne
 has as many dimensions as a patch has numbers, clips have fewer.
 Tokens are read by cross-attention, each with the frame and slot that it belongs to. Any number of
 frames and any size.
+Training draws times nearer to noise than uniform ones, t = u / (4 - 3 u): where the clip shows
+through the noise, nothing is learnt of the tokens.
 Source: Lipman et al. (arXiv 2210.02747); blocks as in DiT (arXiv 2212.09748) and SiT (arXiv
 2401.08740); predicting x1 as in Li and He (arXiv 2511.13720). It stands where VTok puts a frozen
 video model.
@@ -34,6 +36,8 @@ from vtok_ext.models.vtok_layout import PADDING
 # Training times end here: velocities at 1 - t are errors of x1 divided by it, and the last of up to
 # 20 steps begins before. Rows and columns are told as parts of this many, whatever the size.
 _LAST_TIME, _SPAN = 0.95, 32.0
+# Of the training times, s in u / (s - (s - 1) u): Esser et al. (arXiv 2403.03206), section 5.3.2.
+_TIME_SHIFT = 4.0
 _EPS = 1e-6
 Generators = Sequence[torch.Generator] | torch.Generator | None
 
@@ -152,7 +156,7 @@ class VTokDecoder(nn.Module):
         """
         clip = self._padded(video)
         t, noise = self._draw(clip, generators)
-        t = t * _LAST_TIME
+        t = t / (_TIME_SHIFT - (_TIME_SHIFT - 1) * t) * _LAST_TIME
         expected = self.predict(self.transport.interpolate(t, noise, clip), t, tokens, positions)
         loss = (expected.float() - clip).square().mean()
         frames, height, width = video.shape[2:]

@@ -24,6 +24,7 @@ from vtok_ext.models.coordtok import CoordTok
 from vtok_ext.models.coordtok_sampling import video_patches
 from vtok_ext.training.blocks import recompute_activations
 from vtok_ext.training.coordtok_loss import PointLoss, PointLossConfig, draw_points
+from vtok_ext.training.optimizers import transformer_optimizers
 from vtok_ext.training.point_clips import PointClips
 from vtok_ext.training.recipe import DataRecipe, ModelRecipe, PerceptualRecipe, Recipe
 from vtok_ext.training.sample_pictures import reconstruction_video
@@ -167,15 +168,9 @@ class PointTask(Task):
         )
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Returns AdamW over every parameter, decay of norms and biases included, as published."""
-        settings = self.recipe.optimizer
-        adam = torch.optim.AdamW(
-            self.trained("model"),
-            lr=settings.lr,
-            betas=tuple(settings.betas),  # type: ignore[arg-type]
-            weight_decay=settings.weight_decay,
-        )
-        return {"model": adam}
+        """Returns AdamW over every parameter, decay of norms and biases included, as published; or
+        Muon for the matrices within, see `transformer_optimizers`."""
+        return transformer_optimizers(self.model, self.recipe.optimizer)
 
     def accumulate(
         self, batch: MicroBatch, backward: Callable[[Tensor], None]

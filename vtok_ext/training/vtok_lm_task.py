@@ -24,13 +24,13 @@ from vtok_ext.models.vtok_lm_checks import output_head
 from vtok_ext.models.vtok_lm_config import VTokLMConfig, config_json, load_lm, tiny_lm_config
 from vtok_ext.models.vtok_sequence import GENERATION, UNDERSTANDING, Turn
 from vtok_ext.models.vtok_text import HuggingFaceText, TextTokenizer, WordTokenizer
+from vtok_ext.training.optimizers import transformer_optimizers
 from vtok_ext.training.recipe import Recipe
 from vtok_ext.training.task import MicroBatch, Task
 from vtok_ext.training.tokenizer_task import to_video
 from vtok_ext.training.vtok_recipe import LanguageModelRecipe, UnifiedRecipe, VTokLMRecipe
 from vtok_ext.training.vtok_task import (
     HELD_OUT_SEED,
-    adamw,
     build_vtok,
     captioned_clips,
     fit_features,
@@ -105,8 +105,8 @@ class VTokLMTask(Task):
         return [self.model.tokenizer.encoder]
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Returns AdamW."""
-        return adamw(self, "model")
+        """Returns AdamW, or Muon for the matrices within; see `transformer_optimizers`."""
+        return transformer_optimizers(self.model, self.recipe.optimizer)
 
     def turns(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> list[Turn]:
         """Returns what some training clips are asked."""

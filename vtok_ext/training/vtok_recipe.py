@@ -33,6 +33,7 @@ class VTokRecipe(Recipe):
 
     def __post_init__(self) -> None:
         """Checks every field."""
+        super().__post_init__()
         _check(self.clips in CLIP_SETS, "clips", f"one of {CLIP_SETS}", self.clips)
         _check(self.fps is None or self.fps > 0, "fps", "null or positive", self.fps)
 

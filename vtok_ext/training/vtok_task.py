@@ -22,6 +22,7 @@ from vtok_ext.models._registry import load_model
 from vtok_ext.models.vision_encoder import SmallViT, resized
 from vtok_ext.models.vision_mae import MaskedAutoencoder
 from vtok_ext.models.vtok import VTok
+from vtok_ext.training.optimizers import transformer_optimizers
 from vtok_ext.training.recipe import Recipe
 from vtok_ext.training.task import MicroBatch, Task
 from vtok_ext.training.tokenizer_task import build_model, to_video
@@ -69,21 +70,12 @@ def fit_features(model: VTok, clips: Any) -> None:
     model.fit_features(to_video(clips[0, i][None]).to(device) for i in range(count))
 
 
-def adamw(task: Task, *names: str) -> dict[str, torch.optim.Optimizer]:
-    """Returns one AdamW of the recipe's settings for what trains in the named modules."""
-    settings = task.recipe.optimizer
-    options: dict[str, Any] = {
-        "betas": tuple(settings.betas),
-        "weight_decay": settings.weight_decay,
-    }
-    return {"model": torch.optim.AdamW(task.trained(*names), lr=settings.lr, **options)}
-
-
 class _VTokTask(Task):
     """What both trainings share: their clips."""
 
     recipe_class: ClassVar[type[Recipe]] = VTokRecipe
     recipe: VTokRecipe
+    model: Any
 
     def data(self, warn: Callable[[str], None]) -> tuple[Any, list[Any]]:
         """Returns the data set and held-out clips [3, T, H, W] uint8."""
@@ -100,8 +92,8 @@ class _VTokTask(Task):
         return self.recipe.fps
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Returns AdamW."""
-        return adamw(self, "model")
+        """Returns AdamW, or Muon for the matrices within; see `transformer_optimizers`."""
+        return transformer_optimizers(self.model, self.recipe.optimizer)
 
 
 class VTokEncoderTask(_VTokTask):
@@ -179,7 +171,7 @@ class VTokTask(_VTokTask):
 
     def __init__(self, recipe: VTokRecipe, device: torch.device) -> None:
         super().__init__(recipe, device)
-        self.model: Any = build_vtok(recipe).to(device)
+        self.model = build_vtok(recipe).to(device)
         self.modules = self.networks = {"model": self.model}
         # Now, while no process holds a part of the weights only.
         self._warnings: list[str] = []

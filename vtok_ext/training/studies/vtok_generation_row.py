@@ -34,6 +34,8 @@ from vtok_ext.models.vtok_lm_config import VTokLMConfig
 from vtok_ext.models.vtok_sequence import GENERATION, UNDERSTANDING, Turn
 from vtok_ext.models.vtok_text import WordTokenizer
 from vtok_ext.training.clip_order import ClipOrder
+from vtok_ext.training.optimizers import transformer_optimizers
+from vtok_ext.training.recipe import OptimizerRecipe
 from vtok_ext.training.studies.clip_store import fingerprint
 from vtok_ext.training.studies.kinds import Progress, shared_folder
 from vtok_ext.training.studies.row_result import RowResult
@@ -54,6 +56,7 @@ class GenerationRow(VTokRow):
         generation: part of the samples that are videos from text.
         decoder_dim, decoder_depth, decoder_heads, decoder_patch, sampling_steps: the decoder.
         temperature: of the generated tokens.
+        muon_lr: of the matrices within, `lr` being that of all else.
     """
 
     kind: ClassVar[str] = "vtok_generation"
@@ -70,6 +73,7 @@ class GenerationRow(VTokRow):
     decoder_patch: tuple[int, ...] = (4, 8, 8)
     sampling_steps: int = 8
     temperature: float = 1.0
+    muon_lr: float = 0.02
 
     def build(self, encoder: SmallViT, clips: CaptionedClips) -> VideoStudyLM:
         """Returns the model of a row; see `VTokRow.build`."""
@@ -115,8 +119,8 @@ def _train(
     videos = torch.stack([clips[0, i] for i in range(len(clips))])
     if not row.levels:
         model.eval().fit_statistics([part for part in videos[:32].split(4)])
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=row.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    settings = OptimizerRecipe(lr=row.lr, muon_lr=row.muon_lr, betas=[0.9, 0.98], weight_decay=0.01)
+    optimizers = list(transformer_optimizers(model, settings).values())
     order = ClipOrder(len(videos), row.batch_size, seed=seed)
     chooser = torch.Generator().manual_seed(seed)
     model.train()
@@ -129,7 +133,7 @@ def _train(
     def on_step(step: int, loss: float) -> None:
         progress(0.1 + 0.8 * step / row.steps, f"step {step}, loss {loss:.3f}")
 
-    train_steps(loss_of, [optimizer], row.steps, warmup=row.warmup, on_step=on_step)
+    train_steps(loss_of, optimizers, row.steps, warmup=row.warmup, on_step=on_step)
 
 
 def _turn(clips: CaptionedClips, index: int, generation: float, chooser: torch.Generator) -> Turn:
