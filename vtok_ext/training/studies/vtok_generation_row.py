@@ -1,12 +1,15 @@
 """Kind "vtok_generation": a small unified model makes videos of captions; a checker reads them.
 
-    loss   L_visLM + L_dec of videos from text, and L_under of questions, in mixed batches
+    first  L_dec: tokens and decoder learn to reconstruct; rows of equal tokens share the result
+    then   L_visLM of videos from text and L_under of questions in mixed batches, tokens fixed
+
+A step of the decoder costs as much as ten of the language model, which needs many more samples.
 
 Metrics per held-out caption, whose combinations of attributes no training clip has: the parts of
 its shapes whose colour, shape, direction and speed are in the generated video as asked, whether
 their number is right, and the same of the held-out clip decoded from its own tokens
 (`reconstructed_*`): what the decoder loses is not the language model's fault. Of the run: tokens,
-the decoder's loss on true, teacher-forced and generated tokens, cpu_seconds.
+the decoder's loss on true, teacher-forced and generated tokens, cpu_seconds of both trainings.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from vtok_ext.data.captioned import (
 )
 from vtok_ext.data.captioned.questions import vocabulary
 from vtok_ext.data.picture import write_png
-from vtok_ext.models._video_input import to_uint8
+from vtok_ext.models._video_input import to_float, to_uint8
 from vtok_ext.models.vision_encoder import SmallViT
 from vtok_ext.models.vtok_lm_config import VTokLMConfig
 from vtok_ext.models.vtok_sequence import GENERATION, UNDERSTANDING, Turn
@@ -39,11 +42,16 @@ from vtok_ext.training.recipe import OptimizerRecipe
 from vtok_ext.training.studies.clip_store import fingerprint
 from vtok_ext.training.studies.kinds import Progress, shared_folder
 from vtok_ext.training.studies.row_result import RowResult
-from vtok_ext.training.studies.row_training import train_steps
-from vtok_ext.training.studies.vtok_clips import HELD_OUT_SEED, trained_encoder
+from vtok_ext.training.studies.row_training import train_steps, trained_once
+from vtok_ext.training.studies.vtok_clips import HELD_OUT_SEED, StudyClips
 from vtok_ext.training.studies.vtok_row import VTokRow
 from vtok_ext.training.studies.vtok_tokens import VideoStudyLM
 
+# What tokens and decoder depend on, beside the tokenizer's sizes and what is shown of clips.
+_OF_DECODER = (
+    *("decoder_steps", "decoder_batch", "decoder_lr", "muon_lr", "warmup"),
+    *("encoder_steps", "train_clips", "num_frames", "size"),
+)
 _PICTURE_FRAMES, _PICTURE_SCALE = 6, 2
 
 
@@ -52,11 +60,12 @@ class GenerationRow(VTokRow):
     """Settings of a row: those of `VTokRow`, and
 
     Attributes:
-        head, head_width, head_depth, predicted, predicted_steps: see `VTokLMConfig`.
+        head, head_width, head_depth: see `VTokLMConfig`.
         generation: part of the samples that are videos from text.
         decoder_dim, decoder_depth, decoder_heads, decoder_patch, sampling_steps: the decoder.
+        decoder_steps, decoder_batch, decoder_lr, muon_lr: of its training, by Muon for the matrices
+            within and AdamW for all else.
         temperature: of the generated tokens.
-        muon_lr: of the matrices within, `lr` being that of all else.
     """
 
     kind: ClassVar[str] = "vtok_generation"
@@ -64,16 +73,17 @@ class GenerationRow(VTokRow):
     head: str = "flow"
     head_width: int = 128
     head_depth: int = 2
-    predicted: float = 0.5
-    predicted_steps: int = 1000
     generation: float = 0.75
     decoder_dim: int = 96
     decoder_depth: int = 4
     decoder_heads: int = 4
     decoder_patch: tuple[int, ...] = (4, 8, 8)
     sampling_steps: int = 8
-    temperature: float = 1.0
+    decoder_steps: int = 1000
+    decoder_batch: int = 8
+    decoder_lr: float = 1.5e-3
     muon_lr: float = 0.02
+    temperature: float = 1.0
 
     def build(self, encoder: SmallViT, clips: CaptionedClips) -> VideoStudyLM:
         """Returns the model of a row; see `VTokRow.build`."""
@@ -85,8 +95,7 @@ class GenerationRow(VTokRow):
             head="codes" if self.levels else self.head,
             head_width=self.head_width,
             head_depth=self.head_depth,
-            predicted=self.predicted,
-            predicted_steps=self.predicted_steps,
+            lambda_dec=0.0,  # trained before
         )
         tokenizer = self.tokenizer(encoder, clips, **decoder)
         return VideoStudyLM(unified, tokenizer, text, **self.shows())
@@ -103,37 +112,89 @@ def run_row(settings: dict[str, Any], seed: int, folder: Path, progress: Progres
     shape = (row.num_frames, row.size, row.size)
     train = CaptionedClips(row.train_clips, *shape)
     test = CaptionedClips(row.eval_clips, *shape, split="test", first_seed=HELD_OUT_SEED)
-    encoder = trained_encoder(shared_folder(folder), train, row.encoder(), progress)
+    stock = StudyClips(shared_folder(folder), train, row.encoder(), train, progress)
     torch.manual_seed(seed)
-    model = row.build(encoder, train)
+    model = row.build(stock.encoder, train)
+    seconds = trained_once(
+        model.tokenizer,
+        shared_folder(folder),
+        "decoder",
+        _facts_of_decoder(model, row, seed),
+        lambda: _train_decoder(model, row, stock, seed, progress),
+    )
     start = time.process_time()
-    _train(model, row, train, seed, progress)
+    torch.manual_seed(seed)  # whether the decoder was trained now or before
+    _train(model, row, stock, seed, progress)
+    seconds += time.process_time() - start
     result = _measure(model.eval(), row, test, folder, seed, progress)
-    result.summary["cpu_seconds"] = round(time.process_time() - start, 1)
+    result.summary["cpu_seconds"] = round(seconds, 1)
     return result
 
 
-def _train(
-    model: VideoStudyLM, row: GenerationRow, clips: CaptionedClips, seed: int, progress: Progress
+def _facts_of_decoder(model: VideoStudyLM, row: GenerationRow, seed: int) -> dict[str, Any]:
+    """Returns what the training of tokens and decoder depends on."""
+    facts = {name: getattr(row, name) for name in _OF_DECODER}
+    config = model.tokenizer.config.to_dict()
+    return {**facts, **row.shows(), "tokenizer": config, "seed": seed}
+
+
+def _train_decoder(
+    model: VideoStudyLM, row: GenerationRow, stock: StudyClips, seed: int, progress: Progress
 ) -> None:
-    videos = torch.stack([clips[0, i] for i in range(len(clips))])
-    if not row.levels:
-        model.eval().fit_statistics([part for part in videos[:32].split(4)])
-    settings = OptimizerRecipe(lr=row.lr, muon_lr=row.muon_lr, betas=[0.9, 0.98], weight_decay=0.01)
-    optimizers = list(transformer_optimizers(model, settings).values())
-    order = ClipOrder(len(videos), row.batch_size, seed=seed)
-    chooser = torch.Generator().manual_seed(seed)
-    model.train()
+    """Trains the tokens and the decoder to reconstruct clips."""
+    videos = _videos(stock)
+    tokenizer = model.tokenizer
+    tokenizer.requires_grad_(True)
+    tokenizer.encoder.requires_grad_(False)
+    settings = OptimizerRecipe(
+        lr=row.decoder_lr, muon_lr=row.muon_lr, betas=[0.9, 0.98], weight_decay=0.01
+    )
+    optimizers = list(transformer_optimizers(tokenizer, settings).values())
+    order = ClipOrder(len(videos), row.decoder_batch, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    tokenizer.train()
 
     def loss_of(step: int) -> Tensor:
         places = [index for _, index in order.places(step, 0)]
-        turns = [_turn(clips, index, row.generation, chooser) for index in places]
-        return model(videos[places], turns, step=step, generators=chooser)["loss"]
+        tokens, positions, _, extra = model._encode(stock.maps[places].float(), None, step)
+        clip = to_float(videos[places], tokenizer.dtype)
+        loss = tokenizer.decoder.loss(clip, tokens, positions, generator)[0]
+        return loss if extra is None else loss + extra
 
     def on_step(step: int, loss: float) -> None:
-        progress(0.1 + 0.8 * step / row.steps, f"step {step}, loss {loss:.3f}")
+        progress(0.2 + 0.3 * step / row.decoder_steps, f"decoder, step {step}, loss {loss:.3f}")
 
-    train_steps(loss_of, optimizers, row.steps, warmup=row.warmup, on_step=on_step)
+    train_steps(loss_of, optimizers, row.decoder_steps, warmup=row.warmup, on_step=on_step)
+
+
+def _videos(stock: StudyClips) -> Tensor:
+    """Returns the clips [N, 3, T, H, W] uint8."""
+    return torch.stack([stock.clips.clip(i).video for i in range(len(stock.maps))])
+
+
+def _train(
+    model: VideoStudyLM, row: GenerationRow, stock: StudyClips, seed: int, progress: Progress
+) -> None:
+    """Trains the language model and its head; tokens stay as they are."""
+    model.tokenizer.requires_grad_(False)
+    if not row.levels:
+        model.eval().fit_statistics([part.float() for part in stock.maps[:32].split(4)])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=row.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    order = ClipOrder(len(stock.maps), row.batch_size, seed=seed)
+    chooser = torch.Generator().manual_seed(seed)
+    model.train()
+    model.tokenizer.eval()
+
+    def loss_of(step: int) -> Tensor:
+        places = [index for _, index in order.places(step, 0)]
+        turns = [_turn(stock.clips, index, row.generation, chooser) for index in places]
+        return model(stock.maps[places].float(), turns, step=step, generators=chooser)["loss"]
+
+    def on_step(step: int, loss: float) -> None:
+        progress(0.5 + 0.4 * step / row.steps, f"step {step}, loss {loss:.3f}")
+
+    train_steps(loss_of, [optimizer], row.steps, warmup=row.warmup, on_step=on_step)
 
 
 def _turn(clips: CaptionedClips, index: int, generation: float, chooser: torch.Generator) -> Turn:

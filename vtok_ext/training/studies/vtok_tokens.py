@@ -130,10 +130,12 @@ class StudyLM(VTokLM):
 
 
 class VideoStudyLM(StudyLM):
-    """A StudyLM that is given videos [B, 3, T, H, W], which its decoder needs as well."""
+    """A StudyLM that may be given videos [B, 3, T, H, W] uint8 as well, as its decoder is."""
 
     def _maps(self, video: Tensor) -> Tensor:
-        """Returns standardised maps [B, T, C, h, w]."""
+        """Returns standardised maps [B, T, C, h, w] of videos, or of maps in floating point."""
+        if video.is_floating_point():
+            return super()._maps(video)
         clip = self._float_video(video)
         with torch.no_grad():
             return self.tokenizer._frame_maps(clip, tuple(range(clip.shape[2])))
