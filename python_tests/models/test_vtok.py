@@ -493,9 +493,8 @@ def test_residual_tokens_begin_as_large_as_the_difference(pool):
     torch.manual_seed(0)
     residual = build_residual(config, 64, (4, 4))
     key = torch.randn(8, 64, 1, 1).expand(-1, -1, 4, 4)
-    frames = key[:, None] + torch.randn(
-        8, 6, 64, 1, 1
-    )  # the same everywhere: no average shrinks it
+    # The same everywhere: no average shrinks it.
+    frames = key[:, None] + torch.randn(8, 6, 64, 1, 1)
     assert residual(frames, key).std().item() == pytest.approx(1, abs=0.25)
 
 

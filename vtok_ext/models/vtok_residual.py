@@ -20,7 +20,7 @@ from vtok_ext.models.sit_network import sincos_2d
 from vtok_ext.models.vtok_config import RESIDUAL_GRID, VTokConfig
 from vtok_ext.ops.residual_pool import residual_pool
 
-# Half of what enters a GELU leaves it.
+# About half of the variance that enters a GELU leaves it.
 _GELU_GAIN = math.sqrt(2)
 
 

@@ -3,7 +3,7 @@
     first  L_dec: tokens and decoder learn to reconstruct; rows of equal tokens share the result
     then   L_visLM of videos from text and L_under of questions in mixed batches, tokens fixed
 
-A step of the decoder costs as much as ten of the language model, which needs many more samples.
+A clip costs the decoder ten times what it costs the language model, which needs many more of them.
 
 Metrics per held-out caption, whose combinations of attributes no training clip has: the parts of
 its shapes whose colour, shape, direction and speed are in the generated video as asked, whether
