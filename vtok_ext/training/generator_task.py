@@ -27,6 +27,7 @@ from vtok_ext.models.sit import SiT
 from vtok_ext.training.generator_recipe import GeneratorRecipe
 from vtok_ext.training.latent_clips import CachedLatents, LabelledClips
 from vtok_ext.training.latent_folder import LatentFolder
+from vtok_ext.training.optimizers import transformer_optimizers
 from vtok_ext.training.parallel import is_sharded, plain_class
 from vtok_ext.training.recipe import Recipe
 from vtok_ext.training.task import MicroBatch, Task
@@ -154,15 +155,8 @@ class GeneratorTask(Task):
         return [labelled[0, i] for i in range(len(held_out))]
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Returns that of the generator."""
-        settings = self.recipe.optimizer
-        optimizer = torch.optim.AdamW(
-            self.trained("model"),
-            lr=settings.lr,
-            betas=(settings.betas[0], settings.betas[1]),
-            weight_decay=settings.weight_decay,
-        )
-        return {"model": optimizer}
+        """Returns AdamW over every parameter."""
+        return transformer_optimizers(self.model, self.recipe.optimizer)
 
     def accumulate(
         self, batch: MicroBatch, backward: Callable[[Tensor], None]

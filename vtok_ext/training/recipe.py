@@ -192,7 +192,7 @@ class OptimizerRecipe:
 
     Attributes:
         lr, discriminator_lr: learning rates at the top of the schedule; null for the same.
-        muon_lr: of Muon for the matrices within the tokenizer; null for Adam everywhere.
+        muon_lr: of Muon for the matrices within the network; null for Adam everywhere.
         betas: decays of the two moments.
         weight_decay: decoupled (AdamW).
         clip: largest norm of all gradients of an optimiser.

@@ -64,9 +64,13 @@ class StudyClips:
         """Returns the questions to clip `index`."""
         return questions_of(self.clips.scene(index))
 
+    def videos(self) -> Tensor:
+        """Returns the clips [N, 3, T, H, W] uint8, drawn anew."""
+        return torch.stack([self.clips.clip(i).video for i in range(len(self.clips))])
+
     def fingerprint(self) -> str:
         """Returns what identifies the clips."""
-        return fingerprint(torch.stack([self.clips.clip(i).video for i in range(len(self.clips))]))
+        return fingerprint(self.videos())
 
 
 def _path(folder: Path, kind: str, *settings: object) -> Path:

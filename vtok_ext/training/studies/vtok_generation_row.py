@@ -108,16 +108,16 @@ def run_row(settings: dict[str, Any], seed: int, folder: Path, progress: Progres
         ValueError: wrong settings.
         FailedComputationError: the loss became NaN or infinite.
     """
-    row = GenerationRow.of(settings)
+    row, shared = GenerationRow.of(settings), shared_folder(folder)
     shape = (row.num_frames, row.size, row.size)
     train = CaptionedClips(row.train_clips, *shape)
     test = CaptionedClips(row.eval_clips, *shape, split="test", first_seed=HELD_OUT_SEED)
-    stock = StudyClips(shared_folder(folder), train, row.encoder(), train, progress)
+    stock = StudyClips(shared, train, row.encoder(), train, progress)
     torch.manual_seed(seed)
     model = row.build(stock.encoder, train)
     seconds = trained_once(
         model.tokenizer,
-        shared_folder(folder),
+        shared,
         "decoder",
         _facts_of_decoder(model, row, seed),
         lambda: _train_decoder(model, row, stock, seed, progress),
@@ -142,8 +142,7 @@ def _train_decoder(
     model: VideoStudyLM, row: GenerationRow, stock: StudyClips, seed: int, progress: Progress
 ) -> None:
     """Trains the tokens and the decoder to reconstruct clips."""
-    videos = _videos(stock)
-    tokenizer = model.tokenizer
+    videos, tokenizer = stock.videos(), model.tokenizer
     tokenizer.requires_grad_(True)
     tokenizer.encoder.requires_grad_(False)
     settings = OptimizerRecipe(
@@ -167,11 +166,6 @@ def _train_decoder(
     train_steps(loss_of, optimizers, row.decoder_steps, warmup=row.warmup, on_step=on_step)
 
 
-def _videos(stock: StudyClips) -> Tensor:
-    """Returns the clips [N, 3, T, H, W] uint8."""
-    return torch.stack([stock.clips.clip(i).video for i in range(len(stock.maps))])
-
-
 def _train(
     model: VideoStudyLM, row: GenerationRow, stock: StudyClips, seed: int, progress: Progress
 ) -> None:
@@ -189,7 +183,7 @@ def _train(
     def loss_of(step: int) -> Tensor:
         places = [index for _, index in order.places(step, 0)]
         turns = [_turn(stock.clips, index, row.generation, chooser) for index in places]
-        return model(stock.maps[places].float(), turns, step=step, generators=chooser)["loss"]
+        return model(stock.maps[places].float(), turns, generators=chooser)["loss"]
 
     def on_step(step: int, loss: float) -> None:
         progress(0.5 + 0.4 * step / row.steps, f"step {step}, loss {loss:.3f}")
