@@ -217,6 +217,45 @@ def test_videos_from_text(discrete):
     assert not torch.equal(other, first)
     with pytest.raises(ValueError, match="temperature must be >= 0"):
         model.generate(["a"], num_frames=2, temperature=-1)
+    with pytest.raises(ValueError, match="guidance must be 1 for a model trained without text_"):
+        model.generate(["a"], num_frames=2, guidance=2.0)
+    with pytest.raises(ValueError, match="guidance must be finite, got nan"):
+        model.generate(["a"], num_frames=2, guidance=float("nan"))
+
+
+@pytest.mark.parametrize("head", ["flow", "mse", "codes"])
+def test_guidance_goes_from_no_text_to_the_text_and_beyond(head):
+    model = unified(tiny_fsq() if head == "codes" else None, head=head, text_dropout=0.1)
+
+    def tokens(prompts, guidance=1.0):
+        options = {"num_frames": 3, "guidance": guidance, "generator": generator()}
+        return generate_tokens(model, prompts, **options)
+
+    texts = ["a red circle", "a blue cross moves left"]
+    assert_close(tokens(texts, 0.0), tokens(["", ""]), "none", 20)
+    assert_close(tokens(texts, 1.0 + 1e-7), tokens(texts), "text", 20)
+    assert not torch.equal(tokens(texts, 4.0), tokens(texts))
+    if head == "mse":  # whose first token no noise and no other token decides
+        first = 3.0 * tokens(texts)[:, 0] - 2.0 * tokens(["", ""])[:, 0]
+        assert_close(tokens(texts, 3.0)[:, 0], first, "beyond", 20)
+
+
+def test_training_leaves_texts_out_for_guidance(clip):
+    model = unified(text_dropout=1.0)
+    video, words = clip(2, 5, 16, 16), model.lm.get_input_embeddings().weight
+
+    def reached(text):
+        model.zero_grad()
+        model(video, [MAKE, ASK], generators=generator())["loss"].backward()
+        return bool(words.grad[model.text.encode(text)].any(1).all())
+
+    model.train()
+    assert not reached("moves left") and reached("what colour is the")
+    model.eval()
+    assert reached("moves left")
+    half = unified(text_dropout=0.5).train()
+    turns = half._some_without_text([MAKE] * 400, generator())
+    assert 150 < sum(turn.prompt == "" for turn in turns) < 250
 
 
 def test_gap_between_teacher_forced_and_free_running(clip):
@@ -517,8 +556,9 @@ def test_errors():
         Turn("describe", "x")
     with pytest.raises(ValueError, match="lm_config must be JSON with model_type"):
         VTokLMConfig("{}")
-    with pytest.raises(ValueError, match="predicted must be at most 1"):
-        VTokLMConfig('{"model_type": "llama"}', predicted=2.0)
+    for name in ("predicted", "text_dropout"):
+        with pytest.raises(ValueError, match=f"{name} must be at most 1"):
+            VTokLMConfig('{"model_type": "llama"}', **{name: 2.0})
     for arguments, message in (
         (("lama",), "architecture must be a causal language model .* did you mean 'llama'"),
         (("t5",), "architecture must be a causal language model"),

@@ -309,7 +309,7 @@ def generate(
         list[int] | None, typer.Option(help="Class, in turn if given several times.")
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="Strength of the class [default: 1, none].")
+        float | None, typer.Option(help="Strength of the class or the text [default: 1, none].")
     ] = None,
     sampler: Annotated[str | None, typer.Option(help="SiT: sde or ode [default: sde].")] = None,
     method: Annotated[
@@ -374,7 +374,6 @@ def generate(
                 "-n": num_samples,
                 "--tokenizer": tokenizer,
                 "--label": label,
-                "--guidance": guidance,
                 "--sampler": sampler,
                 "--method": method,
                 "--top-k": top_k,
@@ -398,6 +397,7 @@ def generate(
                 width=width,
                 fps=8.0 if fps is None else fps,
                 temperature=1.0 if temperature is None else temperature,
+                guidance=1.0 if guidance is None else guidance,
                 num_steps=steps,
                 seed=seed,
                 device=device,

@@ -29,6 +29,7 @@ class TextVideoOptions:
     width: int | None = None
     fps: float = 8.0
     temperature: float = 1.0
+    guidance: float = 1.0
     num_steps: int | None = None
     seed: int = 0
     device: str = "auto"
@@ -85,6 +86,8 @@ def run_ask(
 
 def run_generate_text(options: TextVideoOptions, *, as_json: bool) -> None:
     """Returns None after writing a video of a text; the file appears complete or not at all."""
+    from vtok_ext.models.vtok_generation import check_guidance
+
     if options.num_frames < 1 or not options.fps > 0:
         raise ValueError(
             f"generate: --frames and --fps must be positive, got {options.num_frames} and "
@@ -94,6 +97,7 @@ def run_generate_text(options: TextVideoOptions, *, as_json: bool) -> None:
         raise ValueError(f"generate: --temperature must be >= 0, got {options.temperature}")
     console, target = Console(as_json), resolve_device(options.device)
     unified = load_unified(options.model, target)
+    check_guidance(unified, options.guidance)
     side = unified.tokenizer.config.image_size
     size = (options.height or side, options.width or side)
     with VideoWriter(options.out, height=size[0], width=size[1], fps=options.fps) as writer:
@@ -105,6 +109,7 @@ def run_generate_text(options: TextVideoOptions, *, as_json: bool) -> None:
             size=size,
             fps=options.fps,
             temperature=options.temperature,
+            guidance=options.guidance,
             num_steps=options.num_steps,
             seed=options.seed,
             output="uint8",

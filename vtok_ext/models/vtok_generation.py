@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,6 +97,16 @@ def answer(
     return [model.text.decode(ids) for ids in found]
 
 
+def check_guidance(model: VTokLM, guidance: float) -> None:
+    """Raises ValueError unless guidance is finite and, if not 1, was prepared by training."""
+    if not math.isfinite(guidance):
+        raise ValueError(f"generate: guidance must be finite, got {guidance}")
+    if guidance != 1 and model.config.text_dropout == 0:
+        raise ValueError(
+            f"generate: guidance must be 1 for a model trained without text_dropout, got {guidance}"
+        )
+
+
 @torch.no_grad()
 def generate_tokens(
     model: VTokLM,
@@ -104,6 +115,7 @@ def generate_tokens(
     num_frames: int,
     fps: float | None = None,
     temperature: float = 1.0,
+    guidance: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Returns visual tokens [B, L, D] of texts, one after the other.
@@ -114,30 +126,39 @@ def generate_tokens(
         num_frames: T >= 1, which decides how many tokens there are.
         fps: frames per second.
         temperature: factor of the flow's noise, or of a code's uncertainty; 0 for the likeliest.
+        guidance: predictions become none + guidance * (text - none), none being those without a
+            text; 1 is no guidance, more holds closer to the text and costs twice the time.
         generator: source of noise; default one of seed 0.
 
     Raises:
         TypeError: one text instead of a list.
-        ValueError: no text, no frame, a temperature that is negative or no number, or a video that
-            is too long for the language model.
+        ValueError: no text, no frame, a temperature that is negative or no number, guidance that
+            is not finite or of a model trained without text_dropout, or a video that is too long
+            for the language model.
     """
     check_list("generate", "prompts", prompts)
     if not isinstance(num_frames, int) or num_frames < 1:
         raise ValueError(f"generate: num_frames must be an integer >= 1, got {num_frames!r}")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"generate: temperature must be >= 0, got {temperature}")
+    check_guidance(model, guidance)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     places = model.positions_for(num_frames, fps).to(model.token_mean.device)  # [L, 2]
-    turns = [Turn(GENERATION, prompt) for prompt in prompts]
+    texts = [*prompts] if guidance == 1 else [*prompts, *([""] * len(prompts))]
+    turns = [Turn(GENERATION, text) for text in texts]
     batch = build_sequences(turns, [0] * len(turns), model.text, begin_only=True, left=True)
     model.check_length(batch.ids.shape[1] + len(places))
     cache = _Cache(model, batch, model._inputs(batch, None, None))
     tokens: list[Tensor] = []
-    for place in places.expand(len(prompts), -1, -1).unbind(1):
-        drawn = next_tokens(model, cache.state, temperature=temperature, generator=generator)
+    for place in places:
+        drawn = next_tokens(
+            model, cache.state, temperature=temperature, guidance=guidance, generator=generator
+        )
         tokens.append(drawn)
         if len(tokens) < len(places):
-            cache.push(model.embed_visual(drawn, place).to(cache.state.dtype))
+            seen = drawn.repeat(len(texts) // len(prompts), 1)
+            embedded = model.embed_visual(seen, place.expand(len(seen), -1))
+            cache.push(embedded.to(cache.state.dtype))
     return torch.stack(tokens, dim=1)
 
 
@@ -147,12 +168,14 @@ def next_tokens(
     *,
     temperature: float,
     generator: torch.Generator,
+    guidance: float = 1.0,
 ) -> Tensor:
-    """Returns tokens [n, D] drawn for states [n, H]."""
+    """Returns tokens [n, D] drawn for states [n, H], with guidance [2n, H], see `vtok_heads`."""
     if isinstance(model.head, CodeHead):
-        return model.head.codes[model.head.choose(states, temperature, generator)]
-    noise = normal_rows([len(states)], model.head.token_dim, states, generator)
-    predicted = model.head.predict(states, temperature * noise, SAMPLING_STEPS)
+        return model.head.codes[model.head.choose(states, temperature, generator, guidance)]
+    count = len(states) if guidance == 1 else len(states) // 2
+    noise = normal_rows([count], model.head.token_dim, states, generator)
+    predicted = model.head.predict(states, temperature * noise, SAMPLING_STEPS, guidance)
     return model.denormalised(predicted)
 
 
@@ -165,6 +188,7 @@ def generate(
     size: tuple[int, int] | None = None,
     fps: float | None = None,
     temperature: float = 1.0,
+    guidance: float = 1.0,
     num_steps: int | None = None,
     seed: int = 0,
     output: str = "float",
@@ -177,7 +201,7 @@ def generate(
         num_frames: T.
         size: (H, W), default that of the image encoder.
         fps: frames per second.
-        temperature: see `generate_tokens`.
+        temperature, guidance: see `generate_tokens`.
         num_steps: of the decoder's flow, default that of the tokenizer.
         seed: of all noise.
         output: "float" or "uint8".
@@ -192,6 +216,7 @@ def generate(
         num_frames=num_frames,
         fps=fps,
         temperature=temperature,
+        guidance=guidance,
         generator=generator,
     )
     from vtok_ext.models.encoding import Encoding

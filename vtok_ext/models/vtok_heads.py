@@ -5,9 +5,11 @@
     codes  a distribution over FSQ's codes, cross-entropy
 
 Tokens are normalised by stored statistics, and targets take no gradient: the tokenizer's residual
-is trained as well, and constant tokens would be the easiest to predict.
+is trained as well, and constant tokens would be the easiest to predict. Guidance other than 1
+wants states in two halves: told the text, and told none.
 Source: the per-token diffusion loss of Li et al. (arXiv 2406.11838), here with flow matching;
-VTok (arXiv 2602.04202) leaves open how its visual states are trained.
+VTok (arXiv 2602.04202) leaves open how its visual states are trained. Guidance: Ho and Salimans
+(arXiv 2207.12598).
 """
 
 from __future__ import annotations
@@ -47,6 +49,14 @@ def normal_rows(counts: Sequence[int], width: int, like: Tensor, generators: Gen
         for count, generator in zip(counts, generators, strict=True)
     ]
     return torch.cat(rows).to(like)
+
+
+def guided(both: Tensor, guidance: float) -> Tensor:
+    """Returns none + guidance * (text - none) [n, ...] of predictions [2n, ...], text's first."""
+    if guidance == 1:
+        return both
+    text, none = both.chunk(2)
+    return none + guidance * (text - none)
 
 
 def _normal(count: int, width: int, generator: torch.Generator) -> Tensor:
@@ -113,12 +123,15 @@ class FlowHead(nn.Module):
             lambda x, time: self.velocity(x, time, states), targets, t=t, x0=noise[:, :-1]
         ).mean()
 
-    def predict(self, states: Tensor, noise: Tensor, num_steps: int) -> Tensor:
+    def predict(
+        self, states: Tensor, noise: Tensor, num_steps: int, guidance: float = 1.0
+    ) -> Tensor:
         """Returns tokens [n, D] after Euler steps from noise [n, D]; gradients pass."""
-        x = noise
+        x, copies = noise, len(states) // len(noise)
         for step in range(num_steps):
-            t = torch.full((x.shape[0],), step / num_steps, device=x.device)
-            x = x + self.velocity(x, t, states) / num_steps
+            t = torch.full((len(states),), step / num_steps, device=x.device)
+            velocity = self.velocity(x.repeat(copies, 1), t, states)
+            x = x + guided(velocity, guidance) / num_steps
         return x
 
 
@@ -139,9 +152,11 @@ class MseHead(nn.Module):
         """Returns the mean squared error."""
         return (self.mlp(states) - targets).square().mean()
 
-    def predict(self, states: Tensor, noise: Tensor, num_steps: int) -> Tensor:
+    def predict(
+        self, states: Tensor, noise: Tensor, num_steps: int, guidance: float = 1.0
+    ) -> Tensor:
         """Returns the expected tokens [n, D]."""
-        return self.mlp(states)
+        return guided(self.mlp(states), guidance)
 
 
 class CodeHead(nn.Module):
@@ -168,10 +183,14 @@ class CodeHead(nn.Module):
         return self.logits(states).softmax(-1) @ self.codes
 
     def choose(
-        self, states: Tensor, temperature: float, generator: torch.Generator | None
+        self,
+        states: Tensor,
+        temperature: float,
+        generator: torch.Generator | None,
+        guidance: float = 1.0,
     ) -> Tensor:
         """Returns ids [n]: the likeliest at temperature 0, else drawn."""
-        logits = self.logits(states).float()
+        logits = guided(self.logits(states).float(), guidance)
         if temperature == 0:
             return logits.argmax(-1)
         return choose((logits / temperature).softmax(-1), generator)

@@ -180,6 +180,8 @@ class VTokLM(nn.Module):
         check_one_per_clip("VTokLM", "turns", turns, video)
         latent, positions, indices, extra = self._encode(video, fps, step)
         length = latent.shape[1]
+        if self.training and self.config.text_dropout > 0:
+            turns = self._some_without_text(turns, generators)
         batch = build_sequences(turns, [length] * len(turns), self.text)
         states = self._states(batch, latent, positions)
         under = self._answer_loss(states, batch)
@@ -221,6 +223,15 @@ class VTokLM(nn.Module):
         assert isinstance(encoding.latent, Tensor) and encoding.positions is not None
         indices, extra = encoding.indices, encoding.losses.get("aux_loss")
         return encoding.latent, encoding.positions, indices, extra
+
+    def _some_without_text(self, turns: Sequence[Turn], generators: Generators) -> list[Turn]:
+        """Returns turns of which the part `text_dropout` of the videos from text has none."""
+        draw = normal_rows([1] * len(turns), 1, self.token_mean, generators)
+        dropped = (torch.special.ndtr(draw[:, 0]) < self.config.text_dropout).tolist()
+        return [
+            Turn(GENERATION, "") if drop and turn.task == GENERATION else turn
+            for turn, drop in zip(turns, dropped, strict=True)
+        ]
 
     def _nothing_of_decoder(self, latent: Tensor, positions: Tensor) -> Tensor:
         """Returns 0 with zero gradients for all of the decoder, which is run on one patch: with

@@ -42,6 +42,8 @@ class VTokLMConfig(ModelConfig):
         predicted: part of the sequences whose decoder sees predicted tokens, reached linearly
             after `predicted_steps` steps.
         predicted_steps: see there.
+        text_dropout: part of the videos from text that training gives no text, which makes
+            guidance possible.
         lora_rank, lora_alpha, lora_targets: adapters of the language model; rank 0 for none.
     """
 
@@ -53,6 +55,7 @@ class VTokLMConfig(ModelConfig):
     lambda_dec: float = 1.0
     predicted: float = 0.5
     predicted_steps: int = 1000
+    text_dropout: float = 0.0
     lora_rank: int = 0
     lora_alpha: int = 16
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
@@ -65,8 +68,10 @@ class VTokLMConfig(ModelConfig):
             self._require_int(name, 0)
         for name in ("lambda_vis", "lambda_dec", "predicted"):
             self._require_number(name, 0)
-        if self.predicted > 1:
-            raise self._error("predicted", "at most 1")
+        self._require_number("text_dropout", 0)
+        for name in ("predicted", "text_dropout"):
+            if getattr(self, name) > 1:
+                raise self._error(name, "at most 1")
         self._require_choice("head", HEADS)
         try:
             kind = json.loads(self.lm_config)["model_type"]

@@ -64,8 +64,8 @@ class UnifiedRecipe:
 
     Attributes:
         head: "flow", "mse", or "codes" for a discrete tokenizer.
-        head_width, head_depth, lambda_vis, lambda_dec, predicted, predicted_steps, lora_rank,
-        lora_alpha, lora_targets: see there.
+        head_width, head_depth, lambda_vis, lambda_dec, predicted, predicted_steps, text_dropout,
+        lora_rank, lora_alpha, lora_targets: see there.
         generation: part of the samples that are videos from text, the others are questions.
         questions: kinds that are asked; empty for all.
     """
@@ -77,6 +77,7 @@ class UnifiedRecipe:
     lambda_dec: float = 1.0
     predicted: float = 0.5
     predicted_steps: int = 1000
+    text_dropout: float = 0.0
     lora_rank: int = 0
     lora_alpha: int = 16
     lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
