@@ -150,33 +150,38 @@ def generate_tokens(
     model.check_length(batch.ids.shape[1] + len(places))
     cache = _Cache(model, batch, model._inputs(batch, None, None))
     tokens: list[Tensor] = []
-    for place in places:
+    for place in places.expand(len(texts), -1, -1).unbind(1):
         drawn = next_tokens(
-            model, cache.state, temperature=temperature, guidance=guidance, generator=generator
+            model,
+            cache.state,
+            place[: len(prompts)],
+            temperature=temperature,
+            guidance=guidance,
+            generator=generator,
         )
         tokens.append(drawn)
         if len(tokens) < len(places):
             seen = drawn.repeat(len(texts) // len(prompts), 1)
-            embedded = model.embed_visual(seen, place.expand(len(seen), -1))
-            cache.push(embedded.to(cache.state.dtype))
+            cache.push(model.embed_visual(seen, place).to(cache.state.dtype))
     return torch.stack(tokens, dim=1)
 
 
 def next_tokens(
     model: VTokLM,
     states: Tensor,
+    positions: Tensor,
     *,
     temperature: float,
     generator: torch.Generator,
     guidance: float = 1.0,
 ) -> Tensor:
-    """Returns tokens [n, D] drawn for states [n, H], with guidance [2n, H], see `vtok_heads`."""
+    """Returns tokens [n, D] drawn at [n, 2] for states [n, H], with guidance [2n, H], see
+    `vtok_heads`."""
     if isinstance(model.head, CodeHead):
         return model.head.codes[model.head.choose(states, temperature, generator, guidance)]
-    count = len(states) if guidance == 1 else len(states) // 2
-    noise = normal_rows([count], model.head.token_dim, states, generator)
+    noise = normal_rows([len(positions)], model.head.token_dim, states, generator)
     predicted = model.head.predict(states, temperature * noise, SAMPLING_STEPS, guidance)
-    return model.denormalised(predicted)
+    return model.denormalised(predicted, positions)
 
 
 @torch.no_grad()

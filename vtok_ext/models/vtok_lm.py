@@ -110,8 +110,9 @@ class VTokLM(nn.Module):
             tokenizer.decoder.requires_grad_(False)
         if config.lambda_vis == 0 and config.lambda_dec * config.predicted == 0:
             self.head.requires_grad_(False)
-        self.register_buffer("token_mean", torch.zeros(dim))
-        self.register_buffer("token_deviation", torch.ones(dim))
+        # Of key tokens and of residual tokens, whose sizes differ.
+        self.register_buffer("token_mean", torch.zeros(2, dim))
+        self.register_buffer("token_deviation", torch.ones(2, dim))
 
     def _build_head(self, width: int, dim: int) -> FlowHead | MseHead | CodeHead:
         config = self.config
@@ -123,30 +124,46 @@ class VTokLM(nn.Module):
 
     @torch.no_grad()
     def fit_statistics(self, videos: Sequence[Tensor], fps: float | None = None) -> None:
-        """Stores mean and deviation of the tokens of some videos [B, 3, T, H, W].
+        """Stores mean and deviation of the key and of the residual tokens of some videos.
+
+        Residual tokens get those of key tokens if there are fewer than two of them.
 
         Args:
-            videos: batches.
+            videos: batches [B, 3, T, H, W].
             fps: frames per second.
 
         Raises:
-            ValueError: fewer than two tokens in all.
+            ValueError: fewer than two key tokens in all.
         """
-        rows = [self._encode(video, fps)[0].flatten(0, 1).float() for video in videos]
-        count = sum(len(row) for row in rows)
+        key: list[Tensor] = []
+        residual: list[Tensor] = []
+        for video in videos:
+            tokens, positions, _, _ = self._encode(video, fps)
+            kinds = self._kinds(positions)
+            key.append(tokens[kinds == 0].float())
+            residual.append(tokens[kinds == 1].float())
+        count = sum(map(len, key))
         if count < 2:
             raise ValueError(f"fit_statistics: videos must have two tokens or more, got {count}")
-        tokens = torch.cat(rows)
-        self.token_mean.copy_(tokens.mean(0))
-        self.token_deviation.copy_(tokens.std(0).clamp(min=_LEAST_DEVIATION))
+        enough = sum(map(len, residual)) > 1
+        for kind, rows in enumerate((key, residual if enough else key)):
+            values = torch.cat(rows)
+            self.token_mean[kind] = values.mean(0)
+            self.token_deviation[kind] = values.std(0).clamp(min=_LEAST_DEVIATION)
 
-    def normalised(self, tokens: Tensor) -> Tensor:
-        """Returns tokens [..., D] of mean 0 and deviation 1 by the stored statistics."""
-        return (tokens - self.token_mean) / self.token_deviation
+    def _kinds(self, positions: Tensor) -> Tensor:
+        """Returns 0 for key tokens, 1 for residual tokens [...] at positions [..., 2]."""
+        return (positions[..., 1] >= self.tokenizer.config.key_tokens).long()
 
-    def denormalised(self, tokens: Tensor) -> Tensor:
+    def normalised(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Returns tokens [..., D] at [..., 2], by the stored statistics of mean 0, deviation 1."""
+        kinds = self._kinds(positions)
+        return (tokens - self.token_mean[kinds]) / self.token_deviation[kinds]
+
+    def denormalised(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Returns the inverse of `normalised`."""
-        return tokens * self.token_deviation + self.token_mean
+        kinds = self._kinds(positions)
+        return tokens * self.token_deviation[kinds] + self.token_mean[kinds]
 
     # Training.
 
@@ -198,12 +215,14 @@ class VTokLM(nn.Module):
                 vis = self.head.loss(before, indices[chosen].flatten())
             else:
                 # Stop-gradient targets, see the module.
-                targets = self.normalised(latent[chosen]).detach().flatten(0, 1)
+                places = positions[chosen]
+                targets = self.normalised(latent[chosen], places).detach().flatten(0, 1)
                 vis = self.head.loss(before, targets, counts, gens)
             if self.config.lambda_dec > 0:
-                seen = self._decoder_tokens(latent[chosen], before, step, gens)
+                places = positions[chosen]
+                seen = self._decoder_tokens(latent[chosen], before, places, step, gens)
                 clip = self._float_video(video)[chosen]
-                dec = self.tokenizer.decoder.loss(clip, seen, positions[chosen], gens)[0]
+                dec = self.tokenizer.decoder.loss(clip, seen, places, gens)[0]
         else:
             # DDP waits for a gradient of every parameter in every step.
             vis = zero + _nothing_of(self.head)
@@ -263,8 +282,9 @@ class VTokLM(nn.Module):
         """Returns what the language model sees [..., H] of tokens [..., D] at [..., 2], their
         frames and slots."""
         frames, slots = positions.long().unbind(-1)
+        seen = self.normalised(latent, positions).to(latent.dtype)
         waves = sincos_1d(frames.flatten(), _FRAME_WAVES).view(*frames.shape, -1).to(latent)
-        return self.projector(latent) + self.slot_embed(slots) + self.frame_embed(waves)
+        return self.projector(seen) + self.slot_embed(slots) + self.frame_embed(waves)
 
     def embed_text(self, ids: Tensor) -> Tensor:
         """Returns what the language model sees [..., H] of text ids [...]."""
@@ -308,15 +328,23 @@ class VTokLM(nn.Module):
         """Returns the states [n, H] from which visual tokens are predicted."""
         return states[:, :-1][batch.is_target.to(states.device)[:, 1:]]
 
-    def predict(self, states: Tensor, counts: Sequence[int], generators: Generators) -> Tensor:
-        """Returns predicted tokens [n, D] of states [n, H], with gradients."""
+    def predict(
+        self, states: Tensor, positions: Tensor, counts: Sequence[int], generators: Generators
+    ) -> Tensor:
+        """Returns predicted tokens [n, D] at [n, 2] of states [n, H], with gradients."""
         if isinstance(self.head, CodeHead):
             return self.head.expected(states)
         noise = normal_rows(counts, self.head.token_dim, states, generators)
-        return self.denormalised(self.head.predict(states, noise, TRAINING_STEPS))
+        predicted = self.head.predict(states, noise, TRAINING_STEPS)
+        return self.denormalised(predicted, positions)
 
     def _decoder_tokens(
-        self, latent: Tensor, before: Tensor, step: int, generators: Generators
+        self,
+        latent: Tensor,
+        before: Tensor,
+        positions: Tensor,
+        step: int,
+        generators: Generators,
     ) -> Tensor:
         """Returns tokens [B, L, D], for some clips predicted ones."""
         part = self.config.predicted_part(step)
@@ -325,7 +353,8 @@ class VTokLM(nn.Module):
             return latent
         draw = normal_rows([1] * batch, 1, latent, generators)
         is_predicted = torch.special.ndtr(draw) < part  # [B, 1]
-        predicted = self.predict(before, [length] * batch, generators).view(batch, length, dim)
+        flat = self.predict(before, positions.flatten(0, 1), [length] * batch, generators)
+        predicted = flat.view(batch, length, dim)
         return torch.where(is_predicted[..., None], predicted.to(latent.dtype), latent)
 
     @torch.no_grad()
@@ -353,7 +382,8 @@ class VTokLM(nn.Module):
         def generator() -> torch.Generator:
             return torch.Generator().manual_seed(seed)
 
-        forced = next_tokens(self, states, temperature=1.0, generator=generator())
+        flat = positions.flatten(0, 1)
+        forced = next_tokens(self, states, flat, temperature=1.0, generator=generator())
         free = generate_tokens(
             self, prompts, num_frames=video.shape[2], fps=fps, generator=generator()
         )

@@ -65,7 +65,8 @@ class GenerationRow(VTokRow):
         decoder_dim, decoder_depth, decoder_heads, decoder_patch, sampling_steps: the decoder.
         decoder_steps, decoder_batch, decoder_lr, muon_lr: of its training, by Muon for the matrices
             within and AdamW for all else.
-        temperature: of the generated tokens.
+        temperature, guidance: of the generated tokens.
+        text_dropout: see `VTokLMConfig`.
     """
 
     kind: ClassVar[str] = "vtok_generation"
@@ -84,6 +85,8 @@ class GenerationRow(VTokRow):
     decoder_lr: float = 1.5e-3
     muon_lr: float = 0.02
     temperature: float = 1.0
+    guidance: float = 1.0
+    text_dropout: float = 0.1
 
     def build(self, encoder: SmallViT, clips: CaptionedClips) -> VideoStudyLM:
         """Returns the model of a row; see `VTokRow.build`."""
@@ -95,6 +98,7 @@ class GenerationRow(VTokRow):
             head="codes" if self.levels else self.head,
             head_width=self.head_width,
             head_depth=self.head_depth,
+            text_dropout=self.text_dropout,
             lambda_dec=0.0,  # trained before
         )
         tokenizer = self.tokenizer(encoder, clips, **decoder)
@@ -219,6 +223,7 @@ def _measure(
             num_frames=row.num_frames,
             size=size,
             temperature=row.temperature,
+            guidance=row.guidance,
             seed=index,
             output="uint8",
         )[0]

@@ -51,7 +51,8 @@ class VTokRow:
 
     Attributes:
         shown, num_shown, key_frame: see `StudyLM`.
-        residual_pool, num_queries, key_tokens, stride, levels: see `VTokConfig`.
+        residual_pool, num_queries, key_tokens, stride, levels, token_dim: see `VTokConfig`; tokens
+            have the encoder's channels if token_dim is null.
         image_size, patch, encoder_dim, encoder_depth, encoder_heads, encoder_steps: the image
             encoder and its training, equal in all rows.
         lm_dim, lm_depth, lm_heads: the language model, a Llama.
@@ -70,6 +71,7 @@ class VTokRow:
     key_tokens: int = 16
     stride: int = 1
     levels: tuple[int, ...] = ()
+    token_dim: int | None = None
     image_size: int = 64
     patch: int = 8
     encoder_dim: int = 64
@@ -115,7 +117,7 @@ class VTokRow:
             encoder_dim=self.encoder_dim,
             encoder_depth=self.encoder_depth,
             encoder_heads=self.encoder_heads,
-            token_dim=self.encoder_dim,
+            token_dim=self.encoder_dim if self.token_dim is None else self.token_dim,
             key_tokens=self.key_tokens,
             residual_pool=self.residual_pool,
             num_queries=self.num_queries,
