@@ -519,6 +519,17 @@ def test_times_of_the_decoder_are_near_noise(clip, monkeypatch):
     torch.testing.assert_close(quartiles, torch.tensor([1 / 13, 1 / 5, 3 / 7]), atol=0.04, rtol=0)
 
 
+def test_frames_take_the_nearest_residual_token():
+    decoder = tiny().decoder
+    key, residual = 0, decoder.key_tokens
+    positions = torch.tensor([[[2, key], [0, residual], [5, residual], [6, residual], [-1, -1]]])
+    memory = torch.arange(1.0, 6.0).view(1, 5, 1)
+    found = decoder._residuals_of_frames(memory, positions, 9)
+    assert found.flatten().tolist() == [2, 2, 2, 3, 3, 3, 4, 4, 4]
+    none = decoder._residuals_of_frames(memory[:, :1], positions[:, :1], 4)
+    assert none.flatten().tolist() == [0] * 4
+
+
 def test_dead_channels_stay_small(clip):
     model = tiny()
     model.encoder.norm.weight.data[3] = 0

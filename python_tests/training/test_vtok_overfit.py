@@ -51,6 +51,23 @@ def test_four_clips_are_told_apart():
     assert (10 * torch.log10(best_other / own) >= 6).all(), error
 
 
+@torch.no_grad()
+def test_clips_of_one_key_frame_are_told_apart():
+    """Residual tokens are used: a square begins in the middle and goes one of four ways. A decoder
+    that found them by attention alone stood at 3 dB after as many steps."""
+    model = tiny(stride=1, decoder_dim=48, decoder_depth=2, token_dim=24, residual_pool="grid")
+    video = torch.full((4, 3, 16, 16, 16), -1.0)
+    for clip, (down, right) in enumerate([(0, 1), (0, -1), (1, 0), (-1, 0)]):
+        for t in range(16):
+            y, x = 6 + t * 4 // 15 * down, 6 + t * 4 // 15 * right
+            video[clip, :, t, y : y + 4, x : x + 4] = 1.0
+    with torch.enable_grad():
+        fit(model, video, steps=250, batch=4)
+    error = errors(model.decode(model.encode(video), num_steps=2), video)
+    own, best_other = error.diagonal(), (error + torch.eye(4) * 1e9).amin(1)
+    assert (10 * torch.log10(best_other / own) >= 5).all(), error
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_held_out_clips_beat_the_mean_frame():
