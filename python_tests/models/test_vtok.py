@@ -526,8 +526,9 @@ def test_frames_take_the_nearest_residual_token():
     memory = torch.arange(1.0, 6.0).view(1, 5, 1)
     found = decoder._residuals_of_frames(memory, positions, 9)
     assert found.flatten().tolist() == [2, 2, 2, 3, 3, 3, 4, 4, 4]
-    none = decoder._residuals_of_frames(memory[:, :1], positions[:, :1], 4)
-    assert none.flatten().tolist() == [0] * 4
+    for count in (0, 1):
+        none = decoder._residuals_of_frames(memory[:, :count], positions[:, :count], 4)
+        assert none.flatten().tolist() == [0] * 4
 
 
 def test_dead_channels_stay_small(clip):

@@ -131,6 +131,8 @@ class VTokDecoder(nn.Module):
 
     def _residuals_of_frames(self, memory: Tensor, positions: Tensor, num_frames: int) -> Tensor:
         """Returns [B, T, D]: for every frame the residual token nearest in time, 0 without any."""
+        if memory.shape[1] == 0:
+            return memory.new_zeros(len(memory), num_frames, memory.shape[-1])
         frames, slots = positions.unbind(-1)
         is_residual = (slots == self.key_tokens) & (frames != PADDING)
         at = torch.arange(num_frames, device=frames.device)
