@@ -127,7 +127,7 @@ class FlowHead(nn.Module):
         self, states: Tensor, noise: Tensor, num_steps: int, guidance: float = 1.0
     ) -> Tensor:
         """Returns tokens [n, D] after Euler steps from noise [n, D]; gradients pass."""
-        x, copies = noise, len(states) // len(noise)
+        x, copies = noise, 1 if guidance == 1 else 2
         for step in range(num_steps):
             t = torch.full((len(states),), step / num_steps, device=x.device)
             velocity = self.velocity(x.repeat(copies, 1), t, states)
