@@ -14,7 +14,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "bench" / "RESULTS.md", ROOT / "docs" / "diffusers.md"]
+PAGES = [
+    ROOT / page for page in ("README.md", "bench/RESULTS.md", "docs/diffusers.md", "docs/vtok.md")
+]
 RESULTS = ROOT / "bench" / "results"
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 # What users run today. A convolution has no "eager": the best of its two forms stands for it.
@@ -339,6 +341,47 @@ def max_batch_row(title: str, rows: list[dict]) -> str:
     return f"| {title} | {' | '.join(cells)} | {growth:.2f}x |"
 
 
+# Columns of the table of systems.
+SYSTEM_COLUMNS = {
+    "million_parameters": "parameters, M",
+    "tokens": "tokens",
+    "bits": "bits",
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "lpips": "LPIPS",
+    "boundary_jump": "boundary_jump",
+    "encode_s": "encode, s",
+    "decode_s": "decode, s",
+    "peak_mb": "peak memory of coding above imports, MB",
+}
+
+
+def systems_table(name: str) -> str:
+    """The Markdown of `bench/systems.py`, by device."""
+    lines = []
+    for path in sorted(RESULTS.glob(f"*/{name}.json")):
+        result = json.loads(path.read_text())
+        size = f"{result['size']}x{result['size']}"
+        lines += [
+            f"{path.parent.name}, torch {result['environment']['torch']}, means of "
+            f"{result['clips']} clips of {result['frames']} frames of {size}:",
+            "",
+            systems_rows(result["rows"]),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def systems_rows(rows: list[dict]) -> str:
+    """One line per system."""
+    head = ["system", *SYSTEM_COLUMNS.values()]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in rows:
+        cells = [f"{row[key]:,.4g}" if key in row else "-" for key in SYSTEM_COLUMNS]
+        lines.append(f"| {row['system']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 # Benchmarks with a form of their own; "_real" is the same at published widths.
 WHOLE_MODELS = {"diffusers", "diffusers_real", "diffusers_seams"}
 
@@ -351,6 +394,8 @@ def block(name: str) -> str:
         return seam_table(name)
     if name == "max_batch":
         return max_batch_table(name)
+    if name == "systems":
+        return systems_table(name)
     return vae_table(name) if name in WHOLE_MODELS else table(name)
 
 

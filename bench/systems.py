@@ -31,6 +31,7 @@ from harness import (
     forget_process_peak,
     process_peak_mb,
 )
+from report import systems_rows
 
 import vtok_ext as vt
 from vtok_ext.data.procedural import procedural_clip
@@ -39,17 +40,6 @@ from vtok_ext.data.procedural import procedural_clip
 FIRST_SEED = 1_000_000_000
 WINDOW = 16
 _LATENT_BITS = 32
-COLUMNS = {
-    "tokens": "tokens",
-    "bits": "bits",
-    "psnr": "PSNR, dB",
-    "ssim": "SSIM",
-    "lpips": "LPIPS",
-    "boundary_jump": "boundary_jump",
-    "encode_s": "encode, s",
-    "decode_s": "decode, s",
-    "peak_mb": "peak memory of coding above imports, MB",
-}
 
 
 def clip_of(index: int, frames: int, size: int) -> torch.Tensor:
@@ -123,15 +113,6 @@ def measure_system(name: str, source: str, options: dict, queue) -> None:
     queue.put({"system": name, "model": model.name, "window": int(window or 0), **means})
 
 
-def table(rows: list[dict]) -> str:
-    """Returns the results as Markdown."""
-    lines = [f"| system | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for row in rows:
-        cells = [f"{row[key]:,.4g}" if key in row else "-" for key in COLUMNS]
-        lines.append(f"| {row['system']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def main(arguments: list[str] | None = None) -> list[dict]:
     """Returns the rows, after measuring and writing them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -166,7 +147,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     text = json.dumps({"environment": environment("cpu"), **settings, "rows": rows}, indent=1)
     partial.write_text(text + "\n")
     os.replace(partial, path)
-    print(table(rows))
+    print(systems_rows(rows))
     return rows
 
 

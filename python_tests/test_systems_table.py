@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import report
 import systems
 import torch
 from tiny_vtok import tiny, tiny_fsq
@@ -11,7 +12,7 @@ import vtok_ext as vt
 from vtok_ext.training.recipe_file import load_recipe
 
 
-def test_same_clips_for_every_system(tmp_path, capsys):
+def test_same_clips_for_every_system(tmp_path, capsys, monkeypatch):
     vidtok = {"ch": 8, "ch_mult": (1, 1, 1, 1), "num_res_blocks": 1}
     models = {
         "vidtok": vt.create_model("vidtok_fsq_causal_488_262144", **vidtok),
@@ -37,6 +38,9 @@ def test_same_clips_for_every_system(tmp_path, capsys):
     assert [row["system"] for row in saved["rows"]] == [*models, "windows"]
     text = capsys.readouterr().out
     assert text.count("\n") == 2 + len(rows) and "boundary_jump" in text
+    monkeypatch.setattr(report, "RESULTS", tmp_path.parent)
+    page = report.systems_table("systems")
+    assert text.strip() in page and "1 clips of 32 frames of 16x16" in page
 
 
 def test_peak_is_that_of_coding(monkeypatch):
