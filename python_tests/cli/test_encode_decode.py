@@ -11,7 +11,7 @@ import torch
 import vtok_ext as vt
 from vtok_ext.cli import encode as encode_module
 from vtok_ext.cli import reconstruct as reconstruct_module
-from vtok_ext.data.video import read_clip
+from vtok_ext.data.video import VideoReader, read_clip
 from vtok_ext.models.latent_statistics import LatentStatistics
 from vtok_ext.models.vidtok_published import decode_published, encode_published
 
@@ -98,6 +98,37 @@ def test_planes_of_a_model_for_whole_clips(vtok, make_video, tmp_path, written):
     out = tmp_path / "again.mp4"
     assert vtok("reconstruct", video, "--model", tmp_path / "model", "-o", out).code == 0
     assert close(written, model.decode(encoding, output="uint8"))
+
+
+@torch.no_grad()
+def test_a_film_too_long_for_the_model_is_not_read_to_its_end(
+    vtok, make_video, tmp_path, monkeypatch
+):
+    width = {"enc_embed_dim": 16, "dec_embed_dim": 16, "enc_num_heads": 2, "dec_num_heads": 2}
+    depth = {"enc_num_layers": 1, "dec_num_layers": 1, "enc_patch_num_layers": 1}
+    shape = {"video_shape": (16, 32, 48), "latent_patch_size": (16, 16, 16)}
+    vt.create_model("coordtok_large_128", **width, **depth, **shape).save_pretrained(
+        tmp_path / "model"
+    )
+    film, wide = make_video("film.mp4", 200), make_video("wide.mp4", 9, 32, 64)
+    read = []
+    chunks = VideoReader.chunks
+
+    def counted(self, count):
+        for chunk in chunks(self, count):
+            read.append(len(chunk.timestamps))
+            yield chunk
+
+    monkeypatch.setattr(VideoReader, "chunks", counted)
+    model = ("--model", tmp_path / "model")
+    for video, got in ((film, "got (64, 32, 40)"), (wide, "got (9, 32, 64)")):
+        refused = vtok("encode", video, tmp_path / "out", *model)
+        assert refused.code == 2 and got in refused.err and "(16, 32, 48)" in refused.err
+    assert vtok("reconstruct", film, *model, "-o", tmp_path / "back.mp4").code == 2
+    assert sum(read) < 200
+    refused = vtok("tokenize", film, tmp_path / "set", *model, "--device", "cpu")
+    assert refused.code == 2 and "tokenize: film.mp4 (see --frames and --size): " in refused.err
+    assert not any(tmp_path.glob("out*")) and not any(tmp_path.glob("back*"))
 
 
 @pytest.mark.parametrize("kind", ["fsq", "kl"])

@@ -97,7 +97,13 @@ def test_planes_of_another_tokenizer_are_refused_before_sampling(vtok, generator
     )
     wide.origin = LatentOrigin(8, 16, 16)
     wide.save_pretrained(tmp_path / "wide")
+    long = vt.create_generator(
+        "sit_s_2", input_size=(8, 4, 4), hidden_size=16, depth=1, num_heads=2
+    )
+    long.origin = LatentOrigin(20, 16, 16)
+    long.save_pretrained(tmp_path / "long")
     for model, message in (
+        (tmp_path / "long", "at most (frames, height, width) (8, 16, 16), got (20, 16, 16)"),
         (
             tmp_path / "wide",
             "must have cells (t, x, y) and channels (8, 4, 8, 8), got (8, 4, 4, 8)",

@@ -328,6 +328,16 @@ def test_errors(tok, clip):
         tok.decode(planes, num_frames=9)
     with pytest.raises(ValueError, match=r"decode: num_slices must be in 1..192, .* got 0"):
         tok.decode(planes, num_slices=0)
+    for recorded in (Encoding(planes, 9, (16, 24)), Encoding(planes, 8, (16, 25))):
+        for decode in (
+            tok.decode,
+            lambda e: tok.decode_frames(e, [7.5]),
+            lambda e: tok.decode_region(e, 0, 0, 4, 4),
+        ):
+            with pytest.raises(
+                ValueError, match=r"encoding must record at most .* \(8, 16, 24\), "
+            ):
+                decode(recorded)
     with pytest.raises(ValueError, match="got coordtok_large_128, whose latent is continuous"):
         tok.tokenize(clip(1, 8, 16, 24))
     with pytest.raises(ValueError, match="model must be causal for an exact stream"):

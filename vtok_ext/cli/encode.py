@@ -33,6 +33,7 @@ from .model_source import load_model_for, resolve_device
 from .reconstruct import frames_per_chunk
 from .streaming_mode import check_published, check_streaming
 from .video_suffixes import OTHER_VIDEO_SUFFIXES, VIDEO_SUFFIXES
+from .whole_clip import read_whole
 
 # Enough of a file to tell it from another one of the same size.
 _IDENTIFYING_BYTES = 2**20
@@ -185,8 +186,7 @@ def _whole_clip(
     """Returns Tokens or Encoding of a clip that must be in memory at once, and its T, H, W."""
     import torch
 
-    chunks = [chunk.frames.transpose(0, 1) for chunk in reader.chunks(64)]
-    video = torch.cat(chunks).transpose(0, 1)[None]
+    video = read_whole("encode", model, (chunk.frames for chunk in reader.chunks(64)))[None]
     device = next(model.parameters()).device
     fps = float(reader.info.fps) or None
     with torch.no_grad():

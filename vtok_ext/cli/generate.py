@@ -186,6 +186,10 @@ def _check_latents(generator: LatentGenerator, tokenizer: Any) -> None:
             f"generate: the tokenizer of {generator.name} must have cells (t, x, y) and channels "
             f"{ours}, got {theirs} of {tokenizer.name}"
         )
+    origin = generator.origin
+    assert origin is not None  # `_models` has seen to it
+    shape = (origin.num_frames, origin.height, origin.width)
+    tokenizer.check_clip(f"generate: clips of {generator.name}", shape)
 
 
 @torch.no_grad()

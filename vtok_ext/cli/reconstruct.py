@@ -22,6 +22,7 @@ from vtok_ext.data.video import VideoInfo, VideoReader, VideoWriter
 from .console import Console, Progress
 from .memory_plan import NO_LIMIT, MemoryOptions, arrange_freed_memory, peak_bytes, prepare
 from .model_source import load_model_for, resolve_device
+from .whole_clip import read_whole
 
 # A chunk is sized so that one feature map at full resolution takes about this much memory; a pass
 # holds a handful of them.
@@ -153,11 +154,16 @@ class _Reconstruction:
         self, reader: VideoReader, max_frames: int | None, progress: Progress
     ) -> None:
         """Returns None after one pass over all frames together: no exact stream exists."""
-        parts = list(self._chunks(reader, max_frames))
-        self._sources = deque(parts)
+        self._sources = deque()
+
+        def frames() -> Iterator[torch.Tensor]:
+            for part in self._chunks(reader, max_frames):
+                self._sources.append(part)
+                yield part[0]
+
         device = next(self.model.parameters()).device
+        clip = read_whole("reconstruct", self.model, frames())[None].to(device)
         start = time.monotonic()
-        clip = torch.cat([frames for frames, _ in parts], dim=1)[None].to(device)
         encoding = self.model.encode(clip, fps=float(self.info.fps or 24))
         decoded = self.model.decode(encoding)
         latent = encoding.indices if self.model.is_discrete else encoding.latent

@@ -44,7 +44,9 @@ def demo(
 
 
 def reconstruct(
-    video: Annotated[Path, typer.Argument(help="Video file of any length and size.")],
+    video: Annotated[
+        Path, typer.Argument(help="Video file, of any length and size that the model takes.")
+    ],
     model: ModelOption,
     output: Annotated[
         Path | None,
@@ -86,7 +88,9 @@ def reconstruct(
 
 
 def encode(
-    video: Annotated[Path, typer.Argument(help="Video file of any length and size.")],
+    video: Annotated[
+        Path, typer.Argument(help="Video file, of any length and size that the model takes.")
+    ],
     out: Annotated[Path, typer.Argument(help="Token or latent file to write (safetensors).")],
     model: ModelOption,
     name: NameOption = None,

@@ -107,10 +107,12 @@ class _ShardWork:
 
         Raises:
             UnreadableVideoError: it ends early; all is as if there were no such video.
+            ValueError: its clips are too long or too large for the model.
         """
         num_entries, waiting, number = len(self.entries), list(self._waiting), 0
         try:
             for portion in portions:
+                self._check_clip(video, portion)
                 if portion.is_part:
                     self._add_long(video, f"{key}-{number:05d}", portion, portions)
                     return
@@ -128,6 +130,12 @@ class _ShardWork:
             # Those before may have been encoded in a batch with clips of this video: once more.
             self._waiting = waiting
             raise
+
+    def _check_clip(self, video: VideoItem, portion: Portion) -> None:
+        check = getattr(self.model, "check_clip", None)
+        if check is not None:
+            shape = (portion.num_frames, *portion.clips.shape[3:])
+            check(f"tokenize: {video.name} (see --frames and --size)", shape)
 
     def _add_clip(
         self, video: VideoItem, key: str, portion: Portion, clip: Tensor, stamps: list[int]

@@ -12,6 +12,7 @@ Source: Jang et al., CoordTok (arXiv 2411.14762).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -153,7 +154,8 @@ class CoordTok(VideoTokenizer):
             fps: frames per second, only recorded.
             sample, generator: without effect, the latent has no distribution.
             num_frames: integers [B] in 1..T, for clips of different length: what comes after them
-                is padding, whatever it holds. Default T for all.
+                is padding, whatever it holds. Default T for all. The Encoding records T alone:
+                of clip b, only the first `num_frames[b]` decoded frames mean anything.
             frames: "preserve"; or "reference", which only a clip of the full height and width can
                 have, see the class.
             normalize: give the planes mean 0 and std 1 by `latent_statistics`; `decode` knows.
@@ -165,11 +167,7 @@ class CoordTok(VideoTokenizer):
         video_input.check_video("encode", video)
         video_input.check_frame_rule("encode", frames)
         shape, limit = tuple(video.shape[2:]), self.config.video_shape
-        if any(size > most for size, most in zip(shape, limit, strict=True)):
-            raise ValueError(
-                f"encode: video must have at most (frames, height, width) {limit}, got {shape}; "
-                "cut or resize it first"
-            )
+        self.check_clip("encode", shape)
         if frames == "reference" and shape[1:] != limit[1:]:
             raise ValueError(
                 f"encode: video must be {limit[1]}x{limit[2]} with frames='reference', "
@@ -188,6 +186,20 @@ class CoordTok(VideoTokenizer):
         planes = self.encoder(x, self._queries(), num_frames)
         encoding = Encoding(planes, shape[0], (shape[1], shape[2]), fps=fps, frame_rule=frames)
         return self._normalized(encoding, normalize)
+
+    def check_clip(self, op: str, shape: Sequence[int]) -> None:
+        """Raises ValueError unless a clip of this (frames, height, width) fits into the model.
+
+        Args:
+            op: who asks, in front of the message.
+            shape: of the clip.
+        """
+        limit = self.config.video_shape
+        if any(size > most for size, most in zip(shape, limit, strict=True)):
+            raise ValueError(
+                f"{op}: video must have at most (frames, height, width) {limit}, "
+                f"got {tuple(shape)}; cut or resize it first"
+            )
 
     def _queries(self) -> Planes:
         return {plane: getattr(self, f"weight_tokens_{plane}") for plane in PLANE_AXES}
@@ -367,6 +379,7 @@ class CoordTok(VideoTokenizer):
         encoding = self._denormalized(encoding, False)  # type: ignore[assignment]
         if isinstance(encoding, Encoding):
             self.check_origin(op, encoding.model_id)
+            self._check_recorded(op, encoding)
         planes = encoding.latent if isinstance(encoding, Encoding) else encoding
         if not isinstance(planes, dict) or set(planes) != set(PLANE_AXES):
             found = sorted(planes) if isinstance(planes, dict) else type(planes).__name__
@@ -380,6 +393,15 @@ class CoordTok(VideoTokenizer):
                 form = ", ".join(map(str, shape))
                 raise ValueError(f"{op}: plane {name} must be [B, {form}], got {list(plane.shape)}")
         return {name: planes[name].to(self.dtype) for name in PLANE_AXES}
+
+    def _check_recorded(self, op: str, encoding: Encoding) -> None:
+        """Raises ValueError for a clip that the model cannot have encoded."""
+        recorded, limit = (encoding.num_frames, *encoding.size), self.config.video_shape
+        if any(size > most for size, most in zip(recorded, limit, strict=True)):
+            raise ValueError(
+                f"{op}: encoding must record at most (frames, height, width) {limit}, "
+                f"got {recorded}"
+            )
 
     def _lattice(self, moments: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Lattice:
         """Returns the patches at `moments` that touch rows and columns (from, to) of pixels."""
