@@ -83,6 +83,30 @@ def test_the_tokenizer_it_was_trained_on(vtok, generators, saved_models, tmp_pat
     assert taken.code == 0, taken.err
 
 
+def test_videos_of_planes(vtok, tmp_path):
+    """A SiT of triplanes and its CoordTok: the model's clips, and shorter, smaller ones."""
+    torch.manual_seed(0)
+    grid = {"latent_resolution": (8, 4, 4), "latent_patch_size": (4, 2, 2)}
+    thin = {"dec_num_layers": 1, "enc_num_layers": 1, "enc_patch_num_layers": 0}
+    tokenizer = vt.create_model(
+        "coordtok_small_128", video_shape=(8, 16, 16), enc_patch_size=(4, 8, 8), **grid, **thin
+    )
+    tokenizer.save_pretrained(tmp_path / "planes")
+    sit = vt.create_generator("sit_s_2", input_size=(8, 4, 4), hidden_size=16, depth=1, num_heads=2)
+    parts = sit.config.parts()
+    sit.statistics = LatentStatistics(
+        {part: torch.zeros(8) for part in parts}, {part: torch.ones(8) for part in parts}
+    )
+    for number, shape in enumerate([(8, 16, 16), (5, 12, 16)]):
+        sit.origin = LatentOrigin(*shape, None, tokenizer.model_id, str(tmp_path / "planes"))
+        sit.save_pretrained(tmp_path / f"sit{number}")
+        out = tmp_path / f"out{number}"
+        done = vtok("generate", tmp_path / f"sit{number}", "-o", out, "-n", 2, "--steps", 2)
+        assert done.code == 0, done.err
+        first, second = frames(out / "0000.mp4"), frames(out / "0001.mp4")
+        assert first.shape == (3, *shape) and not torch.equal(first, second)
+
+
 def test_planes_of_another_tokenizer_are_refused_before_sampling(vtok, generators, tmp_path):
     sizes = {
         "video_shape": (8, 16, 16),

@@ -324,10 +324,18 @@ def test_errors(tok, clip):
         tok.decode({name: planes[name] for name in ("xy", "yt")})
     with pytest.raises(ValueError, match=r"plane xt must be \[B, 8, 4, 3\], got \[1, 8, 4, 3\]"):
         tok.decode({**planes, "xt": planes["xt"][:1]})
-    with pytest.raises(ValueError, match=r"decode: num_frames must be in 1..8, got 9"):
+    with pytest.raises(ValueError, match=r"decode: num_frames must be an integer in 1..8, got 9"):
         tok.decode(planes, num_frames=9)
-    with pytest.raises(ValueError, match=r"decode: num_slices must be in 1..192, .* got 0"):
+    with pytest.raises(
+        ValueError, match=r"decode: num_slices must be an integer in 1..192, .* got 0"
+    ):
         tok.decode(planes, num_slices=0)
+    with pytest.raises(ValueError, match=r"num_frames must be an integer in 1..8, got 2.5"):
+        tok.decode(planes, num_frames=2.5)
+    with pytest.raises(ValueError, match=r"num_slices must be an integer in .* got 1.5"):
+        tok.decode(planes, num_slices=1.5)
+    with pytest.raises(ValueError, match=r"must be integers within 16x24, got \(0.5, 0, 4, 4\)"):
+        tok.decode_region(planes, 0.5, 0, 4, 4)
     for recorded in (Encoding(planes, 9, (16, 24)), Encoding(planes, 8, (16, 25))):
         for decode in (
             tok.decode,

@@ -198,7 +198,7 @@ def test_errors(tok, planes):
         with pytest.raises(ValueError, match=message):
             tok.decode_frames(planes, times)
     for region in ((0, 0, 17, 1), (-1, 0, 2, 2), (0, 24, 1, 1), (0, 0, 0, 4)):
-        with pytest.raises(ValueError, match="must lie within 16x24, got"):
+        with pytest.raises(ValueError, match="must be integers within 16x24, got"):
             tok.decode_region(planes, *region)
     short = vt.Encoding(planes, 5, (16, 24))  # what lies behind its end was never trained
     for decode in (
@@ -207,9 +207,9 @@ def test_errors(tok, planes):
     ):
         with pytest.raises(ValueError, match=r"times must be a non-empty list of numbers in 0..4"):
             decode()
-    with pytest.raises(ValueError, match="decode: num_frames must be in 1..5, got 6"):
+    with pytest.raises(ValueError, match="decode: num_frames must be an integer in 1..5, got 6"):
         tok.decode(short, num_frames=6)
     with pytest.raises(TypeError, match="decode: plane yt must be a tensor, got list"):
         tok.decode({**planes, "yt": []})
-    with pytest.raises(ValueError, match="num_slices must be in 1..24, the number of points"):
+    with pytest.raises(ValueError, match="num_slices must be an integer in 1..24, the points"):
         tok.decode_frames(planes, [1], num_slices=25)

@@ -13,6 +13,7 @@ Source: Jang et al., CoordTok (arXiv 2411.14762).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -263,8 +264,10 @@ class CoordTok(VideoTokenizer):
             frames = encoding.frame_rule if frames is None else frames
         frames = "preserve" if frames is None else frames
         video_input.check_frame_rule("decode", frames)
-        if not 1 <= num_frames <= known:
-            raise ValueError(f"decode: num_frames must be in 1..{known}, got {num_frames}")
+        if not isinstance(num_frames, Integral) or not 1 <= num_frames <= known:
+            raise ValueError(
+                f"decode: num_frames must be an integer in 1..{known}, got {num_frames}"
+            )
         moments = torch.arange(-(-num_frames // self.config.dec_patch_size[0]))
         lattice = self._lattice(moments, (0, limit[1]), (0, limit[2]))
         video = self._decode_lattice(
@@ -333,11 +336,11 @@ class CoordTok(VideoTokenizer):
             else self.config.video_shape
         )
         region = (top, left, height, width)
-        fits = 0 <= top <= shape[1] - height and 0 <= left <= shape[2] - width
-        if not fits or min(height, width) < 1:
+        whole = all(isinstance(value, Integral) for value in region) and min(height, width) >= 1
+        if not whole or not (0 <= top <= shape[1] - height and 0 <= left <= shape[2] - width):
             raise ValueError(
-                f"decode_region: top, left, height, width must lie within {shape[1]}x{shape[2]}, "
-                f"got {region}"
+                f"decode_region: top, left, height, width must be integers within "
+                f"{shape[1]}x{shape[2]}, got {region}"
             )
         times = range(shape[0]) if times is None else times
         pictures = self._decode_part("decode_region", encoding, times, region, num_slices)
@@ -437,9 +440,9 @@ class CoordTok(VideoTokenizer):
         self, op: str, planes: Planes, lattice: Lattice, num_slices: int, drop_rest: bool = False
     ) -> Tensor:
         """Returns the video [B, 3, Nt * dt, Nx * dx, Ny * dy] of a lattice of patches."""
-        if not 1 <= num_slices <= lattice.num_points:
+        if not isinstance(num_slices, Integral) or not 1 <= num_slices <= lattice.num_points:
             raise ValueError(
-                f"{op}: num_slices must be in 1..{lattice.num_points}, the number of points, "
+                f"{op}: num_slices must be an integer in 1..{lattice.num_points}, the points, "
                 f"got {num_slices}"
             )
         device, real = planes["xy"].device, torch.float32
