@@ -95,6 +95,11 @@ def test_planes_of_a_model_for_whole_clips(vtok, make_video, tmp_path, written):
     assert vtok("decode", out, tmp_path / "back.mp4", "--model", tmp_path / "model").code == 0
     assert close(written, model.decode(encoding, output="uint8"))
     written.clear()
+    sliced = ("--model", tmp_path / "model", "--slices", 3)
+    assert vtok("decode", out, tmp_path / "back.mp4", *sliced).code == 0
+    expected = model.decode(encoding, output="uint8", num_slices=3)
+    assert close(written, expected) and not close(written, model.decode(encoding, output="uint8"))
+    written.clear()
     out = tmp_path / "again.mp4"
     assert vtok("reconstruct", video, "--model", tmp_path / "model", "-o", out).code == 0
     assert close(written, model.decode(encoding, output="uint8"))
@@ -154,6 +159,8 @@ def test_files_hold_what_the_whole_clip_gives(
     assert result.json["grid"] == list(model.token_grid(num_frames, 37, 43))
     assert result.json["frames"] == num_frames and result.json["kind"] in ("tokens", "encoding")
     back = tmp_path / "back.mp4"
+    sliced = vtok("decode", out, back, "--model", saved_models[kind], "--slices", 2)
+    assert sliced.code == 2 and "--slices must be given planes of CoordTok" in sliced.err
     written.clear()
     result = vtok("decode", out, back, "--model", saved_models[kind], "--json")
     assert result.code == 0, result.err

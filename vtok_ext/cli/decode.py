@@ -38,11 +38,13 @@ def run_decode(
     any_weights: bool,
     as_json: bool,
     streaming: str | None = None,
+    slices: int | None = None,
     memory: MemoryOptions = NO_LIMIT,
 ) -> None:
     """Returns None after writing the video; it appears complete or not at all.
 
     The file says whether it is one of published chunks; `streaming`, unless None, must agree.
+    `slices`: see `CoordTok.decode`.
     """
     from vtok_ext.models.encoding_stream import EncodingReader
 
@@ -63,6 +65,8 @@ def run_decode(
             )
             model.check_origin("decode", reader.model_id, any_weights)
             _check_kind(reader, model)
+            if slices is not None and not reader.is_planes:
+                raise ValueError(f"decode: --slices must be given planes of CoordTok, got {source}")
             statistics = model.require_statistics("decode") if reader.normalized else None
             if mode == "reference":
                 check_published("decode", f"{source} in published chunks", model)
@@ -73,7 +77,7 @@ def run_decode(
             prepared = prepare(model, "decode", *size, memory, chunk_frames, console)
             start, num_frames = time.monotonic(), 0
             with console.progress("decoding", reader.num_frames) as progress:
-                for frames in _decoded(reader, prepared, source, statistics):
+                for frames in _decoded(reader, prepared, source, statistics, slices):
                     writer.write(frames[0].cpu())
                     num_frames += frames.shape[2]
                     _show(progress, num_frames, start)
@@ -106,7 +110,11 @@ def _check_kind(reader: Any, model: Any) -> None:
 
 
 def _decoded(
-    reader: Any, prepared: Prepared, source: Path, statistics: LatentStatistics | None
+    reader: Any,
+    prepared: Prepared,
+    source: Path,
+    statistics: LatentStatistics | None,
+    slices: int | None,
 ) -> Iterator[Any]:
     """Yields frames [1, 3, t, H, W] uint8, all in all those that the file stands for.
 
@@ -114,10 +122,12 @@ def _decoded(
         reader, source: the file.
         prepared: the model, and how much of the file it takes at a time.
         statistics: by which the latents were normalised, None if they were not.
+        slices: of planes, None for one.
     """
     import torch
 
     model = prepared.model
+    options: dict[str, Any]
     device = next(model.parameters()).device
     if (
         reader.is_planes
@@ -125,10 +135,11 @@ def _decoded(
         or (reader.frame_rule == "reference" and reader.chunk_frames is None)
     ):
         with torch.no_grad():
-            yield _decoded_whole(reader, model, source, device)
+            options = {} if slices is None else {"num_slices": slices}
+            yield _decoded_whole(reader, model, source, device, options)
         return
     factor, total = model.temporal_factor, reader.num_frames
-    options: dict[str, Any] = {"size": reader.size, "output": "uint8"}
+    options = {"size": reader.size, "output": "uint8"}
     skip = 0
     if reader.chunk_frames is None:
         options["num_frames"] = total
@@ -156,7 +167,9 @@ def _after(skip: int, frames: Any) -> tuple[int, list[Any]]:
     return max(0, skip - frames.shape[2]), [rest] if rest.shape[2] else []
 
 
-def _decoded_whole(reader: Any, model: Any, source: Path, device: Any) -> Any:
+def _decoded_whole(
+    reader: Any, model: Any, source: Path, device: Any, options: dict[str, Any]
+) -> Any:
     from vtok_ext.models.encoding import Encoding, Tokens
 
     if reader.kind == "tokens":
@@ -168,7 +181,7 @@ def _decoded_whole(reader: Any, model: Any, source: Path, device: Any) -> Any:
         encoding.latent = {name: plane.to(device) for name, plane in latent.items()}
     else:
         encoding.latent = latent.to(device)
-    return _as_uint8(model.decode(encoding))
+    return _as_uint8(model.decode(encoding, **options))
 
 
 def _as_uint8(video: Any) -> Any:

@@ -140,6 +140,14 @@ def decode(
     ema: EmaOption = False,
     trust_checkpoint: TrustOption = False,
     any_weights: AnyWeightsOption = False,
+    slices: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="CoordTok: calls of the decoder that a clip is cut into; less memory, and patches "
+            "see only those of their slice [default: 1].",
+        ),
+    ] = None,
     tile: TileOption = None,
     memory: MemoryOption = None,
     device: DeviceOption = "auto",
@@ -158,6 +166,7 @@ def decode(
         name=name,
         ema=ema,
         trust_checkpoint=trust_checkpoint,
+        slices=slices,
         memory=MemoryOptions(tile, memory),
         device=device,
         any_weights=any_weights,
