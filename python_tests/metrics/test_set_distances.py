@@ -118,6 +118,18 @@ def test_kvd_orders_sets():
     assert far.low > near.high and far.num_generated == 24
 
 
+@pytest.mark.parametrize("sizes", [{"frames": 8}, {"size": 8}])
+def test_kvd_of_other_sizes_is_refused(sizes):
+    """Its features are those of clips as they are; clips cut to one length can be compared."""
+    real, other = clips(3, 0), clips(3, 1, **sizes)
+    with pytest.raises(ValueError, match=r"same sizes \(T, H, W\), got .* and \[\(9, 16, 16\)\]"):
+        vt.metrics.kvd(other, real)
+    if "frames" in sizes:
+        assert vt.metrics.kvd(other, real, clip_frames=4).num_real == 6
+    pairs = [clips(3, 2), other]
+    assert vt.metrics.kvd(pairs, [real, other]).num_generated == 6
+
+
 class Corners(torch.nn.Module):
     """Stands for I3D, which takes four seconds per clip: means of parts of a clip."""
 
@@ -147,6 +159,31 @@ def test_clips_of_fvd():
         fvd_features(real[:, :, :15], network)
     with pytest.raises(ValueError, match="chunks must be one of"):
         fvd_features(real, network, chunks="some")
+
+
+class Normalised(Corners):
+    """A network whose features, and whose state, depend on its mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(24)
+        self.frozen = torch.nn.BatchNorm1d(24).eval()
+
+    def forward(self, video):
+        return self.frozen(self.norm(super().forward(video)))
+
+
+def test_fvd_runs_a_network_in_eval_mode():
+    """And leaves its modes and buffers as they were, also after an error."""
+    network = Normalised()
+    buffers = {name: value.clone() for name, value in network.named_buffers()}
+    video = clips(3, 0, frames=16, size=24)
+    expected = Corners()(fvd_preprocess(video)) / (1 + 1e-5)
+    torch.testing.assert_close(fvd_features(video, network), expected.detach(), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="videos must be"):
+        vt.metrics.fvd(video, video[0], weights=network)
+    assert network.training and network.norm.training and not network.frozen.training
+    assert all(torch.equal(value, buffers[name]) for name, value in network.named_buffers())
 
 
 def test_weights_of_i3d(tmp_path):
@@ -216,6 +253,9 @@ def test_preprocessing_crops_the_centre():
         (lambda: vt.metrics.kvd(clips(3, 0).long(), clips(3, 0)), TypeError, "uint8 or floating"),
         (lambda: kvd_features(clips(3, 0), clip_frames=10), ValueError, "as long as a clip"),
         (lambda: kvd_features(clips(3, 0), chunks="x"), ValueError, "chunks must be one of"),
+        (lambda: kvd_features(clips(3, 0), clip_frames=0), ValueError, "clip_frames must be >= 1"),
+        (lambda: kvd_features(clips(3, 0), batch_size=0), ValueError, "batch_size must be >= 1"),
+        (lambda: fvd_features(clips(3, 0), Corners(), batch_size=0), ValueError, "batch_size must"),
     ],
 )
 def test_errors(call, error, message):

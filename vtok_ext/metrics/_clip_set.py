@@ -33,6 +33,15 @@ class SetDistance:
         return self.value
 
 
+def check_clips(op: str, chunks: str, **counts: int | None) -> None:
+    """Raises ValueError unless `chunks` is one of `CHUNKS` and the given counts are positive."""
+    if chunks not in CHUNKS:
+        raise ValueError(f"{op}: chunks must be one of {CHUNKS}, got {chunks!r}")
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{op}: {name} must be >= 1, got {count}")
+
+
 def uint8_batches(op: str, videos: Videos) -> Iterator[Tensor]:
     """Yields batches [B, 3, T, H, W] uint8 of videos; floats in [-1, 1] are clamped and truncated.
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._clip_set import CHUNKS, SetDistance, Videos, clips_of, uint8_batches
+from ._clip_set import SetDistance, Videos, check_clips, clips_of, uint8_batches
 from .frechet import frechet_distance
 from .i3d import load_i3d
 
@@ -64,25 +66,38 @@ def fvd_features(
         videos: [B, 3, T, H, W] uint8 or float in [-1, 1], or batches of such; T >= 16, what is
             left after the last 16 frames is dropped.
         network: see `load_i3d`, or another of clips as `fvd_preprocess` gives them, whose numbers
-            are no FVD; clips go to its device.
+            are no FVD; clips go to its device. It runs in eval mode, and has its own mode again
+            afterwards.
         chunks: every clip of a video is a sample ("all"), or only the "first".
         batch_size: clips at a time.
 
     Raises:
-        TypeError, ValueError: other videos, or not one clip in them.
+        TypeError, ValueError: other videos or options, or not one clip in them.
     """
-    if chunks not in CHUNKS:
-        raise ValueError(f"fvd: chunks must be one of {CHUNKS}, got {chunks!r}")
+    check_clips("fvd", chunks, batch_size=batch_size)
     device = next(network.parameters()).device
-    features = [
-        network(fvd_preprocess(part.to(device))).float().cpu()
-        for video in uint8_batches("fvd", videos)
-        for clip in clips_of(video, CLIP_FRAMES, chunks)
-        for part in clip.split(batch_size)
-    ]
+    with _eval_mode(network):
+        features = [
+            network(fvd_preprocess(part.to(device))).float().cpu()
+            for video in uint8_batches("fvd", videos)
+            for clip in clips_of(video, CLIP_FRAMES, chunks)
+            for part in clip.split(batch_size)
+        ]
     if not features:
         raise ValueError(f"fvd: videos must have {CLIP_FRAMES} frames or more, got shorter ones")
     return torch.cat(features)
+
+
+@contextmanager
+def _eval_mode(network: nn.Module) -> Iterator[None]:
+    """Puts a network into eval mode; each of its modules has its own mode again afterwards."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def fvd(
@@ -103,7 +118,7 @@ def fvd(
 
     Args:
         generated, real: videos, see `fvd_features`.
-        weights: file of `load_i3d`, or a network.
+        weights: file of `load_i3d`, or a network, see `fvd_features`.
         chunks, batch_size: see `fvd_features`.
         num_resamples: bootstrap resamples of both sets for the interval; 0 for none.
         seed: of the resamples.

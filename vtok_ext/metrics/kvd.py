@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._clip_set import CHUNKS, SetDistance, Videos, clips_of, uint8_batches
+from ._clip_set import SetDistance, Videos, check_clips, clips_of, uint8_batches
 
 # Changes with anything that changes a number.
 FEATURES = "random-conv3d-1"
@@ -38,7 +38,6 @@ def _filters() -> list[Tensor]:
     return filters
 
 
-@torch.no_grad()
 def kvd_features(
     videos: Videos,
     *,
@@ -60,20 +59,30 @@ def kvd_features(
         device: where to compute.
 
     Raises:
-        TypeError, ValueError: other videos, or not one clip in them.
+        TypeError, ValueError: other videos or options, or not one clip in them.
     """
-    if chunks not in CHUNKS:
-        raise ValueError(f"kvd: chunks must be one of {CHUNKS}, got {chunks!r}")
+    return _features_and_sizes(videos, clip_frames, chunks, batch_size, device)[0]
+
+
+@torch.no_grad()
+def _features_and_sizes(
+    videos: Videos,
+    clip_frames: int | None,
+    chunks: str,
+    batch_size: int,
+    device: torch.device | str,
+) -> tuple[Tensor, set[tuple[int, ...]]]:
+    """Returns the features [N, 448] of clips, and their sizes (T, H, W)."""
+    check_clips("kvd", chunks, clip_frames=clip_frames, batch_size=batch_size)
     filters = [weight.to(device) for weight in _filters()]
-    features = [
-        _features(part.to(device), filters).cpu()
-        for video in uint8_batches("kvd", videos)
-        for clip in clips_of(video, clip_frames or video.shape[2], chunks)
-        for part in clip.split(batch_size)
-    ]
+    features, sizes = [], set()
+    for video in uint8_batches("kvd", videos):
+        for clip in clips_of(video, clip_frames or video.shape[2], chunks):
+            sizes.add(tuple(clip.shape[2:]))
+            features += [_features(p.to(device), filters).cpu() for p in clip.split(batch_size)]
     if not features:
         raise ValueError("kvd: videos must be as long as a clip, got shorter ones")
-    return torch.cat(features)
+    return torch.cat(features), sizes
 
 
 def _features(clips: Tensor, filters: list[Tensor]) -> Tensor:
@@ -99,20 +108,26 @@ def kvd(
     """Returns the KVD of generated to real clips, with its sample counts and 95 % interval.
 
     Args:
-        generated, real: videos, see `kvd_features`.
+        generated, real: videos, see `kvd_features`; their clips have the same sizes, on which the
+            features depend.
         clip_frames, chunks, batch_size, device: see `kvd_features`.
 
     Raises:
-        TypeError, ValueError: as `kvd_features`, or fewer than three samples of either kind.
+        TypeError, ValueError: as `kvd_features`, clips of other sizes in one set than in the
+            other, or fewer than three samples of either kind.
 
     Deterministic on one device and version of torch.
     """
-    options = {"clip_frames": clip_frames, "chunks": chunks, "batch_size": batch_size}
-    sets = [
-        kvd_features(videos, device=device, **options)  # type: ignore[arg-type]
+    (features, sizes), (real_features, real_sizes) = (
+        _features_and_sizes(videos, clip_frames, chunks, batch_size, device)
         for videos in (generated, real)
-    ]
-    return kernel_distance(*sets)
+    )
+    if sizes != real_sizes:
+        raise ValueError(
+            f"kvd: generated and real clips must have the same sizes (T, H, W), got "
+            f"{sorted(sizes)} and {sorted(real_sizes)}"
+        )
+    return kernel_distance(features, real_features)
 
 
 def kernel_distance(
