@@ -167,6 +167,14 @@ def test_intervals_cover_what_they_should():
     assert (low, high) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
 
 
+@pytest.mark.parametrize(("count", "quantile"), [(11, 2.228), (21, 2.086), (121, 1.980)])
+def test_student_quantiles_beyond_the_table(count, quantile):
+    numbers = np.arange(count, dtype=float)
+    low, high = student_interval(numbers)
+    half = quantile * numbers.std(ddof=1) / count**0.5
+    assert (high - low) / 2 == pytest.approx(half, rel=2e-3)
+
+
 def test_directions_and_margins():
     runs = {}
     for seed in range(3):

@@ -20,7 +20,7 @@ from vtok_ext.training.studies.specification import Comparison
 
 _RESAMPLES = 4000
 _CHUNK = 250  # resamples at a time: 250 x 2,048 clips of counts are 4 MB
-# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom, then the normal one.
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom, and the normal one.
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 _NORMAL = 1.96
 
@@ -78,10 +78,20 @@ def student_interval(
     differences: np.ndarray,  # [S]
 ) -> tuple[float, float]:
     """Returns the 95 % interval of the mean of S >= 2 numbers by Student's t."""
-    freedom = len(differences) - 1
-    quantile = _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else _NORMAL
+    quantile = _student_quantile(len(differences) - 1)
     half = quantile * differences.std(ddof=1) / np.sqrt(len(differences))
     return float(differences.mean() - half), float(differences.mean() + half)
+
+
+def _student_quantile(freedom: int) -> float:
+    """Returns the two-sided 95 % quantile, within 0.003 of it.
+
+    Source: Abramowitz and Stegun 26.7.5, for what is beyond the table.
+    """
+    if freedom <= len(_STUDENT):
+        return _STUDENT[freedom - 1]
+    z = _NORMAL
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def judge(comparison: Comparison, runs: dict[tuple[str, int], FinishedRun]) -> Verdict:
