@@ -150,6 +150,13 @@ def test_statistics_of_a_log_whose_signs_do_not_tell_the_order(vtok, tmp_path, o
     assert done.code == 2 and message in done.err
 
 
+def test_statistics_of_a_gpt_are_refused(vtok, generators, tmp_path):
+    (tmp_path / "log.txt").write_text("[0.1 0.2]\n" * 6)
+    arguments = ["--statistics", tmp_path / "log.txt", "--statistics-order", "means_first"]
+    refused = vtok("generate", generators["gpt"], "-o", tmp_path / "out", *arguments)
+    assert refused.code == 2 and "statistics must be absent for a GPT" in refused.err
+
+
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
@@ -163,6 +170,7 @@ def test_statistics_of_a_log_whose_signs_do_not_tell_the_order(vtok, tmp_path, o
         ("sit", ["--statistics-order", "x"], "--statistics must be given with an order"),
         ("sit", ["--label", 2], "labels must be 4 integers in 0..1"),
         ("sit", ["--name", "sit_l_2"], "must be absent for a saved generator"),
+        ("gpt", ["--last"], "(--last) must be absent for a saved generator"),
         ("sit", ["--statistics", "none.txt"], "must be a file, got none"),
     ],
 )

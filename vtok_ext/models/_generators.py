@@ -73,16 +73,17 @@ def load_generator(
         source: a folder of `save_pretrained`, a hub id `owner/name` of one, or, with `name`, a
             released checkpoint (.pt, .safetensors), whose pickled arguments are read as data only.
         name: which of `list_generators()` a checkpoint belongs to.
-        ema: a checkpoint's moving averages, as the released sampler takes, or its last weights.
-        statistics: of the latents, which a released checkpoint does not hold; see
+        ema: a checkpoint's moving averages, as the released sampler takes, or its last weights;
+            a saved generator has one set of weights only.
+        statistics: of the latents, which a released checkpoint of a SiT does not hold; see
             `read_reference_log`.
         trust_checkpoint: read a pickled checkpoint with torch < 2.6, which is unsafe.
         **overrides: configuration fields by which a checkpoint deviates from `name`.
 
     Raises:
         FileNotFoundError: there is no such folder or file.
-        ValueError: not a generator, an unknown name or field, or weights with other names or
-            shapes.
+        ValueError: not a generator, an unknown name or field, weights with other names or
+            shapes, options of a checkpoint for a saved generator, or statistics for a GPT.
     """
     path = os.fspath(source)
     if _checkpoint.is_checkpoint(path):
@@ -94,12 +95,12 @@ def load_generator(
         weights = _checkpoint.read_generator_checkpoint(path, trust_checkpoint, ema)
         model = create_generator(name, **overrides)
         _persistence.load_weights(model, weights, "load_generator")
-        model.statistics = statistics
+        _set_statistics(model, statistics)
         return model.eval()
-    if name is not None or overrides:
+    if name is not None or overrides or not ema:
         raise ValueError(
-            f"load_generator: name and overrides must be absent for a saved generator, "
-            f"got {name!r}, {overrides}"
+            f"load_generator: name, overrides and ema=False (--last) must be absent for a saved "
+            f"generator, got {name!r}, {overrides}, ema={ema}"
         )
     folder = _persistence.resolve_folder(path)
     class_name = _persistence.read_description(folder).get("model")
@@ -109,6 +110,16 @@ def load_generator(
             f"got {class_name!r}"
         )
     model = GENERATOR_CLASSES[class_name].from_pretrained(folder)
-    if statistics is not None:
-        model.statistics = statistics
+    _set_statistics(model, statistics)
     return model
+
+
+def _set_statistics(model: LatentGenerator, statistics: LatentStatistics | None) -> None:
+    if statistics is None:
+        return
+    if isinstance(model, GPT):
+        raise ValueError(
+            f"load_generator: statistics must be absent for a GPT, whose tokens need none, "
+            f"got some for {model.name}"
+        )
+    model.statistics = statistics
