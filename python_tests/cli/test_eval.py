@@ -7,6 +7,7 @@ from tiny_vtok import tiny_fsq
 import vtok_ext as vt
 from vtok_ext.cli import reconstruct as reconstruct_module
 from vtok_ext.cli.eval_frames import frames_of
+from vtok_ext.cli.eval_means import means_of, spread_of
 from vtok_ext.cli.evaluate import EvalOptions
 from vtok_ext.data.video import VideoReader, read_clip
 from vtok_ext.models.vidtok_published import decode_published, encode_published
@@ -106,6 +107,9 @@ def test_reference_of_1_0_takes_clips(vtok, make_video, make_model, name, clip_f
         values.append(vt.metrics.psnr(model.decode(encoding), target).item())
     assert result.json["psnr"] == pytest.approx(sum(values) / 2, abs=2e-3)
     assert result.json["frames"] == 2 * clip_frames
+    # Each clip is coded whole, and two clips of one video are one sample.
+    assert result.json["boundary_jump"] is None and result.json["counts"]["psnr"] == 1
+    assert result.json["intervals"]["psnr"] is None
 
 
 @pytest.mark.parametrize(
@@ -174,6 +178,7 @@ def test_models_without_causality_take_whole_clips(vtok, make_video, make_model)
     assert result.code == 0 and result.json["passes"] == "whole clip"
     source = source_of(video)
     check(result.json["videos"][0], vt.load_model(folder)(source).reconstruction, source)
+    assert result.json["boundary_jump"] is None
 
 
 def test_size_and_folders_and_frames(vtok, make_video, model_folder, tmp_path):
@@ -189,6 +194,35 @@ def test_size_and_folders_and_frames(vtok, make_video, model_folder, tmp_path):
     assert "protocol default: codes, exact stream, frames preserve" in out
 
 
+def test_intervals_over_videos(vtok, make_video, model_folder):
+    """Student's over three videos, of which one is too small for SSIM, and none over one video."""
+    videos = [make_video(f"{i}.mp4", 5, 8 if i == 2 else 32, 32) for i in range(3)]
+    report = vtok("eval", *videos, "--model", model_folder, "--json").json
+    assert report["counts"]["psnr"] == 3 and report["counts"]["ssim"] == 2
+    assert report["counts"]["lpips"] == 0 and report["intervals"]["lpips"] is None
+    values = torch.tensor([row["psnr"] for row in report["videos"]])
+    half = 4.303 * values.std().item() / 3**0.5
+    low, high = report["intervals"]["psnr"]
+    assert (low + high) / 2 == pytest.approx(report["psnr"], abs=2e-3)
+    assert (high - low) / 2 == pytest.approx(half, abs=4e-3)
+    out = vtok("eval", *videos, "--model", model_folder).out
+    assert f"95 % over videos: PSNR {low:.2f} to {high:.2f} (n=3), SSIM " in out
+    one = vtok("eval", videos[0], "--model", model_folder)
+    assert "95 % over videos: PSNR n/a (n=1), SSIM n/a (n=1)" in one.out
+
+
+def test_clips_of_one_video_are_one_sample():
+    """Two videos with two clips and one: Student's over both, about the mean over clips."""
+    videos = [[{"psnr": 20.0}, {"psnr": 22.0}], [{"psnr": 27.0}], [{"psnr": None}]]
+    results = [result for of_video in videos for result in of_video]
+    assert means_of(results, {"psnr": 3}) == {"psnr": 23.0}
+    found = spread_of(videos, {"psnr": 3})
+    assert found["counts"] == {"psnr": 2}
+    # 42 - 2 * 23 and 27 - 23, by 3 / 2 clips per video: 23 -+ 8 / 3.
+    half = 12.706 * (2**0.5 * 8 / 3) / 2**0.5
+    assert found["intervals"]["psnr"] == pytest.approx([23 - half, 23 + half], abs=1e-3)
+
+
 def test_refusals(vtok, make_video, model_folder, tmp_path):
     video = make_video("a.mp4", 5)
     (tmp_path / "empty").mkdir()
@@ -197,6 +231,11 @@ def test_refusals(vtok, make_video, model_folder, tmp_path):
         ((tmp_path / "empty", "--model", model_folder), "a folder must hold videos, got none"),
         ((tmp_path / "absent.mp4", "--model", model_folder), "must be an existing file"),
         ((video, "--model", tmp_path / "empty"), "config.json"),
+        (
+            (video, "--model", "x", "--lpips-heads", "y", "--lpips-backbone", "z"),
+            "eval: --lpips-backbone, --lpips-heads must be absent without --lpips",
+        ),
+        ((video, "--model", "x", "--chunks", "all"), "--chunks must be absent without --fvd-weigh"),
     ):
         result = vtok("eval", *arguments)
         assert result.code == 2 and words in result.err, result.err
@@ -221,17 +260,20 @@ def test_coordtok_takes_windows_of_its_length(vtok, make_video, tmp_path):
     thin = {"enc_num_layers": 1, "enc_patch_num_layers": 1, "dec_num_layers": 1}
     model = vt.create_model("coordtok_small_128", **sizes, **thin).eval()
     model.save_pretrained(tmp_path / "model")
-    video = make_video(num_frames=9)
+    video = make_video(num_frames=10)
     arguments = ["--model", tmp_path / "model", "--device", "cpu", "--json"]
     found = vtok("eval", video, *arguments)
     assert found.code == 0, found.err
-    assert found.json["frames"] == 9 and found.json["passes"] == "windows of 4 frames"
+    assert found.json["frames"] == 10 and found.json["passes"] == "windows of 4 frames"
+    source = source_of(video)
     with torch.no_grad():
-        frames = read_clip(video)[0][None]
-        errors = [
-            vt.metrics.psnr(model(part).reconstruction, part / 127.5 - 1, per_frame=True)
-            for part in frames.split(4, 2)
-        ]
-    assert found.json["psnr"] == pytest.approx(torch.cat(errors, -1).mean().item(), abs=2e-3)
+        decoded = torch.cat([model(part).reconstruction for part in source.split(4, 2)], 2)
+    target = source / 127.5 - 1
+    expected = vt.metrics.psnr(decoded, target).item()
+    assert found.json["psnr"] == pytest.approx(expected, abs=2e-3)
+    jump = vt.metrics.boundary_jump(decoded, target, 4).item()
+    assert found.json["boundary_jump"] == pytest.approx(jump, abs=2e-3)
+    one_window = vtok("eval", video, *arguments, "--max-frames", 4).json
+    assert one_window["boundary_jump"] is None and one_window["counts"]["boundary_jump"] == 0
     wide = vtok("eval", make_video("wide.mp4", width=48), *arguments)
     assert wide.code == 2 and "wide.mp4 must be at most 32x40 for coordtok_small_128" in wide.err

@@ -56,6 +56,9 @@ def test_generated_against_real(vtok, folders, monkeypatch):
     assert same["kvd"]["num_real"] == same["fvd"]["num_generated"] == 3
     assert same["kvd"]["features"] == "random-conv3d-1"
     assert same["real"]["videos"] == 3 and same["real"]["frequency"] > 0
+    assert same["real"]["counts"] == {"dynamics": 3, "frequency": 3}
+    low, high = same["real"]["intervals"]["frequency"]
+    assert low < same["real"]["frequency"] < high
     assert other["generated"]["dynamics"] > 5 * other["real"]["dynamics"]
     assert trusted == [False, False]
     text = vtok("eval", folders["real"], "--generated", folders["same"], "--kvd")
@@ -97,13 +100,28 @@ def test_measures_of_a_model(vtok, folders, model_folder, monkeypatch):
     assert few.json["kvd"]["value"] is None and "needs 3 clips" in few.json["kvd"]["reason"]
 
 
+def test_kvd_of_other_sizes_is_refused(vtok, folders, tmp_path):
+    with VideoWriter(tmp_path / "small.mp4", height=16, width=24, crf=4) as writer:
+        writer.write(procedural_clip(20, 16, 24, seed=0))
+    arguments = [folders["real"], "--generated", tmp_path / "small.mp4", "--kvd"]
+    refused = vtok("eval", *arguments)
+    message = "must have the same sizes for --kvd, got 16x24 and 32x32; --size scales"
+    assert refused.code == 2 and message in refused.err
+    assert vtok("eval", *arguments, "--size", 16).code == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "one of --model and --generated must be given, got neither"),
         (["--generated", "real", "--model", "x"], "got both"),
         (["--generated", "real"], "--fvd-weights or --kvd must be given"),
-        (["--generated", "real", "--kvd", "--lpips"], "--lpips and --protocol must be absent"),
+        (["--generated", "real", "--kvd", "--lpips"], "--lpips must be absent with --generated"),
+        (["--generated", "real", "--kvd", "--protocol", "reference"], "--protocol must be absent"),
+        (
+            ["--generated", "real", "--kvd", "--name", "x", "--ema", "--seed", "42"],
+            "--name, --ema, --seed must be absent with --generated",
+        ),
         (["--generated", "real", "--kvd", "--chunks", "x"], "--chunks must be one of all, first"),
         (["--generated", "real", "--fvd-weights", "none.pt"], "i3d_pretrained_400.pt"),
     ],

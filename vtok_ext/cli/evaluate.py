@@ -8,12 +8,15 @@
                one completed by its last frame; mean over clips
 
 Quality is a mean over frames either way, so that grouping them by 16, as the published script does,
-changes memory only. Source of the second: scripts/inference_evaluate.py of microsoft/VidTok. LPIPS,
-FVD and KVD come on request, see `eval_measures`.
+changes memory only. Source of the second: scripts/inference_evaluate.py of microsoft/VidTok. Seams
+are looked for at the borders of a CoordTok's windows, and behind frame 1 + 16 k of causal models;
+where a clip is coded whole there are none. Intervals of means: see `eval_means`. LPIPS, FVD and KVD
+come on request, see `eval_measures`.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +32,7 @@ from vtok_ext.models.coordtok import CoordTok
 
 from .console import Console
 from .eval_frames import PUBLISHED_FPS, frames_of, interval_of, size_of, video_files
+from .eval_means import line_of_spread, means_of, spread_of
 from .eval_measures import MeasureOptions, Shared, lines_of_sets
 from .freed_memory import keep_freed_memory
 from .model_source import load_model_for, resolve_device
@@ -36,6 +40,8 @@ from .reconstruct import frames_per_chunk
 
 PROTOCOLS = ("default", "reference")
 CHUNK_FRAMES = 16
+# First frames of the chunks of a causal model behind its first frame, and of what has no chunks.
+_CAUSAL_BORDERS, _NO_BORDERS = range(1, sys.maxsize, CHUNK_FRAMES), range(0)
 _SSIM_WINDOW, _SOBEL_WINDOW, _LPIPS_SIZE = 11, 3, 16
 # Values of a video, and how many digits of them are reported.
 _DIGITS = {
@@ -85,7 +91,8 @@ def run_eval(options: EvalOptions, *, as_json: bool) -> None:
     )
     shared = Shared(model.codebook_size, options.measures, target)
     generator = torch.Generator().manual_seed(options.seed)
-    start, rows, units = time.monotonic(), [], []
+    start, rows = time.monotonic(), []
+    results: list[list[dict[str, Any]]] = []  # by video, then by clip
     with console.progress("evaluating", len(paths)) as progress:
         for path in paths:
             scores, interval = _evaluated(path, options, model, shared, generator)
@@ -93,10 +100,10 @@ def run_eval(options: EvalOptions, *, as_json: bool) -> None:
             if not scores:
                 console.warn(f"{path} is too short for this protocol and was left out")
             else:
-                rows.append({"video": str(path), "interval": interval, **_mean(scores)})
-            units += scores if options.protocol == "reference" else scores[:1]
+                results.append([score.result() for score in scores])
+                rows.append({"video": str(path), "interval": interval, **_mean(results[-1])})
             progress.update(len(rows))
-    if not units:
+    if not results:
         raise ValueError("eval: some video must be long enough, got none")
     report = {
         "model": model.name,
@@ -106,7 +113,8 @@ def run_eval(options: EvalOptions, *, as_json: bool) -> None:
         "device": str(target),
         **_protocol_facts(options, model),
         "size": options.size,
-        **_mean(units),
+        **_mean([result for of_video in results for result in of_video]),
+        **spread_of(results, _DIGITS),
         "codebook_usage": _usage(shared.usage),
         **shared.sets.result(),
         "videos": rows,
@@ -136,9 +144,14 @@ def _protocol_facts(options: EvalOptions, model: Any) -> dict[str, Any]:
 
 @dataclass
 class _Scores:
-    """Sums over the frames of one video or clip; frames may come in any portions."""
+    """Sums over the frames of one video or clip; frames may come in any portions.
+
+    Attributes:
+        borders: first frames of what was coded by itself, but the first.
+    """
 
     shared: Shared
+    borders: range = _NO_BORDERS
     frames: int = 0
     psnr: float = 0.0
     ssim: float | None = 0.0
@@ -190,9 +203,9 @@ class _Scores:
         self.shared.sets.add("real", source)
 
     def result(self) -> dict[str, Any]:
-        """Returns means over frames; the jump at the borders of chunks of 16 behind the first."""
-        border = [c for t, c in enumerate(self.changes, 1) if t % CHUNK_FRAMES == 1]
-        inside = [c for t, c in enumerate(self.changes, 1) if t % CHUNK_FRAMES != 1]
+        """Returns means over frames, and the jump at borders where there are some."""
+        border = [c for t, c in enumerate(self.changes, 1) if t in self.borders]
+        inside = [c for t, c in enumerate(self.changes, 1) if t not in self.borders]
         jump = None
         if border and inside and sum(inside) > 0:
             jump = (sum(border) / len(border)) / (sum(inside) / len(inside))
@@ -207,14 +220,9 @@ class _Scores:
         }
 
 
-def _mean(scores: list[_Scores]) -> dict[str, Any]:
+def _mean(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns the mean of each value over those that have one, and all frames."""
-    results = [score.result() for score in scores]
-    means: dict[str, Any] = {"frames": sum(result["frames"] for result in results)}
-    for name, digits in _DIGITS.items():
-        values = [result[name] for result in results if result[name] is not None]
-        means[name] = round(sum(values) / len(values), digits) if values else None
-    return means
+    return {"frames": sum(result["frames"] for result in results), **means_of(results, _DIGITS)}
 
 
 @torch.no_grad()
@@ -259,7 +267,7 @@ def _published_clips(
 
 def _whole(path: Path, video: Tensor, fps: float | None, model: Any, shared: Shared) -> _Scores:
     """Returns the scores of a video encoded at once, by a CoordTok in windows of its length."""
-    scores, length = _Scores(shared), video.shape[2]
+    length = video.shape[2]
     if isinstance(model, CoordTok):
         length, *limit = model.config.video_shape
         if any(size > most for size, most in zip(video.shape[3:], limit, strict=True)):
@@ -267,6 +275,7 @@ def _whole(path: Path, video: Tensor, fps: float | None, model: Any, shared: Sha
                 f"eval: {path} must be at most {limit[0]}x{limit[1]} for {model.name}, got "
                 f"{list(video.shape[3:])}; --size scales and crops it"
             )
+    scores = _Scores(shared, range(length, video.shape[2], length))
     for part in video.split(length, dim=2):
         encoding = model.encode(part.to(_device(model)), fps=fps)
         shared.count(encoding.indices)
@@ -276,7 +285,7 @@ def _whole(path: Path, video: Tensor, fps: float | None, model: Any, shared: Sha
 
 def _streamed(reader: VideoReader, options: EvalOptions, model: Any, shared: Shared) -> _Scores:
     """Returns the scores of an exact stream; holds only frames that wait to be decoded."""
-    scores, waiting, device = _Scores(shared), None, _device(model)
+    scores, waiting, device = _Scores(shared, _CAUSAL_BORDERS), None, _device(model)
     encoder = model.stream_encoder("tokens" if model.is_discrete else "latent")
     size = size_of(reader, options)
     decoder = model.stream_decoder(size=size)
@@ -312,7 +321,7 @@ def _published(
     video = video[:, :, : 1 + (video.shape[2] - 1) // CHUNK_FRAMES * CHUNK_FRAMES]
     encoding = encode_published(model, video.to(_device(model)), sample=True, generator=generator)
     shared.count(encoding.indices)
-    scores = _Scores(shared)
+    scores = _Scores(shared, _CAUSAL_BORDERS)
     scores.add(decode_published(model, encoding), video)
     return [scores]
 
@@ -363,6 +372,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
 
     lines = [line(row["video"], row) for row in report["videos"]]
     lines.append(line(f"mean over {report['averaged_over']}", report))
+    lines.append(line_of_spread(report))
     lines += lines_of_sets({name: report[name] for name in ("fvd", "kvd") if name in report})
     if report["codebook_usage"] is not None:
         usage = report["codebook_usage"]

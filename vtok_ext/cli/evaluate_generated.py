@@ -17,11 +17,13 @@ from vtok_ext.metrics import sobel_frequency, video_dynamics
 
 from .console import Console
 from .eval_frames import frames_of, video_files
+from .eval_means import means_of, spread_of
 from .eval_measures import ClipSets, lines_of_sets
 from .evaluate import EvalOptions
 from .model_source import resolve_device
 
 _READ_FRAMES = 64
+_DIGITS = {"dynamics": 8, "frequency": 6}
 
 
 def run_eval_generated(options: EvalOptions, generated: list[Path], *, as_json: bool) -> None:
@@ -30,6 +32,8 @@ def run_eval_generated(options: EvalOptions, generated: list[Path], *, as_json: 
         raise ValueError("eval: --fvd-weights or --kvd must be given with --generated, got neither")
     console = Console(as_json)
     files = {"generated": video_files(generated), "real": video_files(options.videos)}
+    if options.measures.kvd and options.size is None:
+        _check_sizes(files)
     sets = ClipSets(options.measures, resolve_device(options.device))
     start, done = time.monotonic(), 0
     content: dict[str, Any] = {}
@@ -41,17 +45,40 @@ def run_eval_generated(options: EvalOptions, generated: list[Path], *, as_json: 
                 sets.end_video()
                 done += 1
                 progress.update(done)
-            content[kind] = {"videos": len(rows), **_means(rows)}
+            content[kind] = {"videos": len(rows), **means_of(rows, _DIGITS)}
+            content[kind] |= spread_of([[row] for row in rows], _DIGITS)
     report = {**sets.result(), **content, "size": options.size}
     report["seconds"] = round(time.monotonic() - start, 3)
     lines = lines_of_sets(sets.result())
     for kind, row in content.items():
         values = [
-            f"{name} n/a" if row[name] is None else f"{name} {row[name]:.4g}"
-            for name in ("dynamics", "frequency")
+            f"{name} n/a" if row[name] is None else f"{name} {row[name]:.4g}" + _ends(row, name)
+            for name in _DIGITS
         ]
         lines.append(f"{kind}: {row['videos']} videos, {', '.join(values)}")
     console.result(report, lines)
+
+
+def _check_sizes(files: dict[str, list[Path]]) -> None:
+    """Raises ValueError unless both sets have the same sizes: features of KVD depend on them."""
+    sizes: dict[str, set[str]] = {}
+    for kind, paths in files.items():
+        sizes[kind] = set()
+        for path in paths:
+            with VideoReader(path) as reader:
+                sizes[kind].add(f"{reader.info.height}x{reader.info.width}")
+    if sizes["generated"] != sizes["real"]:
+        got = " and ".join(", ".join(sorted(sizes[kind])) for kind in ("generated", "real"))
+        raise ValueError(
+            f"eval: generated and real videos must have the same sizes for --kvd, got {got}; "
+            "--size scales and crops them"
+        )
+
+
+def _ends(row: dict[str, Any], name: str) -> str:
+    """Returns the 95 % interval of a mean as text, nothing where there is none."""
+    ends = row["intervals"][name]
+    return "" if ends is None else f" ({ends[0]:.4g} to {ends[1]:.4g})"
 
 
 def _content(
@@ -73,11 +100,3 @@ def _content(
         "dynamics": changes / (frames - 1) if frames > 1 else None,
         "frequency": frequency / frames if frames else None,
     }
-
-
-def _means(rows: list[dict[str, float | None]]) -> dict[str, float | None]:
-    means: dict[str, float | None] = {}
-    for name in ("dynamics", "frequency"):
-        values = [value for row in rows if (value := row[name]) is not None]
-        means[name] = sum(values) / len(values) if values else None
-    return means

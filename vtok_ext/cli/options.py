@@ -50,15 +50,16 @@ MemoryOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
-def refuse_options(what: str, options: Mapping[str, Any]) -> None:
+def refuse_options(command: str, where: str, options: Mapping[str, Any]) -> None:
     """Raises ValueError naming the options that were given, where they would have no effect.
 
     Args:
-        what: with which they have none.
+        command: of `vtok`.
+        where: they have none, such as "with a text".
         options: values by option; None, False and [] are those of one that was not given.
     """
     given = [
         n for n, value in options.items() if not (value is None or value is False or value == [])
     ]
     if given:
-        raise ValueError(f"generate: {', '.join(given)} must be absent with {what}, got a value")
+        raise ValueError(f"{command}: {', '.join(given)} must be absent {where}, got a value")

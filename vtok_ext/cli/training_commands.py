@@ -369,7 +369,8 @@ def generate(
         from .unified import TextVideoOptions, run_generate_text
 
         refuse_options(
-            "a text",
+            "generate",
+            "with a text",
             {
                 "-n": num_samples,
                 "--tokenizer": tokenizer,
@@ -408,7 +409,7 @@ def generate(
     from .generate import GenerateOptions, run_generate
 
     of_texts = {"--frames": frames, "--height": height, "--width": width}
-    refuse_options("a generator, whose videos have one size", of_texts)
+    refuse_options("generate", "with a generator, whose videos have one size", of_texts)
     given = {
         "sampler": sampler,
         "method": method,

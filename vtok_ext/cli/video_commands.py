@@ -20,6 +20,7 @@ from .options import (
     StreamingOption,
     TileOption,
     TrustOption,
+    refuse_options,
 )
 
 
@@ -278,7 +279,9 @@ def evaluate(
     max_frames: Annotated[
         int | None, typer.Option(min=1, help="Frames of each video to look at.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of sampled latents (reference).")] = 42,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of sampled latents (reference) [default: 42].")
+    ] = None,
     lpips: Annotated[bool, typer.Option("--lpips", help="LPIPS too.")] = False,
     lpips_backbone: Annotated[
         Path | None, typer.Option(help="VGG16 of torchvision [default: torch's cache].")
@@ -291,8 +294,9 @@ def evaluate(
     ] = None,
     kvd: Annotated[bool, typer.Option("--kvd", help="KVD of clips of 16 frames too.")] = False,
     chunks: Annotated[
-        str, typer.Option(help="FVD, KVD: all clips of a video, or the first one.")
-    ] = "all",
+        str | None,
+        typer.Option(help="FVD, KVD: all clips of a video, or the first one [default: all]."),
+    ] = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -309,8 +313,25 @@ def evaluate(
             f"eval: one of --model and --generated must be given, got "
             f"{'neither' if model is None else 'both'}"
         )
+    if generated is not None:
+        refuse_options(
+            "eval",
+            "with --generated, which runs no model",
+            {
+                "--lpips": lpips,
+                "--protocol": protocol != "default",
+                "--name": name,
+                "--ema": ema,
+                "--seed": seed,
+            },
+        )
+    if not lpips:
+        files = {"--lpips-backbone": lpips_backbone, "--lpips-heads": lpips_heads}
+        refuse_options("eval", "without --lpips", files)
+    if fvd_weights is None and not kvd:
+        refuse_options("eval", "without --fvd-weights or --kvd", {"--chunks": chunks})
     measures = MeasureOptions(
-        lpips, lpips_backbone, lpips_heads, fvd_weights, kvd, chunks, trust_checkpoint
+        lpips, lpips_backbone, lpips_heads, fvd_weights, kvd, chunks or "all", trust_checkpoint
     )
     options = EvalOptions(
         videos=videos,
@@ -321,18 +342,13 @@ def evaluate(
         protocol=protocol,
         size=size,
         max_frames=max_frames,
-        seed=seed,
+        seed=42 if seed is None else seed,
         device=device,
         measures=measures,
     )
     if generated is not None:
         from .evaluate_generated import run_eval_generated
 
-        if lpips or protocol != "default":
-            raise ValueError(
-                "eval: --lpips and --protocol must be absent with --generated, whose videos have "
-                "no originals of their own, got one"
-            )
         run_eval_generated(options, generated, as_json=as_json)
         return
     run_eval(options, as_json=as_json)
