@@ -7,6 +7,7 @@ import torch
 
 import vtok_ext as vt
 from vtok_ext.models import GPT, GPTConfig
+from vtok_ext.models.failed_computation import FailedComputationError
 from vtok_ext.models.generator import LatentOrigin
 from vtok_ext.models.gpt import balanced_factors
 
@@ -111,6 +112,23 @@ def test_generator_and_guidance():
     assert torch.equal(none, run(1, guidance=0.0, labels=torch.tensor([1, 1, 1, 1])))
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-45, 1e-300])
+def test_the_lowest_temperatures_take_the_likeliest(temperature):
+    model = small(**SPLIT)
+    assert torch.equal(model.sample(2, temperature=temperature), model.sample(2, temperature=0))
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_that_are_not_finite_are_not_drawn_from(temperature):
+    model = small(num_classes=2, class_dropout=0.1, **SPLIT)
+    with pytest.raises(FailedComputationError, match="logits of GPT must be finite"):
+        model.sample(2, temperature=temperature, guidance=1e300)
+    with torch.no_grad():
+        model.norm.bias.fill_(math.nan)
+    with pytest.raises(FailedComputationError, match="logits of GPT must be finite"):
+        model.sample(2, temperature=temperature)
+
+
 def test_learns_a_pattern_and_makes_it():
     torch.manual_seed(0)
     model = GPT(GPTConfig(num_classes=2, **SPLIT))
@@ -159,6 +177,12 @@ def test_files_and_decoding(tmp_path):
         (lambda: small(**SMALL).sample(1, temperature=-1), "temperature must be >= 0"),
         (lambda: small(**SMALL).sample(1, temperature=float("nan")), "temperature must be >= 0"),
         (lambda: small(**SMALL).sample(1, guidance=2.0), "guidance must be 1"),
+        (lambda: small(**SMALL).sample(1, guidance=math.nan), "guidance must be finite, got nan"),
+        (lambda: small(**SMALL).sample(1, guidance=math.inf), "guidance must be finite, got inf"),
+        (
+            lambda: small(**SMALL).loss(random_ids(), torch.tensor([0])),
+            r"labels must be .3., got .1.",
+        ),
         (lambda: small(**SMALL).sample(1, sampler="ode"), "must be given no"),
         (lambda: small(**SMALL).sample(0), "num_samples must be >= 1"),
     ],

@@ -361,6 +361,30 @@ def test_errors(call, message):
         random_sit(**PLANES)({"xy": torch.zeros(1)}, torch.zeros(1))
 
 
+@pytest.mark.parametrize("config", [PLANES, GRID])
+def test_latents_of_other_channels_are_refused(config):
+    statistics = with_statistics(random_sit(**config), config).statistics
+    single = latents({**config, "in_channels": 1})
+    for call in (statistics.normalize, statistics.restore):
+        with pytest.raises(ValueError, match="must have 3 channels, got 1"):
+            call(single)
+
+
+def test_times_and_labels_are_one_per_sample():
+    model, one = random_sit(num_classes=2, **GRID), latents(GRID, 1)
+    three, labels = torch.full((3,), 0.5), torch.tensor([0, 1, 0])
+    whole = one.expand(3, -1, -1, -1, -1)
+    for x, t, y in ((one, three, None), (one, three, labels), (whole, three, labels[:1])):
+        with pytest.raises(ValueError, match="t and y must be .B. for B samples, got .3."):
+            model(x, t, y)
+    planes = {**latents(PLANES), "xt": latents(PLANES, 1)["xt"]}
+    planes = {name: plane.movedim(-1, 1) for name, plane in planes.items()}
+    with pytest.raises(ValueError, match="for {'xy': 2, 'yt': 2, 'xt': 1}"):
+        random_sit(**PLANES)(planes, three[:2])
+    with pytest.raises(ValueError, match="labels must be .2., got .1."):
+        with_statistics(model, GRID).loss(latents(GRID), labels[:1])
+
+
 def sample_with_statistics_of(channels):
     model = random_sit(**GRID)
     model.statistics = LatentStatistics(

@@ -132,10 +132,15 @@ class LatentGenerator(nn.Module):
             labels: [batch] integers; default 0.
             batch: B.
             generator: source of the choice, or one per sample.
+
+        Raises:
+            ValueError: another number of labels.
         """
         if labels is None:
             device = next(self.parameters()).device
             labels = torch.zeros(batch, dtype=torch.long, device=device)
+        if labels.shape != (batch,):
+            raise ValueError(f"loss: labels must be [{batch}], got {list(labels.shape)}")
         if not (self.training and self.config.has_none):
             return labels
         dropped = uniform(batch, generator).to(labels.device) < self.config.class_dropout

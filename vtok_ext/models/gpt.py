@@ -24,10 +24,13 @@ from vtok_ext.layers.kl import Generators
 from vtok_ext.layers.transformer import Mlp
 from vtok_ext.models._config import ModelConfig
 from vtok_ext.models._random import choose
+from vtok_ext.models.failed_computation import FailedComputationError
 from vtok_ext.models.generator import LatentGenerator
 
 _EPS, _INITIAL_STD = 1e-5, 0.02
 _LARGEST = 1 << 40
+# The smallest normal number: devices that divide by multiplying need its inverse.
+_LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -297,9 +300,12 @@ class GPT(LatentGenerator):
 
         Raises:
             ValueError: a value out of range, or guidance of a model without a "none".
+            FailedComputationError: logits are NaN or infinite.
         """
         if options:
             raise ValueError(f"sample: GPT must be given no {sorted(options)}")
+        if not math.isfinite(guidance):
+            raise ValueError(f"sample: guidance must be finite, got {guidance}")
         if guidance != 1.0 and not self.config.has_none:
             raise ValueError(
                 f"sample: guidance must be 1 for a model trained without class_dropout, "
@@ -355,9 +361,16 @@ class _Choice:
         if self.guidance != 1.0:
             label, none = logits.chunk(2)
             logits = none + self.guidance * (label - none)
+        if not bool(logits.isfinite().all()):
+            raise FailedComputationError(
+                "sample: logits of GPT must be finite, got NaN or infinity; its weights are "
+                "damaged, or guidance is too large for them"
+            )
         if self.temperature == 0:
             return logits.argmax(-1)
-        logits = logits / self.temperature
+        # Only the likeliest stays finite when a low temperature makes the others overflow.
+        logits = logits - logits.amax(-1, keepdim=True)
+        logits = logits / max(self.temperature, _LEAST_TEMPERATURE)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             least = logits.topk(self.top_k).values[:, -1:]
             logits = logits.masked_fill(logits < least, -math.inf)

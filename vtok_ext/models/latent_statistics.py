@@ -60,7 +60,11 @@ class LatentStatistics:
                 )
 
     def normalize(self, latent: Latent) -> dict[str, Tensor]:
-        """Returns {part: [B, C, ...]} of mean 0 and std 1. Raises ValueError for other parts."""
+        """Returns {part: [B, C, ...]} of mean 0 and std 1.
+
+        Raises:
+            ValueError: other parts, or another number of channels.
+        """
         parts = {GRID: latent} if isinstance(latent, Tensor) else latent
         self._check(parts)
         return {
@@ -71,7 +75,11 @@ class LatentStatistics:
         }
 
     def denormalize(self, parts: Mapping[str, Tensor]) -> Latent:
-        """Returns the latent, in the tokenizer's layout, of normalised parts."""
+        """Returns the latent, in the tokenizer's layout, of normalised parts.
+
+        Raises:
+            ValueError: other parts, or another number of channels.
+        """
         self._check(parts)
         latent = {
             name: x * self._shaped(self.std, name, x) + self._shaped(self.mean, name, x)
@@ -103,7 +111,12 @@ class LatentStatistics:
 
     @staticmethod
     def _shaped(values: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
-        return values[name].to(like.device, like.dtype).view(1, -1, *(1,) * (like.dim() - 2))
+        value = values[name]
+        if like.shape[1] != len(value):
+            raise ValueError(
+                f"LatentStatistics: {name} must have {len(value)} channels, got {like.shape[1]}"
+            )
+        return value.to(like.device, like.dtype).view(1, -1, *(1,) * (like.dim() - 2))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain numbers for JSON, which give the same float32 back."""

@@ -146,12 +146,19 @@ class SiT(LatentGenerator):
             y: integer labels [B]; `num_classes` is "none" where there is one. Default 0.
 
         Raises:
-            TypeError, ValueError: a part is missing or has another shape.
+            TypeError, ValueError: a part is missing or has another shape, or there is not one time
+                and one label for each sample.
         """
         parts = self._checked({GRID: x} if isinstance(x, Tensor) else x)
-        batch = t.shape[0]
         if y is None:
-            y = torch.zeros(batch, dtype=torch.long, device=t.device)
+            y = torch.zeros(t.shape[0], dtype=torch.long, device=t.device)
+        batches = {part: value.shape[:1] for part, value in parts.items()}
+        if any(shape != t.shape for shape in (*batches.values(), y.shape)):
+            found = {part: shape[0] for part, shape in batches.items()}
+            raise ValueError(
+                f"SiT: t and y must be [B] for B samples, got {list(t.shape)} and {list(y.shape)} "
+                f"for {found}"
+            )
         condition = self.t_embedder(t) + self.y_embedder(y)
         tokens = []
         for part, value in parts.items():
