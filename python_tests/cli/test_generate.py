@@ -1,5 +1,6 @@
 """`vtok generate`: videos, pictures, reproducible numbers, and bad input in one line."""
 
+import dataclasses
 import json
 
 import pytest
@@ -105,6 +106,22 @@ def test_videos_of_planes(vtok, tmp_path):
         assert done.code == 0, done.err
         first, second = frames(out / "0000.mp4"), frames(out / "0001.mp4")
         assert first.shape == (3, *shape) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"), [("/gone", "/gone, which is not there"), ("owner/name", "hub id")]
+)
+def test_a_tokenizer_that_is_not_there(vtok, generators, tmp_path, monkeypatch, source, message):
+    monkeypatch.setattr("vtok_ext.models._persistence.require_hub", _no_hub)
+    model = vt.load_generator(generators["sit"])
+    model.origin = dataclasses.replace(model.origin, tokenizer=source)
+    model.save_pretrained(tmp_path / "model")
+    refused = vtok("generate", tmp_path / "model", "-o", tmp_path / "out", "--device", "cpu")
+    assert refused.code == 2 and message in refused.err and source in refused.err
+
+
+def _no_hub(op):
+    raise ImportError(op)
 
 
 def test_planes_of_another_tokenizer_are_refused_before_sampling(vtok, generators, tmp_path):

@@ -11,8 +11,11 @@ from vtok_ext.data.procedural import procedural_clip
 from vtok_ext.data.video import VideoWriter
 from vtok_ext.models.latent_statistics import StatisticsCounter
 from vtok_ext.models.transport import noise_like
+from vtok_ext.training.checkpoint import read_shapes, read_tensors, verify_checkpoint
+from vtok_ext.training.generator_task import _lasting
 from vtok_ext.training.loop import train
 from vtok_ext.training.recipe_file import load_recipe
+from vtok_ext.training.step import Stepper
 
 TINY = {"ch": 4, "ch_mult": (1, 1, 1, 1), "num_res_blocks": 1}
 PRESETS = {"sit": "vidtok_kl_causal_488_4chn", "gpt": "vidtok_fsq_causal_488_262144"}
@@ -101,6 +104,33 @@ def test_a_resumed_run_and_cached_latents_give_the_same(task, recipe, tmp_path):
     states = [vt.load_generator(r.model).state_dict() for r in (whole, parts)]
     assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
     assert cached.validation == pytest.approx(whole.validation, rel=1e-3)
+
+
+def test_a_first_step_that_is_left_out_keeps_the_statistics(recipe, tmp_path, monkeypatch):
+    norms = Stepper._clip_gradients
+
+    def overflow_in_first_step(stepper):
+        found = norms(stepper)
+        return found if stepper.training.step else {"grad_norm": torch.tensor(torch.inf)}
+
+    monkeypatch.setattr(Stepper, "_clip_gradients", overflow_in_first_step)
+    settings = ["run.precision=float16", "run.steps=2", "run.checkpoint_every=1"]
+    result = train(recipe("sit", *settings), tmp_path)
+    assert "left_out" in (tmp_path / "log.jsonl").read_text()
+    expected = vt.load_generator(result.model).statistics
+    for step in (1, 2):
+        found = verify_checkpoint(tmp_path / "checkpoints" / f"step-0000000{step}")
+        saved = {name: torch.zeros(shape) for name, shape in read_shapes(found).items()}
+        read_tensors(found, saved)
+        assert saved["statistics.known"] == 1
+        assert torch.equal(saved["statistics.std_grid"], expected.std["grid"])
+
+
+def test_the_tokenizer_is_noted_down_as_path_or_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "model").mkdir(parents=True)
+    assert _lasting("runs/model") == str(tmp_path / "runs" / "model")
+    assert _lasting("owner/name") == "owner/name"
 
 
 def test_a_trained_generator_can_be_trained_on(recipe, tmp_path):

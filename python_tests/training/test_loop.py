@@ -19,6 +19,7 @@ from vtok_ext.training.sentinel import NonFiniteLossError, first_bad_layer
 from vtok_ext.training.setup import build_training
 from vtok_ext.training.step import NonFiniteStep, Stepper
 from vtok_ext.training.stop_request import stop_requests
+from vtok_ext.training.tokenizer_task import TokenizerTask
 
 PLAIN = ["loss.discriminator=none", "loss.perceptual_weight=0"]
 
@@ -70,6 +71,23 @@ def test_discriminator_waits_for_its_start(finished):
         assert moved == (number >= 2)
     counts = {float(s["step"]) for s in training.optimizers["discriminator"].state.values()}
     assert counts == {3.0}
+
+
+@pytest.mark.parametrize("failing", ["validate", "pictures"])
+def test_a_failing_validation_loses_no_steps(failing, tmp_path, monkeypatch):
+    def fail(task, samples):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(TokenizerTask, failing, fail)
+    recipe = tiny(*PLAIN, "run.sample_every=2")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(recipe, tmp_path)
+    found = latest_checkpoint(tmp_path / "checkpoints", pytest.fail)
+    assert found.step == 2 and (found.metric is None) == (failing == "validate")
+    monkeypatch.undo()
+    assert train(recipe, tmp_path, resume="auto", warn=lambda line: None).resumed_from == 2
+    whole = train(recipe, tmp_path / "whole")
+    assert log_of(tmp_path) == log_of(tmp_path / "whole") and whole.step == 6
 
 
 def test_another_run_is_not_overwritten(finished):

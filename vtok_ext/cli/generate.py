@@ -9,6 +9,7 @@ OUT/generate.json    how they were made
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +134,9 @@ def _models(
     ).to(target)
     known = generator.origin.tokenizer if generator.origin else None
     source = options.tokenizer or known
-    if source is None or (options.tokenizer is None and not Path(source).exists()):
+    # A path was made absolute when it was noted down; anything else is a hub id.
+    lost = source is not None and os.path.isabs(source) and not Path(source).exists()
+    if source is None or (lost and options.tokenizer is None):
         raise ValueError(
             f"generate: --tokenizer must name the tokenizer of {options.model}, got none"
             + (f"; it was trained with {source}, which is not there" if source else "")

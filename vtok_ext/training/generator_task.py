@@ -74,7 +74,7 @@ class GeneratorTask(Task):
             *self._clip_shape(),
             self._rate(),
             tokenizer_id=self.tokenizer.model_id,
-            tokenizer=os.path.abspath(recipe.latent.tokenizer),
+            tokenizer=_lasting(recipe.latent.tokenizer),
         )
         self.modules, self.networks = {"model": self.model}, {"model": self.model}
 
@@ -226,6 +226,11 @@ class GeneratorTask(Task):
         plain.eval().save_pretrained(folder)
 
 
+def _lasting(source: str) -> str:
+    """Returns a path that holds in other folders too; a hub id stays as it is."""
+    return os.path.abspath(source) if os.path.exists(source) else source
+
+
 def _in_float32(latent: Latent) -> Latent:
     """Returns latents as they are computed with; they may be stored in 16 bits. Ids stay ids."""
     if isinstance(latent, dict):
@@ -301,9 +306,9 @@ class SiTTask(GeneratorTask):
         """Returns the latents of clips [B, 3, T, H, W] uint8."""
         return self.tokenizer.encode(clips).latent
 
-    def _loss(self, batch: MicroBatch, call: Callable[..., Any]) -> Tensor:
+    def prepare(self) -> None:
+        """Makes sure of the statistics: measured within a step, they would be undone with it."""
         self._ensure_statistics()
-        return super()._loss(batch, call)
 
     def validate(self, samples: list[Any]) -> dict[str, float]:
         """Returns `val_loss`, see `GeneratorTask`."""

@@ -13,6 +13,7 @@ threads, the very numbers of a run that was not.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -303,16 +304,27 @@ class _Run:
         last = step == settings.steps
         saving = last or stopped or step % settings.checkpoint_every == 0
         metric = None
-        # A process that was told to stop may have seconds only.
-        if self.held_out and not (stopped and not last):
-            if saving or step % settings.validate_every == 0:
-                self.validation = validate(self.training, self.held_out)
-                self.log.write("validation", step, **self.validation)
-                metric = self.validation[self.training.task.metric]
-            if settings.sample_every and (last or step % settings.sample_every == 0):
-                self._show(step)
+        try:
+            # A process that was told to stop may have seconds only.
+            if self.held_out and not (stopped and not last):
+                if saving or step % settings.validate_every == 0:
+                    metric = self._validate(step)
+                if settings.sample_every and (last or step % settings.sample_every == 0):
+                    self._show(step)
+        except Exception:
+            # The steps are not lost with it. Saving takes all processes, of which others may go on.
+            if saving and world_size() == 1:
+                self._save(metric, last=True)
+            raise
         if saving:
-            self._save(metric if metric is not None and metric == metric else None, last or stopped)
+            self._save(metric, last or stopped)
+
+    def _validate(self, step: int) -> float | None:
+        """Returns the metric of a validation, None if it is NaN."""
+        self.validation = validate(self.training, self.held_out)
+        self.log.write("validation", step, **self.validation)
+        metric = self.validation[self.training.task.metric]
+        return None if math.isnan(metric) else metric
 
     def _save(self, metric: float | None, last: bool) -> None:
         self.saved = self.writer.save(

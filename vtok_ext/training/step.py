@@ -55,6 +55,7 @@ class Stepper:
                 generators are as they were before the step.
         """
         training, task = self.training, self.task
+        task.prepare()
         task.train_mode()
         generators = random_generators(training.device)
         remembered = [(t, t.detach().clone()) for t in self._remembered()]

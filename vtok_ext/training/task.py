@@ -150,6 +150,10 @@ class Task(ABC):
         """
         return
 
+    def prepare(self) -> None:
+        """Computes what must last though the step be left out; called before every step."""
+        return
+
     def frozen(self) -> list[nn.Module]:
         """Returns parts that neither train nor leave evaluation mode."""
         return []
