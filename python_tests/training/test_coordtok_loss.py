@@ -85,6 +85,25 @@ def test_published_dropout_is_an_option(video, lpips):
     assert torch.equal(plain(patches, video, points)[0], expected)
 
 
+def test_dropout_of_a_clip_comes_from_its_generator(video, lpips):
+    config = PointLossConfig("frames", 48, perceptual_weight=1.0, perceptual_dropout=0.5)
+    points = draw_points(config, MODEL, torch.tensor([8, 8]))
+    patches = video_patches(video.flip(3), points, MODEL.dec_patch_size)
+    loss = PointLoss(config, MODEL, lpips)
+
+    def value(clips, *seeds):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return loss(patches[clips], video[clips], points[clips], generators)[0]
+
+    state = torch.get_rng_state()
+    both = value(slice(2), 5, 6)
+    assert torch.equal(both, value(slice(2), 5, 6)) and not torch.equal(both, value(slice(2), 5, 7))
+    torch.testing.assert_close(both, value(slice(1), 5) + value(slice(1, 2), 6))
+    assert torch.equal(state, torch.get_rng_state())
+    with pytest.raises(ValueError, match="generators must divide 4 images equally, got 3"):
+        value(slice(2), 5, 6, 7)
+
+
 @pytest.mark.parametrize(
     ("config", "model", "message"),
     [

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import vtok_ext as vt
 from vtok_ext.data.procedural import procedural_clip
@@ -9,6 +10,7 @@ from vtok_ext.data.video import VideoWriter
 from vtok_ext.training.loop import train
 from vtok_ext.training.point_clips import PointClips
 from vtok_ext.training.recipe_file import load_recipe
+from vtok_ext.training.run_log import read_log
 from vtok_ext.training.setup import build_training
 from vtok_ext.training.step import Stepper
 
@@ -33,6 +35,8 @@ TINY = [
 FRAMES = ["loss.sampling=frames", "loss.num_points=32", "loss.perceptual_weight=1.0"]
 FRAMES += ["loss.perceptual_network=random"]
 
+PAIRS = "model.overrides.dec_patch_size=[2,8,8]"
+
 
 def tiny(*overrides):
     return load_recipe("smoke_coordtok", [*TINY, *overrides])
@@ -45,6 +49,30 @@ def test_a_run_leaves_a_model_that_loads(tmp_path):
     assert model.config.video_shape == (8, 16, 16)
     clip = torch.zeros(1, 3, 5, 16, 16)
     assert model(clip).reconstruction.shape == clip.shape
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [[], [*FRAMES, "loss.perceptual_dropout=0.5"]],
+    ids=["patches", "frames"],
+)
+def test_a_resumed_run_gives_the_very_numbers_of_one_that_was_not(extra, tmp_path, monkeypatch):
+    monkeypatch.setattr("vtok_ext.training.tokenizer_task._RANDOM_LPIPS_CHANNELS", (4,) * 5)
+    settings = [*extra, "run.log_every=1", "optimizer.ema_decay=0.9"]
+    whole = train(tiny(*settings), tmp_path / "whole")
+    train(tiny(*settings, "run.steps=2"), tmp_path / "parts")
+    parts = train(tiny(*settings), tmp_path / "parts", resume="auto", warn=lambda line: None)
+    assert parts.resumed_from == 2 and parts.validation == whole.validation
+    courses = [
+        [(line["step"], line["loss"]) for line in read_log(run / "log.jsonl") if "loss" in line]
+        for run in (tmp_path / "parts", tmp_path / "whole")
+    ]
+    assert len(courses[0]) == 4 and courses[0] == courses[1]
+    for folder, file in ((parts.model, "model"), (parts.checkpoint, "part-0")):
+        ours = load_file(folder / f"{file}.safetensors")
+        twin = tmp_path / "whole" / folder.relative_to(tmp_path / "parts")
+        theirs = load_file(twin / f"{file}.safetensors")
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
 @pytest.mark.parametrize(
@@ -63,11 +91,18 @@ def test_the_loss_falls_on_one_batch(extra, monkeypatch):
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
 
 
-def test_points_depend_on_the_sample_alone():
+@pytest.mark.parametrize(
+    "extra",
+    [[], [*FRAMES, "loss.perceptual_dropout=0.5", "data.min_frames=8"]],
+    ids=["patches", "frames"],
+)
+def test_points_and_dropout_depend_on_the_sample_alone(extra, monkeypatch):
     """Two clips at once, and one after the other: the same points, hence the same gradient."""
+    monkeypatch.setattr("vtok_ext.training.tokenizer_task._RANDOM_LPIPS_CHANNELS", (4,) * 5)
     found = []
     for accumulate in (1, 2):
-        recipe = tiny(f"run.accumulate={accumulate}", f"run.batch_size={2 // accumulate}")
+        torch.manual_seed(accumulate)
+        recipe = tiny(*extra, f"run.accumulate={accumulate}", f"run.batch_size={2 // accumulate}")
         training = build_training(recipe, torch.device("cpu"))
         clips, _ = training.task.data(print)
         items = [clips[0, i] for i in range(2)]
@@ -152,10 +187,18 @@ def test_published_recipes_are_readable():
         ("data.buckets=[[8,16,16]]", r"data.buckets must be \[\] for task 'points'"),
         ("model.freeze=[encoder]", "model.freeze must be empty for task 'points'"),
         ("loss.validation_slices=0", "loss.validation_slices must be >= 1, got 0"),
+        (
+            "loss.validation_slices=129",
+            "loss.validation_slices must be <= 128, the patches of",
+        ),
+        ([PAIRS, "data.min_frames=1"], "data.min_frames must be >= 2, the frames of a decoded pa"),
+        ([PAIRS, "data.shortest_video=1"], "data.shortest_video must be >= 2, .* got 1"),
+        ([PAIRS, "data.min_frames=null", "data.num_frames=1"], "data.num_frames must be >= 2"),
         ("loss.num_point=3", "did you mean 'num_points'"),
     ],
 )
 def test_recipes_that_do_not_fit(override, message):
     with pytest.raises(ValueError, match=message):
         extra = ["model.overrides={}"] if "vidtok" in override else []
-        build_training(tiny(override, *extra), torch.device("cpu"))
+        overrides = [override] if isinstance(override, str) else override
+        build_training(tiny(*overrides, *extra), torch.device("cpu"))

@@ -73,27 +73,41 @@ class LPIPS(nn.Module):
             taps.append(x)
         return taps
 
-    def forward(self, a: Tensor, b: Tensor, *, dropout: float = 0.0) -> Tensor:
+    def forward(
+        self,
+        a: Tensor,  # [N, 3, H, W]
+        b: Tensor,  # [N, 3, H, W]
+        *,
+        dropout: float = 0.0,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> Tensor:
         """Returns float32 distances [N, 1, 1, 1].
 
         Args:
             a, b: [N, 3, H, W] in [-1, 1].
             dropout: rate at which each squared difference is dropped in front of its head, the
                 others being scaled up; for the reference that trains with 0.5.
+            generators: of the images' device, for the dropout of as many equal runs of images;
+                default the global one for all.
 
         Raises:
-            ValueError: shapes differ or are too small.
+            ValueError: shapes differ or are too small, or generators do not divide N.
         """
         if a.shape != b.shape or a.dim() != 4 or a.shape[1] != 3 or min(a.shape[2:]) < 16:
             raise ValueError(
                 f"LPIPS: images must be two equal [N, 3, H, W] with H, W >= 16, "
                 f"got {list(a.shape)} and {list(b.shape)}"
             )
+        if generators is not None and (not generators or len(a) % len(generators)):
+            raise ValueError(
+                f"LPIPS: generators must divide {len(a)} images equally, got {len(generators)}"
+            )
         total = torch.zeros(a.shape[0], 1, 1, 1, device=a.device)
         for i, (x, y) in enumerate(zip(self.features(a), self.features(b), strict=True)):
             difference = (_unit(x.float()) - _unit(y.float())).square()
             weight = self.get_parameter(f"lin{i}.model.1.weight")
-            difference = F.dropout(difference, dropout, training=dropout > 0)
+            if dropout > 0:
+                difference = _dropped(difference, dropout, generators)
             total = total + (difference * weight).sum(1, True).mean((2, 3), True)
         return total
 
@@ -117,6 +131,17 @@ class _Head(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.model = nn.ModuleDict({"1": nn.Conv2d(channels, 1, 1, bias=False)})
+
+
+def _dropped(x: Tensor, rate: float, generators: Sequence[torch.Generator] | None) -> Tensor:
+    """Returns x [N, ...] after dropout, with one generator for each of equal parts of N."""
+    if generators is None:
+        return F.dropout(x, rate)
+    draws = [
+        torch.rand(part.shape, generator=generator, device=x.device)
+        for part, generator in zip(x.chunk(len(generators)), generators, strict=True)
+    ]
+    return x * (torch.cat(draws) >= rate) / (1 - rate)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,6 +139,7 @@ class PointLoss:
         patches: Tensor,  # [B, N, dt * dx * dy * 3]
         video: Tensor,  # [B, 3, T, H, W]
         points: Tensor,  # [B, N, 3]
+        generators: Sequence[torch.Generator] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns what is minimised, and detached scalars for the log.
 
@@ -145,6 +147,7 @@ class PointLoss:
             patches: decoded patches of `points`.
             video: the clips in [-1, 1]; H and W as in the model's `video_shape`, T any.
             points: as `draw_points` returns them.
+            generators: one per clip, for `perceptual_dropout`; default the global one for all.
         """
         targets = video_patches(video, points, self.model.dec_patch_size).float()
         patches = patches.float()
@@ -152,12 +155,17 @@ class PointLoss:
         loss = per_clip.sum()
         seen = {"pixel_loss": per_clip.mean()}
         if self.config.perceptual_weight > 0:
-            distance = self._distance(patches, targets)
+            distance = self._distance(patches, targets, generators)
             loss = loss + self.config.perceptual_weight * distance.sum()
             seen["perceptual_loss"] = distance.mean()
         return loss, {name: value.detach() for name, value in seen.items()}
 
-    def _distance(self, patches: Tensor, targets: Tensor) -> Tensor:
+    def _distance(
+        self,
+        patches: Tensor,  # [B, N, dt * dx * dy * 3]
+        targets: Tensor,  # as patches
+        generators: Sequence[torch.Generator] | None,
+    ) -> Tensor:
         """Returns LPIPS of every frame, [B * frames]."""
         assert self.perceptual is not None  # checked at construction
         _, x, y = self.model.point_grid()
@@ -167,7 +175,15 @@ class PointLoss:
             video = patches_to_video(values, counts, self.model.dec_patch_size)
             return video.transpose(1, 2).flatten(0, 1)
 
-        options = {}
+        options: dict[str, Any] = {}
         if self.config.perceptual_dropout:
             options["dropout"] = self.config.perceptual_dropout
+            if generators is not None:
+                options["generators"] = [_on_device(g, patches.device) for g in generators]
         return self.perceptual(frames(patches), frames(targets), **options).flatten()
+
+
+def _on_device(generator: torch.Generator, device: torch.device) -> torch.Generator:
+    """Returns a generator of `device` with a seed from another: masks are slow to draw on a CPU."""
+    seed = int(torch.randint(2**62, (), generator=generator))
+    return torch.Generator(device).manual_seed(seed)

@@ -12,8 +12,9 @@ of the gradient, trains the same. Source: CoordTok (arXiv 2411.14762), specifica
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from vtok_ext.metrics import psnr
 from vtok_ext.models.coordtok import CoordTok
+from vtok_ext.models.coordtok_config import CoordTokConfig
 from vtok_ext.models.coordtok_sampling import video_patches
 from vtok_ext.training.blocks import recompute_activations
 from vtok_ext.training.coordtok_loss import PointLoss, PointLossConfig, draw_points
@@ -123,8 +125,8 @@ class PointTask(Task):
         device: where to train.
 
     Raises:
-        ValueError, OSError: the model is no CoordTok or does not fit the clips or the points, or
-            LPIPS cannot be had.
+        ValueError, OSError: the model is no CoordTok or does not fit the clips, the points or the
+            slices of held-out clips, or LPIPS cannot be had.
     """
 
     recipe_class: ClassVar[type[Recipe]] = PointRecipe
@@ -147,6 +149,7 @@ class PointTask(Task):
                 f"recipe: data must have clips of {shape[1]}x{shape[2]} and at most {shape[0]} "
                 f"frames for this model, got {data.height}x{data.width} and {data.num_frames}"
             )
+        _check_patches(recipe, model.config)
         perceptual = perceptual_network(recipe.loss)
         if perceptual is not None:
             perceptual = perceptual.to(device)
@@ -177,31 +180,32 @@ class PointTask(Task):
     ) -> dict[str, Tensor]:
         """Returns the loss terms after adding the gradients of a micro-batch."""
         video, num_frames = to_video(batch.data["video"]), batch.data["num_frames"]
-        points = self._points(batch)
+        generators = batch.generators()
+        points = self._points(num_frames, generators)
         with self.autocast():
             output = self.call["model"](video, points=points, num_frames=num_frames)
-            loss, terms = self.loss(output.reconstruction, video, points)
+            loss, terms = self.loss(output.reconstruction, video, points, generators)
         loss = loss / video.shape[0]
         backward(loss)
         return {"loss": loss.detach(), **terms}
 
-    def _points(self, batch: MicroBatch) -> Tensor:
-        num_frames = batch.data["num_frames"]
+    def _points(self, num_frames: Tensor, generators: list[torch.Generator]) -> Tensor:
         config = self.model.config
-        drawn = draw_points(self.recipe.loss, config, num_frames.cpu(), batch.generators())
+        drawn = draw_points(self.recipe.loss, config, num_frames.cpu(), generators)
         return drawn.to(self.device)
 
     def probe(self, batch: MicroBatch) -> None:
         """Runs the model as `accumulate` does, alone and without gradients."""
         video, num_frames = to_video(batch.data["video"]), batch.data["num_frames"]
+        points = self._points(num_frames, batch.generators())
         with self.autocast():
-            self.model(video, points=self._points(batch), num_frames=num_frames)
+            self.model(video, points=points, num_frames=num_frames)
 
     def overfit_loss(self, batch: MicroBatch) -> Tensor:
         """Returns the mean squared error of random points, others in every step."""
         video = batch.data
-        whole = {"video": video, "num_frames": torch.full((len(video),), video.shape[2])}
-        points = self._points(replace(batch, data=whole))
+        whole = torch.full((len(video),), video.shape[2])
+        points = self._points(whole, batch.generators())
         with self.autocast():
             patches = self.model(video, points=points).reconstruction
         targets = video_patches(video, points, self.model.config.dec_patch_size)
@@ -229,3 +233,22 @@ class PointTask(Task):
         slices = self.recipe.loss.validation_slices
         with self.autocast():
             return video, self.model(video, num_slices=slices).reconstruction.float()
+
+
+def _check_patches(recipe: PointRecipe, model: CoordTokConfig) -> None:
+    """Raises ValueError for clips shorter than a decoded patch, or more slices than patches."""
+    frames = model.dec_patch_size[0]
+    for name in ("num_frames", "min_frames", "shortest_video"):
+        count = getattr(recipe.data, name)
+        if count is not None and count < frames:
+            raise ValueError(
+                f"recipe: data.{name} must be >= {frames}, the frames of a decoded patch of this "
+                f"model, got {count}"
+            )
+    _, rows, columns = model.point_grid()
+    patches = math.ceil(recipe.data.num_frames / frames) * rows * columns
+    if recipe.loss.validation_slices > patches:
+        raise ValueError(
+            f"recipe: loss.validation_slices must be <= {patches}, the patches of a held-out clip, "
+            f"got {recipe.loss.validation_slices}"
+        )
