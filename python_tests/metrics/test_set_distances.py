@@ -9,7 +9,7 @@ import vtok_ext as vt
 from vtok_ext.metrics.frechet import frechet_distance
 from vtok_ext.metrics.fvd import frechet_with_interval, fvd_features, fvd_preprocess
 from vtok_ext.metrics.i3d import I3D, load_i3d
-from vtok_ext.metrics.kvd import NUM_FEATURES, kernel_distance, kvd_features
+from vtok_ext.metrics.kvd import FEATURES, NUM_FEATURES, kernel_distance, kvd_features
 
 
 def normal(n, d, seed, mean=0.0, scale=1.0):
@@ -109,6 +109,19 @@ def test_features_see_pictures_motion_and_nothing_random():
     assert len(cut) == 8 and len(kvd_features(video, clip_frames=4, chunks="first")) == 4
     as_float = video.float() / 127.5 - 1
     torch.testing.assert_close(kvd_features(as_float), features, atol=0.02, rtol=0.02)
+
+
+def test_features_are_those_of_their_name():
+    """Recorded once: KVDs of one name of features can be compared."""
+    assert FEATURES == "random-conv3d-1"
+    clip = (torch.arange(3 * 5 * 16 * 16) * 37 % 251).to(torch.uint8).view(1, 3, 5, 16, 16)
+    features = kvd_features(clip)[0]
+    recorded = [0.28727347, 0.33900836, 0.18344633, 0.34783247, 0.30273795, 0.38450453, 0.18393949]
+    recorded += [0.022879235, 0.095885724, 0.064357504, 0.17682026, 0.050398748, 0.13445082]
+    recorded += [0.090387732]
+    torch.testing.assert_close(features[::32], torch.tensor(recorded), rtol=1e-5, atol=0)
+    assert float(features.double().sum()) == pytest.approx(99.60265348, rel=1e-5)
+    assert float(features.double().square().sum()) == pytest.approx(31.08537337, rel=1e-5)
 
 
 def test_kvd_orders_sets():
