@@ -8,7 +8,8 @@ system runs in a process of its own. Results go to bench/results/<device>/system
 printed as Markdown.
 
 tokens: positions of the latent; bits: log2 of the codebook per token, or 32 per number of a
-continuous latent; LPIPS is left out where its published weights are not at hand.
+continuous latent; LPIPS is left out where its published weights are not at hand. Row "mean colour":
+what the mean colour of each clip alone gives.
 peak_mb: the most resident memory of the process from before its model is loaded until all clips are
 encoded and decoded, less what was resident before: imports are not part of it; weights, one float
 clip, the latents of a clip and the uint8 videos decoded so far are. Quality is measured afterwards,
@@ -93,6 +94,17 @@ def quality_of(decoded: torch.Tensor, video: torch.Tensor) -> dict[str, float]:
     return values
 
 
+def mean_colour_row(frames: int, size: int, clips: int) -> dict:
+    """Returns the row of a system that says the mean colour of each clip and nothing else."""
+    rows = []
+    for index in range(clips):
+        clip = clip_of(index, frames, size)
+        colour = ((clip.mean((2, 3, 4), keepdim=True) + 1) * 127.5).round().byte()
+        rows.append(quality_of(colour.expand_as(clip), clip))
+    means = {key: sum(row[key] for row in rows) / clips for key in rows[0]}
+    return {"system": "mean colour", **means}
+
+
 def measure_system(name: str, source: str, options: dict, queue) -> None:
     """Puts the means over clips of one system into a queue; runs in a process of its own."""
     torch.set_num_threads(options["threads"])
@@ -141,6 +153,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             raise RuntimeError(f"systems: {name} must finish, got exit code {process.exitcode}")
         rows.append(queue.get())
         process.join()
+    rows.append(mean_colour_row(options.frames, options.size, options.clips))
     path = options.out or RESULTS / device_name("cpu") / "systems.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".json.partial")

@@ -35,7 +35,8 @@ def test_same_clips_for_every_system(tmp_path, capsys, monkeypatch):
     # Beyond imports, which take some 300 MB, and without the metrics.
     assert all(0 < row.get("peak_mb", 1) < 150 for row in rows.values())
     saved = json.loads(out.read_text())
-    assert [row["system"] for row in saved["rows"]] == [*models, "windows"]
+    assert [row["system"] for row in saved["rows"]] == [*models, "windows", "mean colour"]
+    assert "tokens" not in rows["mean colour"]
     text = capsys.readouterr().out
     assert text.count("\n") == 2 + len(rows) and "boundary_jump" in text
     monkeypatch.setattr(report, "RESULTS", tmp_path.parent)
