@@ -235,6 +235,7 @@ def test_refusals(vtok, make_video, model_folder, tmp_path):
             (video, "--model", "x", "--lpips-heads", "y", "--lpips-backbone", "z"),
             "eval: --lpips-backbone, --lpips-heads must be absent without --lpips",
         ),
+        ((video, "--model", "x", "--seed", 1), "--seed must be absent without --protocol ref"),
         ((video, "--model", "x", "--chunks", "all"), "--chunks must be absent without --fvd-weigh"),
     ):
         result = vtok("eval", *arguments)

@@ -526,6 +526,10 @@ def test_frames_take_the_nearest_residual_token():
     memory = torch.arange(1.0, 6.0).view(1, 5, 1)
     found = decoder._residuals_of_frames(memory, positions, 9)
     assert found.flatten().tolist() == [2, 2, 2, 3, 3, 3, 4, 4, 4]
+    # The second shot, from frame 6 on, has residuals of its own only; the third, from 8 on, none.
+    cut = torch.tensor([[[0, key], [4, residual], [6, key], [7, residual], [8, key]]])
+    found = decoder._residuals_of_frames(memory, cut, 9)
+    assert found.flatten().tolist() == [2, 2, 2, 2, 2, 2, 4, 4, 0]
     for count in (0, 1):
         none = decoder._residuals_of_frames(memory[:, :count], positions[:, :count], 4)
         assert none.flatten().tolist() == [0] * 4

@@ -79,7 +79,8 @@ def test_a_failing_validation_loses_no_steps(failing, tmp_path, monkeypatch):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(TokenizerTask, failing, fail)
-    recipe = tiny(*PLAIN, "run.sample_every=2")
+    # At step 2 no checkpoint is due.
+    recipe = tiny(*PLAIN, "run.sample_every=2", "run.validate_every=2", "run.checkpoint_every=6")
     with pytest.raises(RuntimeError, match="out of memory"):
         train(recipe, tmp_path)
     found = latest_checkpoint(tmp_path / "checkpoints", pytest.fail)
@@ -88,6 +89,21 @@ def test_a_failing_validation_loses_no_steps(failing, tmp_path, monkeypatch):
     assert train(recipe, tmp_path, resume="auto", warn=lambda line: None).resumed_from == 2
     whole = train(recipe, tmp_path / "whole")
     assert log_of(tmp_path) == log_of(tmp_path / "whole") and whole.step == 6
+
+
+def test_a_rescue_that_fails_hides_nothing(tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise OSError("disk full")
+
+    def diverge(task, samples):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(TokenizerTask, "validate", diverge)
+    monkeypatch.setattr("vtok_ext.training.checkpoint.CheckpointWriter.save", fail)
+    warnings = []
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(tiny(*PLAIN), tmp_path, warn=warnings.append)
+    assert any("could not be saved: disk full" in line for line in warnings)
 
 
 def test_another_run_is_not_overwritten(finished):

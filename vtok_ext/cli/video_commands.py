@@ -325,6 +325,8 @@ def evaluate(
                 "--seed": seed,
             },
         )
+    elif protocol == "default":
+        refuse_options("eval", "without --protocol reference", {"--seed": seed})
     if not lpips:
         files = {"--lpips-backbone": lpips_backbone, "--lpips-heads": lpips_heads}
         refuse_options("eval", "without --lpips", files)

@@ -40,6 +40,8 @@ _LAST_TIME, _SPAN = 0.95, 32.0
 # Of the training times, s in u / (s - (s - 1) u): Esser et al. (arXiv 2403.03206), section 5.3.2.
 _TIME_SHIFT = 4.0
 _EPS = 1e-6
+# A frame or distance behind all others.
+_FAR = 2**40
 Generators = Sequence[torch.Generator] | torch.Generator | None
 
 
@@ -130,17 +132,21 @@ class VTokDecoder(nn.Module):
         return unpatchify(self.out(self.norm(patches)), grid, self.patch)
 
     def _residuals_of_frames(self, memory: Tensor, positions: Tensor, num_frames: int) -> Tensor:
-        """Returns [B, T, D]: for every frame the residual token nearest in time, 0 without any."""
+        """Returns [B, T, D]: for every frame the nearest residual token of its segment, or 0."""
         if memory.shape[1] == 0:
             return memory.new_zeros(len(memory), num_frames, memory.shape[-1])
-        frames, slots = positions.unbind(-1)
-        is_residual = (slots == self.key_tokens) & (frames != PADDING)
-        at = torch.arange(num_frames, device=frames.device)
-        distance = (at[:, None] - frames[:, None]).abs()  # [B, T, L]
-        far = torch.iinfo(distance.dtype).max
-        nearest = distance.masked_fill(~is_residual[:, None], far).argmin(-1)
-        found = memory.gather(1, nearest[..., None].expand(-1, -1, memory.shape[-1]))
-        return found * is_residual.any(1)[:, None, None]
+        frames, slots = positions.long().unbind(-1)
+        frames = frames.masked_fill(frames == PADDING, _FAR)
+        # A segment goes from the first frame of its tokens to that of the next one.
+        segments = ((slots == 0).cumsum(1) - 1).clamp(min=0)  # [B, L]
+        starts = torch.full_like(frames, _FAR).scatter_reduce(1, segments, frames, "amin")
+        at = torch.arange(num_frames, device=frames.device)[:, None]
+        segment = (starts[:, None] <= at).sum(-1, keepdim=True) - 1  # [B, T, 1]
+        usable = (slots == self.key_tokens)[:, None] & (segments[:, None] == segment)
+        distance = (at - frames[:, None]).abs().masked_fill(~usable, _FAR)  # [B, T, L]
+        nearest = distance.argmin(-1, keepdim=True)
+        found = memory.gather(1, nearest.expand(-1, -1, memory.shape[-1]))
+        return found * usable.any(-1, keepdim=True)
 
     def _waves(self, values: Tensor) -> Tensor:
         """Returns sines and cosines [..., D] of numbers."""

@@ -79,6 +79,7 @@ def dry_run(recipe: Any, device: torch.device) -> DryRun:
     pictures = [batch_picture(batch) for batch in clips_of(data)]
     memory = _weights_memory(task)
     try:
+        task.prepare()
         memory["activations"] = activation_bytes(task, data)
     except Exception as error:  # whatever an operation cannot do on fake tensors
         reason = " ".join(str(error).split())[:120]

@@ -313,11 +313,18 @@ class _Run:
                     self._show(step)
         except Exception:
             # The steps are not lost with it. Saving takes all processes, of which others may go on.
-            if saving and world_size() == 1:
-                self._save(metric, last=True)
+            if world_size() == 1:
+                self._rescue(metric)
             raise
         if saving:
             self._save(metric, last or stopped)
+
+    def _rescue(self, metric: float | None) -> None:
+        """Saves on the way out; what hinders that must not hide why."""
+        try:
+            self._save(metric, last=True)
+        except (OSError, ValueError) as error:
+            self.warn(f"the steps since the last checkpoint could not be saved: {error}")
 
     def _validate(self, step: int) -> float | None:
         """Returns the metric of a validation, None if it is NaN."""
