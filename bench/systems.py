@@ -36,6 +36,7 @@ from report import systems_rows
 
 import vtok_ext as vt
 from vtok_ext.data.procedural import procedural_clip
+from vtok_ext.models._video_input import to_uint8
 
 # Beyond any training seed, as in training and studies.
 FIRST_SEED = 1_000_000_000
@@ -99,10 +100,14 @@ def mean_colour_row(frames: int, size: int, clips: int) -> dict:
     rows = []
     for index in range(clips):
         clip = clip_of(index, frames, size)
-        colour = ((clip.mean((2, 3, 4), keepdim=True) + 1) * 127.5).round().byte()
+        colour = to_uint8(clip.mean((2, 3, 4), keepdim=True))
         rows.append(quality_of(colour.expand_as(clip), clip))
-    means = {key: sum(row[key] for row in rows) / clips for key in rows[0]}
-    return {"system": "mean colour", **means}
+    return {"system": "mean colour", **means_of(rows)}
+
+
+def means_of(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Returns the means over clips."""
+    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
 
 
 def measure_system(name: str, source: str, options: dict, queue) -> None:
@@ -118,7 +123,7 @@ def measure_system(name: str, source: str, options: dict, queue) -> None:
     coded = [code_clip(model, clip(i), int(window or 0)) for i in range(options["clips"])]
     peak_mb = process_peak_mb()
     rows = [{**costs, **quality_of(video, clip(i))} for i, (video, costs) in enumerate(coded)]
-    means = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+    means = means_of(rows)
     if before is not None:
         means["peak_mb"] = peak_mb - before
     means["million_parameters"] = sum(p.numel() for p in model.parameters()) / 1e6

@@ -14,18 +14,16 @@ def read_whole(op: str, model: Any, parts: Iterable[Tensor]) -> Tensor:
 
     Args:
         op: in front of the message.
-        model: a VideoTokenizer; one whose clips are bounded has `check_clip`.
+        model: a VideoTokenizer.
         parts: of a video, in order.
 
     Raises:
         ValueError: the video is longer or larger than the model's clips.
     """
-    check = getattr(model, "check_clip", None)
     kept: list[Tensor] = []
     num_frames = 0
     for part in parts:
         kept.append(part)
         num_frames += part.shape[1]
-        if check is not None:
-            check(op, (num_frames, *part.shape[2:]))
+        model.check_clip(op, (num_frames, *part.shape[2:]))
     return torch.cat(kept, dim=1)

@@ -132,10 +132,8 @@ class _ShardWork:
             raise
 
     def _check_clip(self, video: VideoItem, portion: Portion) -> None:
-        check = getattr(self.model, "check_clip", None)
-        if check is not None:
-            shape = (portion.num_frames, *portion.clips.shape[3:])
-            check(f"tokenize: {video.name} (see --frames and --size)", shape)
+        shape = (portion.num_frames, *portion.clips.shape[3:])
+        self.model.check_clip(f"tokenize: {video.name} (see --frames and --size)", shape)
 
     def _add_clip(
         self, video: VideoItem, key: str, portion: Portion, clip: Tensor, stamps: list[int]

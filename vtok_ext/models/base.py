@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -144,6 +145,15 @@ class VideoTokenizer(nn.Module):
     @abstractmethod
     def token_grid(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
         """Returns the shape of the ids of one clip."""
+
+    def check_clip(self, op: str, shape: Sequence[int]) -> None:
+        """Raises ValueError if a clip of this (frames, height, width) is too large for the model.
+
+        Args:
+            op: name in front of the message.
+            shape: of the clip.
+        """
+        return
 
     # What a model does.
 

@@ -189,18 +189,16 @@ class CoordTok(VideoTokenizer):
         return self._normalized(encoding, normalize)
 
     def check_clip(self, op: str, shape: Sequence[int]) -> None:
-        """Raises ValueError unless a clip of this (frames, height, width) fits into the model.
-
-        Args:
-            op: who asks, in front of the message.
-            shape: of the clip.
-        """
-        limit = self.config.video_shape
-        if any(size > most for size, most in zip(shape, limit, strict=True)):
+        """Raises ValueError unless a clip of this shape fits into the model; see the base class."""
+        if not self._fits(shape):
             raise ValueError(
-                f"{op}: video must have at most (frames, height, width) {limit}, "
+                f"{op}: video must have at most (frames, height, width) {self.config.video_shape}, "
                 f"got {tuple(shape)}; cut or resize it first"
             )
+
+    def _fits(self, shape: Sequence[int]) -> bool:
+        limit = self.config.video_shape
+        return all(size <= most for size, most in zip(shape, limit, strict=True))
 
     def _queries(self) -> Planes:
         return {plane: getattr(self, f"weight_tokens_{plane}") for plane in PLANE_AXES}
@@ -399,11 +397,11 @@ class CoordTok(VideoTokenizer):
 
     def _check_recorded(self, op: str, encoding: Encoding) -> None:
         """Raises ValueError for a clip that the model cannot have encoded."""
-        recorded, limit = (encoding.num_frames, *encoding.size), self.config.video_shape
-        if any(size > most for size, most in zip(recorded, limit, strict=True)):
+        recorded = (encoding.num_frames, *encoding.size)
+        if not self._fits(recorded):
             raise ValueError(
-                f"{op}: encoding must record at most (frames, height, width) {limit}, "
-                f"got {recorded}"
+                f"{op}: encoding must record at most (frames, height, width) "
+                f"{self.config.video_shape}, got {recorded}"
             )
 
     def _lattice(self, moments: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Lattice:

@@ -209,17 +209,15 @@ class VTokLM(nn.Module):
             before = self._before_targets(states, batch)
             chosen = is_generated.to(latent.device)
             gens = _chosen(generators, is_generated)
-            counts = [length] * int(is_generated.sum())
+            counts, places = [length] * int(is_generated.sum()), positions[chosen]
             if isinstance(self.head, CodeHead):
                 assert indices is not None
                 vis = self.head.loss(before, indices[chosen].flatten())
             else:
                 # Stop-gradient targets, see the module.
-                places = positions[chosen]
                 targets = self.normalised(latent[chosen], places).detach().flatten(0, 1)
                 vis = self.head.loss(before, targets, counts, gens)
             if self.config.lambda_dec > 0:
-                places = positions[chosen]
                 seen = self._decoder_tokens(latent[chosen], before, places, step, gens)
                 clip = self._float_video(video)[chosen]
                 dec = self.tokenizer.decoder.loss(clip, seen, places, gens)[0]
