@@ -33,6 +33,15 @@ def close(frames, expected) -> bool:
     return found.shape == expected.shape and (found.float() - expected.float()).abs().max() <= 1
 
 
+def thin_coordtok() -> vt.models.CoordTok:
+    """A CoordTok of clips of up to 16 frames of 32x48."""
+    torch.manual_seed(0)
+    width = {"enc_embed_dim": 16, "dec_embed_dim": 16, "enc_num_heads": 2, "dec_num_heads": 2}
+    depth = {"enc_num_layers": 1, "dec_num_layers": 1, "enc_patch_num_layers": 1}
+    shape = {"video_shape": (16, 32, 48), "latent_patch_size": (16, 16, 16)}
+    return vt.create_model("coordtok_large_128", **width, **depth, **shape).eval()
+
+
 def source_of(video) -> torch.Tensor:
     return read_clip(video)[0][None]
 
@@ -79,11 +88,7 @@ def test_a_video_that_cannot_be_written_is_no_token_file(
 @torch.no_grad()
 def test_planes_of_a_model_for_whole_clips(vtok, make_video, tmp_path, written):
     """CoordTok: what is not a grid of latents goes through files all the same."""
-    torch.manual_seed(0)
-    width = {"enc_embed_dim": 16, "dec_embed_dim": 16, "enc_num_heads": 2, "dec_num_heads": 2}
-    depth = {"enc_num_layers": 1, "dec_num_layers": 1, "enc_patch_num_layers": 1}
-    shape = {"video_shape": (16, 32, 48), "latent_patch_size": (16, 16, 16)}
-    model = vt.create_model("coordtok_large_128", **width, **depth, **shape).eval()
+    model = thin_coordtok()
     model.save_pretrained(tmp_path / "model")
     video, out = make_video(num_frames=9), tmp_path / "planes"
     report = vtok("encode", video, out, "--model", tmp_path / "model", "--json").json
@@ -109,12 +114,7 @@ def test_planes_of_a_model_for_whole_clips(vtok, make_video, tmp_path, written):
 def test_a_film_too_long_for_the_model_is_not_read_to_its_end(
     vtok, make_video, tmp_path, monkeypatch
 ):
-    width = {"enc_embed_dim": 16, "dec_embed_dim": 16, "enc_num_heads": 2, "dec_num_heads": 2}
-    depth = {"enc_num_layers": 1, "dec_num_layers": 1, "enc_patch_num_layers": 1}
-    shape = {"video_shape": (16, 32, 48), "latent_patch_size": (16, 16, 16)}
-    vt.create_model("coordtok_large_128", **width, **depth, **shape).save_pretrained(
-        tmp_path / "model"
-    )
+    thin_coordtok().save_pretrained(tmp_path / "model")
     film, wide = make_video("film.mp4", 200), make_video("wide.mp4", 9, 32, 64)
     read = []
     chunks = VideoReader.chunks
