@@ -2,6 +2,7 @@
 `test_vidtok_scale.py`. Prints {"difference": largest relative difference, ...} as JSON."""
 
 import json
+import os
 import sys
 from datetime import timedelta
 
@@ -80,9 +81,10 @@ def main() -> None:
     report = {"ddp": ddp, "fsdp": fsdp}[sys.argv[1]](gradients(alone), mine)
     distributed.barrier()  # torch 2.14 once aborted in a process whose peer had left
     distributed.destroy_process_group()
-    print(json.dumps(report))
+    print(json.dumps(report), flush=True)
+    os._exit(0)  # gloo's threads outlive DDP and may abort a process whose interpreter ends
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(main())
+    main()
