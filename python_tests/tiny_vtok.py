@@ -1,4 +1,4 @@
-"""VToks of a few thousand parameters, for several test files."""
+"""VToks of a few thousand parameters and what to say to them, for several test files."""
 
 import torch
 
@@ -7,7 +7,11 @@ from vtok_ext.data.captioned.questions import vocabulary
 from vtok_ext.models import VTok
 from vtok_ext.models.vtok_lm import VTokLM
 from vtok_ext.models.vtok_lm_config import VTokLMConfig, tiny_lm_config
+from vtok_ext.models.vtok_sequence import GENERATION, UNDERSTANDING, Turn
 from vtok_ext.models.vtok_text import WordTokenizer
+
+ASK = Turn(UNDERSTANDING, "what colour is the circle", "red")
+MAKE = Turn(GENERATION, "a red circle moves left")
 
 TINY = {
     "image_size": 16,
@@ -34,6 +38,10 @@ SIZES = {
     },
     "gpt2": {"n_embd": 32, "n_layer": 1, "n_head": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
 }
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def tiny(**overrides) -> VTok:
