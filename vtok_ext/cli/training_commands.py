@@ -41,7 +41,7 @@ def train(
     ] = False,
     overfit: Annotated[
         int | None,
-        typer.Option(help="Learn four clips by heart in so many steps, and check that it did."),
+        typer.Option(min=1, help="Learn four clips by heart in so many steps, and check it did."),
     ] = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,

@@ -124,7 +124,9 @@ def learn_by_heart(
 
     Raises:
         FailedComputationError: the loss is not finite.
+        ValueError: limits that are no limits.
     """
+    _check_limits(max_steps, max_seconds, min_steps)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     parameters = [p for group in groups for p in group["params"]]
     peaks = [group["lr"] for group in groups]

@@ -117,10 +117,10 @@ def _claim_lines(found: list[tuple[Comparison, Verdict]]) -> list[str]:
     lines += [
         "",
         "Differences are paired, by seed and held-out clip, and positive where the first row is "
-        "better. Intervals of metrics per clip are bootstrapped over clips and seeds, those of "
-        "whole runs are Student's over seeds. A claim holds if its interval lies above the margin, "
-        "is reversed if it lies below minus the margin's size, and is undecided otherwise or with "
-        "one seed.",
+        "better. Intervals are Student's over the seeds, for metrics per clip widened to the "
+        "bootstrap over clips and seeds where that goes further. A claim holds if its interval lies "
+        "above the margin, is reversed if it lies below minus the margin's size, and is undecided "
+        "otherwise or with one seed.",
         "",
     ]
     return lines
