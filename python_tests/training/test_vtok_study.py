@@ -1,5 +1,6 @@
 """The VTok study at its smallest: every row runs, and rows differ in nothing but what they show."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from helpers import import_or_skip
 
 from vtok_ext.data.captioned import CaptionedClips
+from vtok_ext.models.vision_encoder import SmallViT
 from vtok_ext.training.studies.report import write_report
 from vtok_ext.training.studies.runner import planned_runs, run_study
 from vtok_ext.training.studies.specification import load_study
@@ -77,3 +79,25 @@ def test_one_picture_tells_colours(tmp_path):
 def test_wrong_settings_name_the_closest():
     with pytest.raises(ValueError, match="got 'stepz'; did you mean 'steps'"):
         VTokRow.of({"stepz": 3})
+
+
+@pytest.mark.parametrize("key_frame", ["first", "auto"])
+@pytest.mark.parametrize("pool", ["mean", "grid", "attention"])
+def test_rows_show_what_the_tokenizer_encodes(key_frame, pool):
+    """Of maps that were computed before, as VTok of the frames themselves."""
+    settings = {"shown": "vtok", "key_frame": key_frame, "residual_pool": pool, "num_frames": 24}
+    sizes = {"size": 32, "image_size": 32, "patch": 4, "encoder_dim": 16, "encoder_heads": 2}
+    row = VTokRow.of({**settings, **sizes, "stride": 2})
+    clips = CaptionedClips(4, 24, 32, 32)
+    torch.manual_seed(0)
+    model = row.build(SmallViT(32, 4, 16, 3, 2), clips).eval()
+    video = torch.stack([clips.clip(i).video for i in range(4)])
+    tokenizer = model.tokenizer
+    tokenizer.config = dataclasses.replace(tokenizer.config, key_frame=key_frame)
+    expected = tokenizer.encode(video)
+    maps = torch.stack([tokenizer._maps_of(c.transpose(0, 1).float() / 127.5 - 1) for c in video])
+    tokens, positions, _, _ = model._encode(maps, None)
+    assert torch.equal(positions, expected.positions)
+    assert torch.allclose(tokens, expected.latent, atol=1e-5)
+    keys = set(positions[:, 0, 0].tolist())
+    assert keys == {0} if key_frame == "first" else keys != {0}

@@ -40,6 +40,7 @@ from vtok_ext.models.vtok_layout import (
     PADDING,
     FrameRule,
     Segment,
+    nearest_to_mean,
     pad_sequences,
     positions_of,
     segment_starts,
@@ -317,8 +318,12 @@ class VTok(VideoTokenizer):
 
     def key_tokens(self, maps: Tensor) -> Tensor:
         """Returns tokens [B, S, D] of a key frame's feature maps [B, C, h, w]."""
+        return self.key_projection(self._pooled(maps).mT)
+
+    def _pooled(self, maps: Tensor) -> Tensor:
+        """Returns means [n, C, S] over the areas of the key tokens of maps [n, C, h, w]."""
         side = self.config.key_grid
-        return self.key_projection(F.adaptive_avg_pool2d(maps, (side, side)).flatten(2).mT)
+        return F.adaptive_avg_pool2d(maps, (side, side)).flatten(2)
 
     def _frame_maps(self, clip: Tensor, frames: tuple[int, ...]) -> Tensor:
         """Returns maps [B, n, C, h, w] of some frames of clips [B, 3, T, H, W], float or uint8.
@@ -356,14 +361,11 @@ class VTok(VideoTokenizer):
         chosen = []
         for segment in plan:
             frames = (segment.key, *segment.frames)
-            pooled = []
-            for first in range(0, len(frames), FRAMES_PER_CALL):
-                maps = self._frame_maps(clip[None], frames[first : first + FRAMES_PER_CALL])[0]
-                side = self.config.key_grid
-                pooled.append(F.adaptive_avg_pool2d(maps, (side, side)).flatten(1))
-            points = torch.cat(pooled).float()
-            distance = (points - points.mean(0)).square().sum(1)
-            chosen.append(with_key(segment, frames[int(distance.argmin())]))
+            points = [
+                self._pooled(self._frame_maps(clip[None], frames[at : at + FRAMES_PER_CALL])[0])
+                for at in range(0, len(frames), FRAMES_PER_CALL)
+            ]
+            chosen.append(with_key(segment, frames[int(nearest_to_mean(torch.cat(points)))]))
         return chosen
 
     def indices_to_latent(self, indices: Tensor) -> Tensor:

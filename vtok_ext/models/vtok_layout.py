@@ -136,6 +136,14 @@ def segments_from(starts: Sequence[int], num_frames: int, rule: FrameRule) -> li
     ]
 
 
+def nearest_to_mean(
+    features: Tensor,  # [..., n, C, S]
+) -> Tensor:
+    """Returns which of n frames has the pooled features nearest to the mean of all, int64 [...]."""
+    points = features.flatten(-2).float()
+    return (points - points.mean(-2, keepdim=True)).square().sum(-1).argmin(-1)
+
+
 def with_key(segment: Segment, key: int) -> Segment:
     """Returns the segment with another of its frames as key; it keeps its length."""
     frames = {segment.key, *segment.frames} - {key}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -185,10 +186,12 @@ def _origin_lines(study: Study, runs: Runs) -> list[str]:
     if runs:
         seconds = [run.seconds for run in runs.values()]
         machines = sorted({run.machine for run in runs.values()})
+        codes = Counter(run.code or "code not recorded" for run in runs.values())
         lines += [
             f"Made on {'; '.join(machines)}; last run {max(run.date for run in runs.values())}; "
             f"{min(seconds):.0f} to {max(seconds):.0f} s a run on the wall clock, "
-            f"{sum(seconds) / 3600:.1f} hours in all.",
+            f"{sum(seconds) / 3600:.1f} hours in all. Runs by commit: "
+            f"{', '.join(f'{code} ({count})' for code, count in codes.most_common())}.",
             "",
         ]
     lines += [f"`vtok study {study.name} --resume` makes what is missing and writes this page."]

@@ -13,8 +13,10 @@ import hashlib
 import json
 import math
 import platform
+import subprocess
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,8 @@ class FinishedRun:
         seconds: wall time.
         machine: device and versions, in words.
         date: of its end, YYYY-MM-DD.
+        code: what it was made with: a commit, or the version of a package outside a clone; "" of
+            runs before this was recorded.
     """
 
     study: str
@@ -84,6 +88,7 @@ class FinishedRun:
     seconds: float
     machine: str
     date: str
+    code: str = ""
 
     def metric_names(self) -> list[str]:
         """Returns the names of all metrics, those per clip first."""
@@ -143,6 +148,25 @@ def machine_in_words() -> str:
     else:
         device = f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
     return f"{device}, torch {torch.__version__}, vtok_ext {__version__}"
+
+
+@cache
+def code_in_words() -> str:
+    """Returns the commit of this package, "COMMIT with changes", or its version outside a clone."""
+    package = Path(__file__).parents[2]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package.parent), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return ""
+        return done.stdout.strip()
+
+    if not git("ls-files", "--", package.name):
+        return f"vtok_ext {__version__}"
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "csrc", package.name)
+    return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
 
 
 def today() -> str:

@@ -23,6 +23,7 @@ import torch
 from vtok_ext.training.studies.kinds import Progress, run_row_of
 from vtok_ext.training.studies.row_result import (
     FinishedRun,
+    code_in_words,
     machine_in_words,
     read_result,
     result_path,
@@ -167,7 +168,7 @@ def make_run(
     Raises:
         Exception: whatever the kind's function raises.
     """
-    settings = study.settings_of(run.row, smoke)
+    settings, code = study.settings_of(run.row, smoke), code_in_words()
     start = time.monotonic()
     result = run_row_of(study.kind)(settings, run.seed, folder, progress)
     result.check()
@@ -190,6 +191,7 @@ def make_run(
         seconds=round(time.monotonic() - start, 1),
         machine=machine_in_words(),
         date=today(),
+        code=code,
     )
     write_result(result_path(out, run.row, run.seed), finished)
     shutil.rmtree(folder, ignore_errors=True)

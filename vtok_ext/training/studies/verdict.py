@@ -28,9 +28,10 @@ _NORMAL = 1.96
 # Seeds and clips are crossed: every seed meets every clip. A resample draws clips with replacement
 # and, independently, seeds. Drawing all S seeds of S would make the variance over seeds too small
 # by (S - 1) / S, a third of it for three seeds; drawing S - 1 makes it unbiased (Rao and Wu 1988).
-# Its quantiles know nothing of how uncertain a variance of two or three seeds is: where seeds differ
-# more than clips, one of five intervals of three seeds misses the truth. Student's over the means of
-# seeds misses one of twenty, but knows nothing of the choice of clips. A claim has to pass both.
+# Its quantiles know nothing of how uncertain a variance of two or three seeds is: where seeds
+# differ more than clips, one of six intervals of three seeds misses the truth. Student's over the
+# means of seeds misses one of twenty, but knows nothing of the choice of clips. A claim has to pass
+# both.
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vtok_ext.models.vtok import VTok
 from vtok_ext.models.vtok_config import KEY_FRAMES
+from vtok_ext.models.vtok_layout import nearest_to_mean
 from vtok_ext.models.vtok_lm import VTokLM
 from vtok_ext.models.vtok_lm_config import VTokLMConfig
 from vtok_ext.models.vtok_text import TextTokenizer
@@ -115,8 +116,8 @@ class StudyLM(VTokLM):
         seen = maps[:, frames]  # [B, n, C, h, w]
         key = torch.zeros(batch, dtype=torch.long, device=maps.device)
         if self.key_frame == "auto":
-            points = seen.flatten(2).float()
-            key = (points - points.mean(1, keepdim=True)).square().sum(2).argmin(1)
+            points = self.tokenizer._pooled(seen.flatten(0, 1)).unflatten(0, (batch, count))
+            key = nearest_to_mean(points)
         order = torch.arange(count, device=maps.device).expand(batch, -1)
         others = order[order != key[:, None]].view(batch, count - 1)
         rows = torch.arange(batch, device=maps.device)
