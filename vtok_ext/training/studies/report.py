@@ -119,9 +119,9 @@ def _claim_lines(found: list[tuple[Comparison, Verdict]]) -> list[str]:
         "",
         "Differences are paired, by seed and held-out clip, and positive where the first row is "
         "better. Intervals are Student's over the seeds, for metrics per clip widened to the "
-        "bootstrap over clips and seeds where that goes further. A claim holds if its interval lies "
-        "above the margin, is reversed if it lies below minus the margin's size, and is undecided "
-        "otherwise or with one seed.",
+        "bootstrap over clips and seeds where that goes further. A claim holds if its interval "
+        "lies above the margin, is reversed if it lies below minus the margin's size, and is "
+        "undecided otherwise or with one seed.",
         "",
     ]
     return lines
