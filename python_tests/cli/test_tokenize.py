@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -250,3 +251,45 @@ def test_bad_input(vtok, model_folder, saved_models, tmp_path):
     tiny_vtok().save_pretrained(tmp_path / "sequences")
     failed = vtok("stats", tmp_path / "sequences", tmp_path)
     assert failed.code == 2 and "stats: MODEL must have latents that are grids" in failed.err
+
+
+def test_damaged_shards_are_found(vtok, saved_models, tmp_path):
+    """By statistics, which they would spoil, and by --resume, which makes them again."""
+    out = tmp_path / "latents"
+    call = ["tokenize", "procedural:4", out, "--frames", 5, "--size", 16, "--videos-per-shard", 2]
+    call += ["--model", saved_models["kl"], *CPU]
+    assert vtok(*call).code == 0
+    before = digests(out)
+    shard = out / "shards" / "00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-5:] = b"\xff" * 5
+    shard.write_bytes(content)
+    config = (saved_models["kl"] / "config.json").read_bytes()
+    refused = vtok("stats", saved_models["kl"], out)
+    assert refused.code == 2 and "shard 1 of" in refused.err and "--resume" in refused.err
+    assert (saved_models["kl"] / "config.json").read_bytes() == config
+    assert vtok(*call, "--resume").code == 0 and digests(out) == before
+    entries = json.loads((out / "shards" / "00000.json").read_text())
+    del entries["sha256"]
+    (out / "shards" / "00000.json").write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match="shard 0 of .* must be complete and as it was written"):
+        LatentDataset(out)
+    (out / "settings.json").write_text("{")
+    cut = vtok(*call, "--resume")
+    assert cut.code == 2 and "settings.json must be JSON" in cut.err
+
+
+def test_rates_that_mean_nothing_and_sets_without_latents(vtok, saved_models, tmp_path):
+    model = ("--model", saved_models["kl"], *CPU)
+    for source, rate, message in (
+        ("procedural:2", 5, "fps (--fps) must be None for procedural clips, got 5"),
+        (tmp_path, "inf", "fps must be positive and finite, got inf"),
+    ):
+        (tmp_path / "x.mp4").write_bytes(b"none")
+        options = ("--frames", 5, "--size", 16, "--fps", rate)
+        refused = vtok("tokenize", source, tmp_path / "out", *options, *model)
+        assert refused.code == 2 and message in refused.err, refused.err
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert vtok("tokenize", tmp_path, tmp_path / "none", *model).code == 0
+    refused = vtok("stats", saved_models["kl"], tmp_path / "none")
+    assert refused.code == 2 and "DATA must hold latents, got none in" in refused.err

@@ -99,6 +99,13 @@ def test_overfit_says_whether_the_model_learned(vtok, tmp_path):
     failed = vtok("train", *arguments)
     assert failed.code == 1 and "FAILED: every output is" in failed.out
     assert len(list((tmp_path / "overfit").glob("clip-*.png"))) == 4
+    for recipe in ("smoke_coordtok", "smoke_fsq"):
+        refused = vtok("train", recipe, "--overfit", "0", "-o", tmp_path)
+        assert refused.code == 2 and "greater than or equal to 1" in refused.err
+    both = vtok("train", "smoke_fsq", "--overfit", "2", "--dry-run", "-o", tmp_path)
+    assert both.code == 2 and "one of --dry-run and --overfit" in both.err
+    other = vtok("train", "smoke_fsq", "model={name: vtok_small}", "--dry-run", "-o", tmp_path)
+    assert other.code == 2 and "model must be a VidTok or ProMAG for task tokenizer" in other.err
     refused = vtok("train", "smoke_vtok_encoder", "--overfit", "2", "-o", tmp_path)
     assert refused.code == 2 and "must have a recipe that trains a tokenizer" in refused.err
 

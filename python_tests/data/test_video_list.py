@@ -89,3 +89,19 @@ def test_what_is_no_tar_is_named(folder):
     with pytest.raises(ValueError, match="source must name videos"):
         list_videos(folder / "x.tar", warn=lines.append)
     assert "must be an uncompressed tar" in lines[0]
+
+
+def test_damaged_lines_are_named_and_the_rest_is_read(folder):
+    """A quote that is not closed, a value beyond csv's limit, a line in another encoding."""
+    long = "x" * 200_000
+    rows = ["videos,caption", 'v/a.mp4,"a cat', "v/b.mp4,a dog", 'v/a.mp4,"', f"v/b.mp4,{long}"]
+    (folder / "t.csv").write_text("\n".join([*rows, "v/b.mp4,a cow", ""]))
+    lines = []
+    items = list_videos(folder / "t.csv", warn=lines.append)
+    assert [item.fields["caption"] for item in items][-1] == "a cow"
+    assert "line 4: a value goes over several lines" in lines[0]
+    assert "line 5: no row, got field larger than field limit" in lines[1] and len(lines) == 2
+    (folder / "t.jsonl").write_bytes(b'{"video": "v/a.mp4"}\n{"video": "v/\xff.mp4"}\n')
+    lines.clear()
+    assert [item.name for item in list_videos(folder / "t.jsonl", warn=lines.append)] == ["v/a.mp4"]
+    assert "t.jsonl, line 2: no object with a video" in lines[0]

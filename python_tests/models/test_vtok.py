@@ -11,6 +11,7 @@ from tiny_vtok import tiny, tiny_fsq
 
 import vtok_ext as vt
 from vtok_ext.models import Encoding, Tokens
+from vtok_ext.models.failed_computation import FailedComputationError
 from vtok_ext.models.vision_encoder import SmallViT, VisionEncoder
 from vtok_ext.models.vision_mae import MaskedAutoencoder
 from vtok_ext.models.vtok_config import VTokConfig
@@ -383,7 +384,7 @@ def test_training_entry_has_a_loss_and_gradients(clip):
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2"])
-def test_towers_of_transformers(kind, clip, tmp_path):
+def test_towers_of_transformers(kind, clip, tmp_path, monkeypatch):
     transformers = import_or_skip("transformers")
     sizes = {
         "hidden_size": 16,
@@ -407,7 +408,12 @@ def test_towers_of_transformers(kind, clip, tmp_path):
     expected = encode(model, video).latent
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "tower").rename(tmp_path / "gone")
-    assert torch.equal(encode(vt.load_model(tmp_path / "model"), video).latent, expected)
+    loaded = vt.load_model(tmp_path / "model")
+    assert torch.equal(encode(loaded, video).latent, expected)
+    # Ids name the model, not the folder it came from or who reads it.
+    assert str(tmp_path) not in (tmp_path / "model" / "config.json").read_text()
+    monkeypatch.setattr(transformers.configuration_utils, "__version__", "99.0.0")
+    assert vt.load_model(tmp_path / "model").model_id == loaded.model_id == model.model_id
 
 
 def test_a_tower_in_half_precision_and_wrong_ones(clip, tmp_path):
@@ -421,6 +427,13 @@ def test_a_tower_in_half_precision_and_wrong_ones(clip, tmp_path):
     assert {p.dtype for p in vt.load_model(tmp_path / "model").parameters()} == {torch.float32}
     with pytest.raises(FileNotFoundError, match="load_tower: source must be a folder or a hub id"):
         tiny(encoder="huggingface", encoder_source=str(tmp_path / "nothing"))
+    masking = transformers.ViTMAEModel(
+        transformers.ViTMAEConfig(**sizes, image_size=16, patch_size=4)
+    )
+    masking.save_pretrained(tmp_path / "masking")
+    masked = tiny(encoder="huggingface", encoder_source=str(tmp_path / "masking"))
+    with pytest.raises(ValueError, match="tower must give a feature for each of 4 x 4 patches"):
+        encode(masked, clip(1, 5, 20, 20))
     for text, message in (
         ("{", "text must be JSON"),
         ('{"model_type": "gpt2"}', "tower must have hidden_size, image_size and patch_size"),
@@ -607,3 +620,38 @@ def test_rates_of_any_type_are_recorded_as_numbers(clip, tmp_path):
         assert type(encoding.fps) is float and encoding.latent.shape[1] == 18
         encoding.save(tmp_path / "clip.latent")
         assert Encoding.load(tmp_path / "clip.latent").fps == encoding.fps
+
+
+def test_a_clip_of_one_frame_gives_every_parameter_a_gradient(clip):
+    """Of the residual tokens there are none, but DDP waits for all parameters."""
+    model = tiny(stride=1).train()
+    output = model(clip(2, 1, 16, 16))
+    output.encoding.losses["flow_loss"].backward()
+    trained = [p for part in (model.residual, model.decoder) for p in part.parameters()]
+    assert trained and all(p.grad is not None for p in trained)
+    assert not any(p.grad.any() for p in model.residual.parameters())
+
+
+@pytest.mark.parametrize("output", ["float", "uint8"])
+def test_what_is_not_finite_is_no_black_video(output):
+    latent = torch.full((1, 16, 12), torch.nan)
+    if output == "float":
+        assert tiny().decode(latent).isnan().all()
+        return
+    with pytest.raises(FailedComputationError, match="decode: the model must give finite frames"):
+        tiny().decode(latent, output="uint8")
+
+
+@pytest.mark.parametrize(
+    ("seed", "error", "message"),
+    [(1.5, TypeError, "seed must be an integer"), (10**23, ValueError, r"in 0..2\^63 - 1, got 1")],
+)
+def test_seeds_are_checked(seed, error, message):
+    with pytest.raises(error, match=message):
+        tiny().decode(torch.zeros(1, 16, 12), seed=seed)
+
+
+@pytest.mark.parametrize("shape", [(0, 16, 12), (1, 0, 12)])
+def test_no_tokens_are_refused(shape):
+    with pytest.raises(ValueError, match="latent must have a clip and a token at least"):
+        tiny().decode(torch.zeros(shape))

@@ -8,8 +8,10 @@ from tiny_vtok import tiny_lm as unified
 
 from vtok_ext.data.captioned import CaptionedClips
 from vtok_ext.data.captioned.questions import vocabulary
+from vtok_ext.models.failed_computation import FailedComputationError
 from vtok_ext.models.vtok_generation import generate_tokens
 from vtok_ext.models.vtok_heads import FlowHead, MseHead
+from vtok_ext.models.vtok_lm import VTokLM
 from vtok_ext.models.vtok_lm_config import VTokLMConfig, tiny_lm_config
 from vtok_ext.models.vtok_sequence import (
     GENERATION,
@@ -419,3 +421,28 @@ def test_texts_that_do_not_go_with_the_clips(clip):
 def test_videos_of_any_type_train(clip, dtype):
     losses = unified()(clip(1, 5, 16, 16).to(dtype), [MAKE])
     assert all(loss.isfinite() for loss in losses.values())
+
+
+@pytest.mark.parametrize("discrete", [False, True], ids=["flow", "fsq"])
+def test_damaged_weights_give_an_error_not_a_black_video(clip, discrete):
+    model = unified(tiny_fsq(stride=2) if discrete else None)
+    with torch.no_grad():
+        next(model.head.parameters())[0] = torch.nan
+    with pytest.raises(FailedComputationError, match="generate: the model must give finite"):
+        model.generate(["a red circle"], num_frames=3, temperature=0.0)
+    model = unified()
+    with torch.no_grad():
+        model.projector[0].weight[0, 0] = torch.nan
+    with pytest.raises(FailedComputationError, match="answer: the model must give finite logits"):
+        model.answer(clip(1, 5, 16, 16), ["what colour"])
+
+
+def test_a_model_keeps_the_frame_rate_of_its_training(clip, tmp_path):
+    model = unified(tiny(), fps=8.0)  # without a stride the rate decides how many tokens there are
+    assert len(model.positions_for(24, None)) == len(model.positions_for(24, 8.0)) == 34
+    assert len(model.positions_for(24, 24.0)) == 22
+    model.save_pretrained(str(tmp_path))
+    loaded = VTokLM.from_pretrained(str(tmp_path))
+    assert loaded.config.fps == 8 and loaded._encode(clip(1, 24, 16, 16), None)[0].shape[1] == 34
+    with pytest.raises(ValueError, match="fps"):
+        unified(fps=0.0)

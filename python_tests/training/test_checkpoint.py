@@ -10,6 +10,7 @@ import torch
 from vtok_ext.training import checkpoint_storage
 from vtok_ext.training.checkpoint import (
     CheckpointWriter,
+    has_checkpoints,
     latest_checkpoint,
     read_numbers,
     read_shapes,
@@ -148,8 +149,12 @@ def test_damaged_is_set_aside_loudly_and_the_one_before_used(tmp_path, damage):
 
 def test_nothing_but_damage_is_an_error_not_a_fresh_start(tmp_path):
     flip(save(tmp_path, 1) / "state.json")
-    with pytest.raises(ValueError, match="at least one must be undamaged, got 1 damaged"):
-        latest_checkpoint(tmp_path, lambda line: None)
+    for _ in range(2):  # torchrun starts a failed job again
+        with pytest.raises(ValueError, match="at least one must be undamaged, got 1 damaged"):
+            latest_checkpoint(tmp_path, lambda line: None)
+    assert has_checkpoints(tmp_path)
+    save(tmp_path, 2)
+    assert latest_checkpoint(tmp_path, pytest.fail).step == 2
 
 
 def test_failing_to_write_leaves_the_earlier_ones(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from tiny_recipe import tiny
 
 import vtok_ext as vt
 from vtok_ext.layers import FSQ
+from vtok_ext.training import loop
 from vtok_ext.training.blocks import BLOCKS, blocks, compile_blocks, recompute_activations
 from vtok_ext.training.checkpoint import latest_checkpoint, read_shapes, read_tensors
 from vtok_ext.training.gradients import clip_gradients
@@ -267,6 +268,40 @@ def test_sigterm_saves_and_ends(tmp_path):
     assert train(tiny(), tmp_path, resume="auto").resumed_from == 3
 
 
+def test_sigterm_in_the_last_step_is_not_forgotten(tmp_path):
+    """The run is complete; a stage after it must not begin."""
+
+    def terminate(progress):
+        if progress.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    result = train(tiny("run.steps=6"), tmp_path, on_step=terminate)
+    assert (result.step, result.stopped_by, result.stop_wished) == (6, None, True)
+    assert result.model is not None
+    assert not train(tiny("run.steps=7"), tmp_path, resume="auto", warn=print).stop_wished
+
+
+def test_one_run_at_a_time_writes_to_a_folder(tmp_path):
+    tried = []
+
+    def meanwhile(progress):
+        if progress.step == 2 and not tried:
+            with pytest.raises(ValueError, match="no other process trains in now") as refused:
+                train(tiny(), tmp_path, resume="auto")
+            tried.append(refused)
+
+    train(tiny(), tmp_path, on_step=meanwhile)
+    assert tried and [line["step"] for line in log_of(tmp_path)] == list(range(1, 7))
+
+
+def test_a_validation_that_is_not_finite_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "validate", lambda training, clips: {"rec_loss": float("nan")})
+    said = []
+    train(tiny("run.steps=1"), tmp_path, warn=said.append)
+    assert "rec_loss of the held-out clips is nan after step 1; training goes on" in said
+    assert log_of(tmp_path, "validation")[-1]["rec_loss"] is None
+
+
 def test_sigterm_may_come_twice_and_to_the_workers_that_read_clips(tmp_path):
     """As from systemd and then from torchrun's agent, each to the whole group of processes."""
     killed = []
@@ -357,7 +392,6 @@ def test_restarts_are_refused_where_fsdp_would_lose_them():
 
 def test_a_batch_without_a_finite_loss_is_not_learned_from(tmp_path, monkeypatch):
     """Weights are as after step 3 and saved; the layer is named."""
-    from vtok_ext.training import loop
 
     build = loop.build_training
 
@@ -416,5 +450,12 @@ def test_a_log_goes_on_where_the_checkpoint_is(tmp_path):
     assert [line["step"] for line in read_log(path)] == [1, 2, 3, 4]
     RunLog(path, 2).write("train", 3, loss=5.0)
     assert [line["loss"] for line in read_log(path)] == [0.1, 0.2, 5.0]
+    log.write("validation", 4, psnr=float("nan"))
+    assert read_log(path)[-1] == {"kind": "validation", "step": 4, "psnr": None}
+    path.write_bytes(b"\0" * 40 + b"\n" + path.read_bytes())  # a power failure leaves such blocks
+    said = []
+    RunLog(path, 3, warn=said.append)
+    assert [line["step"] for line in read_log(path, pytest.fail)] == [1, 2, 3]
+    assert said == [f"1 of 5 lines of {path} are damaged"]
     RunLog(tmp_path / "none.jsonl", 0, active=False).write("train", 1)
     assert not (tmp_path / "none.jsonl").exists()

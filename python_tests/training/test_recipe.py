@@ -49,7 +49,10 @@ def test_file_and_overrides(tmp_path):
         ("task=tokeniser", r"task must be one of .*, got 'tokeniser'; did you mean 'tokenizer'"),
         ("run", r"an override must be section.key=value, got 'run'"),
         ("run=3", r"run must be a section, got 3"),
-        ("data.validation_size=[8]", r"data.validation_size must be \[\], or .*, got \[8\]"),
+        ("data.validation_size=[8]", r"data.validation_size must be \[\] without .*, got \[8\]"),
+        ("data.fps=[3]", r"data.fps must be \[\] without data.folder, got \[3.0\]"),
+        ("data.flip=true", r"data.flip must be false without data.folder, got True"),
+        ("data.crop=nonsense", r'data.crop must be "center" without data.folder, got'),
         ("data.validation_folder=x", r"data.validation_folder must be null without data.folder"),
     ],
 )

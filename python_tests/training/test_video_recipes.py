@@ -163,3 +163,37 @@ def test_labels_are_those_of_the_video_that_stands_in(tmp_path):
     assert label == 1 and torch.equal(clip, files[0, 1])
     latent, label = CachedLatents(clips, lambda batch: batch[:, :, 0])[0, 0]
     assert label == 1 and torch.equal(latent, clip[:, 0])
+
+
+def test_a_damaged_held_out_video_is_not_replaced_by_one_that_counts_twice(source):
+    held_out = source / "held_out"
+    for i in (1, 2, 3):
+        write_video(held_out / f"{i}.mp4", 9 + i, 32, 32)
+    content = bytearray((held_out / "1.mp4").read_bytes())
+    begin = content.index(b"mdat") + 8
+    size = int.from_bytes(content[begin - 8 : begin - 4], "big") - 8
+    content[begin : begin + size] = bytes(size)  # its index is whole, its frames are not
+    (held_out / "1.mp4").write_bytes(content)
+    folder = [f"data.validation_folder={held_out}", "data.validation_root=null"]
+    settings = recipe(source, *folder, "data.validation_clips=3").data
+    warnings = []
+    _, clips = build_clips(settings, 0, warnings.append)
+    assert len(clips) == 3
+    assert not any(torch.equal(a, b) for i, a in enumerate(clips) for b in clips[:i])
+    assert any(line.startswith("left out: 1.mp4") for line in warnings)
+    more = recipe(source, *folder, "data.validation_clips=4").data
+    with pytest.raises(ValueError, match="must hold 4 usable files, got 3"):
+        build_clips(more, 0, warnings.append)
+
+
+def test_other_videos_are_announced_when_a_run_goes_on(source):
+    short = ["run.steps=2", "data.buckets=[]", "data.num_frames=5", "data.height=16"]
+    short += ["data.width=16", f"data.folder={source / 'train'}", "data.root=null"]
+    train(recipe(source, *short), source / "run", warn=lambda line: None)
+    said = []
+    again = recipe(source, *short, "run.steps=3")
+    train(again, source / "run", resume="auto", warn=said.append)
+    assert not any("videos of before" in line for line in said)
+    write_video(source / "train" / "00.mp4", 14, 32, 48)
+    train(recipe(source, *short, "run.steps=4"), source / "run", resume="auto", warn=said.append)
+    assert any("the 8 videos of before are 9 now" in line for line in said)

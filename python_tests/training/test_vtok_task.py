@@ -75,6 +75,12 @@ def test_encoder_then_tokenizer_then_unified_model(tmp_path):
     assert torch.equal(model.tokenizer.encoder.embed.weight, trained.encoder.embed.weight)
     assert (model.token_deviation != 1).any()
     assert torch.equal(model.tokenizer.feature_deviation, tokenizer.feature_deviation)
+    assert model.config.fps == 8
+    # What comes without statistics gets them, and another encoder its own.
+    bare = ("model.name=null", "model.overrides={}", f"model.weights={first.model}")
+    for settings in (bare, (*bare[:2], f"model.weights={second.model}", f"encoder={first.model}")):
+        again = vt.load_model(run("smoke_vtok", tmp_path / str(len(settings)), *settings).model)
+        assert torch.equal(again.feature_deviation, tokenizer.feature_deviation)
 
 
 @pytest.mark.parametrize("name", ["smoke_vtok", "smoke_vtok_lm"])
@@ -136,6 +142,11 @@ def test_recipes_for_use_are_valid(name):
         ("smoke_vtok", "run.parallel=fsdp optimizer.muon_lr=0.02", "null with run.parallel fsdp"),
         ("smoke_vtok_encoder", "fps=0", "fps must be null or positive"),
         ("smoke_vtok", "data.num_frames=9", "num_frames must be >= 24"),
+        ("smoke_vtok", "data.folder=x", "data.folder must be null, or clips 'clips', got 'x'"),
+        ("smoke_vtok_lm", "data.motion=erratic", "data.motion must be its default, or clips"),
+        ("smoke_vtok", "model.freeze=[encoder]", r"model.freeze must be \[\] for VTok"),
+        ("smoke_vtok_lm", "unified.questions=[blink,reversal]", "a kind that clips of one shape"),
+        ("smoke_vtok_lm", "model.overrides.key_frame=auto", "the first frame as key and no cuts"),
     ],
 )
 def test_bad_recipes(tmp_path, name, override, message):

@@ -22,8 +22,9 @@ def run_stats(*, model: str, data: Path, max_items: int | None, as_json: bool) -
     """Returns None when config.json has the statistics.
 
     Raises:
-        FileNotFoundError, ValueError: no folder of a saved model, no tokenized data set, one of
-            another model, a folder of diffusers, or a model whose latents are sequences.
+        FileNotFoundError, ValueError: no folder of a saved model, no tokenized data set, a damaged
+            or empty one or one of another model, a folder of diffusers, or a model whose latents
+            are sequences.
     """
     console = Console(as_json)
     path = Path(model) / _persistence.CONFIG_NAME
@@ -40,10 +41,12 @@ def run_stats(*, model: str, data: Path, max_items: int | None, as_json: bool) -
             f"stats: MODEL must have latents that are grids or planes, got {tokenizer.name}, whose "
             "sequences are not normalised"
         )
-    latents = LatentDataset(data)
+    latents = LatentDataset(data, verify=True)
     tokenizer.check_origin("stats", latents.manifest["model_id"])
     counter = StatisticsCounter()
     count = len(latents) if max_items is None else min(max_items, len(latents))
+    if count == 0:
+        raise ValueError(f"stats: DATA must hold latents, got none in {data}")
     with console.progress("measuring", count) as progress:
         for index in range(count):
             latent = latents[index]

@@ -80,7 +80,8 @@ def run_tokenize(options: TokenizeOptions, *, as_json: bool) -> None:
         def begin() -> list[int]:
             _begin(options, origin)
             shards = (Shard(options.out, n) for n in range(num_shards))
-            return [shard.number for shard in shards if shard.read(digest) is None]
+            # What is there is read again: a damaged shard would be taken for a good one for ever.
+            return [shard.number for shard in shards if shard.read(digest, verify=True) is None]
 
         missing = on_rank_0(begin)
         own = missing[rank() :: world_size()]
@@ -150,7 +151,7 @@ def _begin(options: TokenizeOptions, origin: dict[str, Any]) -> None:
     path = options.out / _BEGUN
     remove_partials(path)  # of a process that was killed before it had begun
     if path.exists() or (options.out.exists() and any(options.out.iterdir())):
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        found = _read_begun(path) if path.exists() else {}
         if not options.resume:
             raise ValueError(
                 f"tokenize: DST must be a new or empty folder, got {options.out}; "
@@ -166,6 +167,16 @@ def _begin(options: TokenizeOptions, origin: dict[str, Any]) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     with output_file(path, "tokenize") as partial:
         partial.write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+
+
+def _read_begun(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"tokenize: {path} must be JSON, got {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"tokenize: {path} must be an object, got {type(found).__name__}")
+    return found
 
 
 def _model_facts(model: Any) -> dict[str, Any]:

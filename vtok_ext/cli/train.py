@@ -35,6 +35,8 @@ def run_train(
     overfit: int | None = None,
 ) -> str | None:
     """Returns None after training, or where the state is if a signal ended it early."""
+    if dry and overfit is not None:
+        raise ValueError("train: one of --dry-run and --overfit may be given, got both")
     stages = stage_recipes(load_stages(recipe, overrides), out)
     start = time.monotonic()
     with process_group(resolve_device(device)) as place:
@@ -53,7 +55,7 @@ def run_train(
                 console.say(f"stage {number} of {len(stages)}, in {folder}")
             with index_kept_in(out / INDEX):
                 result = train_visibly(settings, folder, place, resume, console)
-            if result.stopped_by is not None:
+            if result.stopped_by is not None or (result.stop_wished and number < len(stages)):
                 return where_to_go_on(result)
     if leads:
         values = {

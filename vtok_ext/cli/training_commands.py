@@ -396,7 +396,7 @@ def generate(
                 num_frames=32 if frames is None else frames,
                 height=height,
                 width=width,
-                fps=8.0 if fps is None else fps,
+                fps=fps,
                 temperature=1.0 if temperature is None else temperature,
                 guidance=1.0 if guidance is None else guidance,
                 num_steps=steps,

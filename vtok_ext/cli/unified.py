@@ -15,6 +15,8 @@ from .console import Console
 from .model_source import resolve_device
 
 _CHUNK_FRAMES = 16
+# Of videos from text, if the model does not say at which rate it was trained.
+_FPS = 8.0
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class TextVideoOptions:
     num_frames: int = 32
     height: int | None = None
     width: int | None = None
-    fps: float = 8.0
+    fps: float | None = None
     temperature: float = 1.0
     guidance: float = 1.0
     num_steps: int | None = None
@@ -88,7 +90,7 @@ def run_generate_text(options: TextVideoOptions, *, as_json: bool) -> None:
     """Returns None after writing a video of a text; the file appears complete or not at all."""
     from vtok_ext.models.vtok_generation import check_guidance
 
-    if options.num_frames < 1 or not options.fps > 0:
+    if options.num_frames < 1 or not (options.fps is None or options.fps > 0):
         raise ValueError(
             f"generate: --frames and --fps must be positive, got {options.num_frames} and "
             f"{options.fps}"
@@ -100,14 +102,15 @@ def run_generate_text(options: TextVideoOptions, *, as_json: bool) -> None:
     check_guidance(unified, options.guidance)
     side = unified.tokenizer.config.image_size
     size = (options.height or side, options.width or side)
-    with VideoWriter(options.out, height=size[0], width=size[1], fps=options.fps) as writer:
+    fps = unified.rate(options.fps) or _FPS
+    with VideoWriter(options.out, height=size[0], width=size[1], fps=fps) as writer:
         start = time.monotonic()
         console.say(f"{options.num_frames} frames of {size[1]}x{size[0]}, on {target}")
         video = unified.generate(
             [options.text],
             num_frames=options.num_frames,
             size=size,
-            fps=options.fps,
+            fps=fps,
             temperature=options.temperature,
             guidance=options.guidance,
             num_steps=options.num_steps,
@@ -121,8 +124,8 @@ def run_generate_text(options: TextVideoOptions, *, as_json: bool) -> None:
         "frames": options.num_frames,
         "height": size[0],
         "width": size[1],
-        "fps": options.fps,
-        "tokens": len(unified.tokenizer.default_positions(options.num_frames, options.fps)),
+        "fps": fps,
+        "tokens": len(unified.tokenizer.default_positions(options.num_frames, fps)),
         "temperature": options.temperature,
         "guidance": options.guidance,
         "steps": options.num_steps or unified.tokenizer.config.sampling_steps,

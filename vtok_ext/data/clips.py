@@ -6,6 +6,7 @@ workers and after a restart. An item is [3, T, H, W] uint8.
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from vtok_ext.data.procedural import procedural_clip
 from vtok_ext.data.video import VideoReadError, read_frames_at, read_times
 from vtok_ext.data.video_list import VideoItem
 from vtok_ext.data.video_scan import VideoFacts, VideoIndex
+
+CROPS = ("center", "random")
 
 
 class Clips(Protocol):
@@ -89,8 +92,8 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         """Checks every field."""
-        if self.crop not in ("center", "random"):
-            raise ValueError(f"Augmentation: crop must be center or random, got {self.crop!r}")
+        if self.crop not in CROPS:
+            raise ValueError(f"Augmentation: crop must be one of {CROPS}, got {self.crop!r}")
         if not 1 <= self.zoom < 16:
             raise ValueError(f"Augmentation: zoom must be in [1, 16), got {self.zoom}")
 
@@ -139,7 +142,8 @@ class VideoClips:
     Attributes:
         videos: those in use.
         bucket_of: index into `buckets` of each of them.
-        unreadable: one line for each video left out.
+        num_listed: videos that were given.
+        unreadable: one line for each video left out, or found damaged since.
 
     Raises:
         ValueError: no usable video, or several buckets without a scan.
@@ -164,6 +168,7 @@ class VideoClips:
         self.samplings = [replace(sampling, num_frames=bucket[0]) for bucket in buckets]
         self.augmentation = augmentation or Augmentation()
         self.seed, self.damage_log = seed, damage_log
+        self.num_listed = len(videos)
         self.videos: list[VideoItem] = []
         self.bucket_of: list[int] = []
         self.unreadable: list[str] = []
@@ -242,6 +247,20 @@ class VideoClips:
                 lines.append(f"{self.videos[stand_in].name}: {error}")
                 self._note_damage(lines[-1])
         raise VideoReadError(f"VideoClips: some video must be readable, got {lines[0]}")
+
+    def readable(self, count: int) -> dict[int, torch.Tensor]:
+        """Returns the clips of epoch 0 of the first `count` videos that can be read, by index.
+
+        Fewer, if there are not so many; damaged ones are in `unreadable` then, and none stands in.
+        """
+        found: dict[int, torch.Tensor] = {}
+        for index in range(len(self.videos)):
+            if len(found) == count:
+                break
+            with contextlib.suppress(VideoReadError):  # no video of a bucket, which is noted
+                clip, _, source = self.read((0, index))
+                found.setdefault(source, clip)
+        return found
 
     def _note_damage(self, line: str) -> None:
         if line in self.unreadable:

@@ -25,6 +25,7 @@ FORMAT = "vtok_ext.latents"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 _MAX_JSON_BYTES = 1 << 30
+_FACTS = {"settings", "sha256", "bytes", "entries", "unreadable"}
 
 
 @dataclass(frozen=True)
@@ -80,19 +81,23 @@ class Shard:
         with output_file(self.entries, "tokenize") as partial:
             partial.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
-    def read(self, settings: str | None = None) -> dict[str, Any] | None:
+    def read(self, settings: str | None = None, *, verify: bool = False) -> dict[str, Any] | None:
         """Returns the facts of a complete shard, None if it is not complete.
 
         Args:
             settings: the hash it must have; None for any.
+            verify: read the latents, whose bytes must have the recorded hash too.
         """
         try:
             facts = _read_json(self.entries)
             size = self.tensors.stat().st_size
+            right = facts.keys() >= _FACTS and facts["bytes"] == size
+            right = right and isinstance(facts["entries"], list)
+            right = right and settings in (None, facts["settings"])
+            right = right and (not verify or sha256_of(self.tensors) == facts["sha256"])
         except (OSError, ValueError):
             return None
-        right = facts.get("bytes") == size and isinstance(facts.get("entries"), list)
-        return facts if right and settings in (None, facts.get("settings")) else None
+        return facts if right else None
 
 
 def write_manifest(folder: Path, facts: dict[str, Any], num_shards: int) -> dict[str, Any]:
@@ -141,6 +146,8 @@ class LatentDataset:
         label: field of the videos (a class number, a caption) that comes with each latent; None for
             latents alone.
         statistics: normalise latents by these, such as `model.latent_statistics`; None not to.
+        verify: compare each shard with its recorded hash before the first latent of it is read,
+            which takes reading all of it.
 
     Attributes:
         manifest: what made the data set: `model_id`, `kind`, `temporal_factor`, ...
@@ -148,8 +155,8 @@ class LatentDataset:
             for a single frame), num_frames, size, padded size, fields of the video.
 
     Raises:
-        FileNotFoundError, ValueError: no such data set, an incomplete one, or one whose videos lack
-            the label.
+        FileNotFoundError, ValueError: no such data set, an incomplete or damaged one, or one whose
+            videos lack the label.
     """
 
     def __init__(
@@ -158,8 +165,10 @@ class LatentDataset:
         *,
         label: str | None = None,
         statistics: LatentStatistics | None = None,
+        verify: bool = False,
     ) -> None:
         self.folder, self.label, self.statistics = Path(folder), label, statistics
+        self._verify = verify
         path = self.folder / MANIFEST
         if not path.is_file():
             raise FileNotFoundError(
@@ -172,10 +181,10 @@ class LatentDataset:
             raise ValueError("LatentDataset: statistics must be None for tokens, got some")
         self.entries: list[dict[str, Any]] = []
         self._shard_of: list[int] = []
-        for number in range(len(self.manifest["shards"])):
+        for number, listed in enumerate(self.manifest["shards"]):
             facts = Shard(self.folder, number).read(self.manifest["settings_hash"])
-            if facts is None:
-                raise ValueError(f"LatentDataset: shard {number} of {folder} must be complete")
+            if facts is None or facts["sha256"] != listed["sha256"]:
+                raise self._damaged(number)
             self.entries += facts["entries"]
             self._shard_of += [number] * len(facts["entries"])
         lacking = [e["video"] for e in self.entries if label and label not in e["fields"]]
@@ -237,8 +246,10 @@ class LatentDataset:
 
         number, entry = self._shard_of[index], self.entries[index]
         if number not in self._open:
-            path = Shard(self.folder, number).tensors
-            self._open[number] = safe_open(path, framework="pt").__enter__()
+            shard = Shard(self.folder, number)
+            if self._verify and shard.read(verify=True) is None:
+                raise self._damaged(number)
+            self._open[number] = safe_open(shard.tensors, framework="pt").__enter__()
         file = self._open[number]
         if entry["planes"]:
             return {name: file.get_tensor(f"{entry['key']}.{name}") for name in entry["planes"]}
@@ -246,6 +257,12 @@ class LatentDataset:
             return file.get_tensor(entry["key"])
         axes = (frames,) if self.manifest["kind"] == "tokens" else (slice(None), frames)
         return file.get_slice(entry["key"])[axes]
+
+    def _damaged(self, number: int) -> ValueError:
+        return ValueError(
+            f"LatentDataset: shard {number} of {self.folder} must be complete and as it was "
+            "written, got another; vtok tokenize --resume makes it again"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Open files stay with the process that opened them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -50,8 +51,8 @@ class TokenizeSettings:
             )
         for name in ("num_frames", "max_clips", "batch_size", "videos_per_shard", "fps"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"tokenize: {name} must be positive, got {value}")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"tokenize: {name} must be positive and finite, got {value}")
 
     def origin(self, model_id: str, videos: list[VideoItem]) -> dict[str, Any]:
         """Returns all that decides what is made, as JSON has it, with a hash of it.

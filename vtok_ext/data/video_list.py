@@ -117,7 +117,7 @@ def _of_csv(path: Path, root: Path, warn: Callable[[str], None]) -> Iterator[Vid
         if "videos" not in header:
             raise ValueError(f"list_videos: {path} must have a column videos, got {header}")
         column = header.index("videos")
-        for row in rows:
+        for row in _rows(path, rows, warn):
             if len(row) > len(header) or len(row) <= column or not row[column].strip():
                 if row:
                     warn(f"{path}, line {rows.line_num}: no video, got {','.join(row)[:80]!r}")
@@ -130,17 +130,36 @@ def _of_csv(path: Path, root: Path, warn: Callable[[str], None]) -> Iterator[Vid
             yield VideoItem(row[column], root / row[column], fields=others)
 
 
+def _rows(path: Path, rows: Any, warn: Callable[[str], None]) -> Iterator[list[str]]:
+    """Yields the rows of a csv.reader, past those that it cannot read."""
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            warn(f"{path}, line {rows.line_num}: no row, got {error}")
+            continue
+        if any("\n" in value for value in row):
+            warn(
+                f"{path}, line {rows.line_num}: a value goes over several lines; if it should not, "
+                "a quote before is not closed, and what is between is lost"
+            )
+        yield row
+
+
 def _of_json_lines(path: Path, root: Path, warn: Callable[[str], None]) -> Iterator[VideoItem]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                values = json.loads(line)
+                values = json.loads(line.decode("utf-8"))
                 name = values.pop("video", None) or values.pop("path")
                 yield VideoItem(str(name), root / str(name), fields=values)
             except (ValueError, KeyError, AttributeError, TypeError):
-                warn(f"{path}, line {number}: no object with a video, got {line.strip()[:80]!r}")
+                shown = line.decode("utf-8", "replace").strip()[:80]
+                warn(f"{path}, line {number}: no object with a video, got {shown!r}")
 
 
 def _of_tar(path: Path, warn: Callable[[str], None]) -> Iterator[VideoItem]:

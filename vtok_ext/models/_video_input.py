@@ -32,14 +32,15 @@ def check_video(op: str, video: Tensor, channels: int = 3) -> None:
         )
     if video.dtype != torch.uint8 and not video.is_floating_point():
         raise TypeError(f"{op}: video must be floating in [-1, 1] or uint8, got {video.dtype}")
-    if (
-        video.is_floating_point()
-        and video.device.type == "cpu"
-        and type(video) is Tensor  # fake tensors, for one, have no values
-        and not torch.compiler.is_compiling()
-        and not all(torch.isfinite(part).all() for part in video.split(_FRAMES_PER_CHECK, 2))
-    ):
+    if video.is_floating_point() and video.device.type == "cpu" and not is_finite(video):
         raise ValueError(f"{op}: video must be finite, got NaN or infinite values")
+
+
+def is_finite(video: Tensor) -> bool:
+    """Returns whether all of [B, C, T, H, W] is finite; True where there are no values to read."""
+    if type(video) is not Tensor or torch.compiler.is_compiling():  # such as fake tensors
+        return True
+    return all(torch.isfinite(part).all() for part in video.split(_FRAMES_PER_CHECK, 2))
 
 
 def check_frame_rule(op: str, frames: str) -> None:

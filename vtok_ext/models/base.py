@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from vtok_ext.models import _persistence
 from vtok_ext.models._config import ModelConfig
 from vtok_ext.models._fingerprint import weights_fingerprint
-from vtok_ext.models._video_input import to_uint8
+from vtok_ext.models._video_input import is_finite, to_uint8
 from vtok_ext.models.encoding import Encoding, Output, Tokens
+from vtok_ext.models.failed_computation import FailedComputationError
 from vtok_ext.models.latent_statistics import Latent, LatentStatistics
 
 OUTPUTS = ("float", "uint8")
@@ -353,7 +354,14 @@ class VideoTokenizer(nn.Module):
             )
         if wanted != available:
             video = video[:, :, : wanted[0], : wanted[1], : wanted[2]]
-        return to_uint8(video) if output == "uint8" else video
+        if output == "float":
+            return video
+        # uint8 would hide them. Elsewhere looking would wait for the device.
+        if video.device.type == "cpu" and not is_finite(video):
+            raise FailedComputationError(
+                f"{op}: the model must give finite frames, got NaN or infinity"
+            )
+        return to_uint8(video)
 
     def extra_repr(self) -> str:
         """Returns name and configuration, for printing."""

@@ -21,7 +21,7 @@ from vtok_ext.models._persistence import check_source
 from vtok_ext.models.sit_network import sincos_2d
 
 # How towers were normalised in training, as (mean, standard deviation) of values in [0, 1]. DINOv2
-# and ViT-MAE use ImageNet's, SigLIP maps to [-1, 1].
+# uses ImageNet's, SigLIP maps to [-1, 1].
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _HALF = ((0.5,) * 3, (0.5,) * 3)
@@ -31,6 +31,9 @@ _NORMALIZATION = {
     "siglip2_vision_model": _HALF,
     "vit": _HALF,
 }
+
+# Of a configuration in transformers, what another folder or version would change.
+_OF_THE_READER = ("_name_or_path", "transformers_version")
 
 
 @runtime_checkable
@@ -153,6 +156,12 @@ class HuggingFaceEncoder(nn.Module):
         output = self.tower(pixel_values=x, output_hidden_states=self.layer != -1)
         states = output.last_hidden_state if self.layer == -1 else output.hidden_states[self.layer]
         rows, columns = (size // self.patch for size in x.shape[2:])
+        if states.dim() != 3 or states.shape[1] < rows * columns:
+            raise ValueError(
+                f"HuggingFaceEncoder: tower must give a feature for each of {rows} x {columns} "
+                f"patches, got {list(states.shape)} of a {self.tower.config.model_type}, which "
+                "masks or merges them"
+            )
         # Class and register tokens stand in front of the patches.
         return states[:, states.shape[1] - rows * columns :].mT.unflatten(2, (rows, columns))
 
@@ -161,8 +170,13 @@ class HuggingFaceEncoder(nn.Module):
         return super().train(False)
 
     def config_json(self) -> str:
-        """Returns the tower's configuration, from which `tower_from_json` builds it."""
-        return json.dumps(self.tower.config.to_dict(), sort_keys=True, default=str)
+        """Returns the tower's configuration, from which `tower_from_json` builds it.
+
+        It says nothing of where the tower came from or which version of transformers read it.
+        """
+        fields = self.tower.config.to_dict()
+        own = {name: value for name, value in fields.items() if name not in _OF_THE_READER}
+        return json.dumps(own, sort_keys=True, default=str)
 
 
 def load_tower(source: str) -> nn.Module:

@@ -80,6 +80,8 @@ class VTok(VideoTokenizer):
             else:
                 encoder = HuggingFaceEncoder(load_tower(config.encoder_source))
             config = config.replace(
+                # Not where it came from: a folder of this machine is no part of what the model is.
+                encoder_source="",
                 encoder_config=encoder.config_json(),
                 encoder_dim=encoder.channels,
                 image_size=encoder.image_size,
@@ -303,6 +305,11 @@ class VTok(VideoTokenizer):
         variance = squares / count - mean.square()
         self.feature_deviation.copy_(variance.clamp(min=_LEAST_DEVIATION**2).sqrt())
 
+    @property
+    def knows_its_features(self) -> bool:
+        """Whether statistics of features were ever fitted: of random weights they are 0 and 1."""
+        return bool((self.feature_mean != 0).any() or (self.feature_deviation != 1).any())
+
     def standardised(self, maps: Tensor) -> Tensor:
         """Returns maps [..., C, h, w] of the encoder by the stored statistics."""
         mean, deviation = self.feature_mean[:, None, None], self.feature_deviation[:, None, None]
@@ -352,7 +359,11 @@ class VTok(VideoTokenizer):
             for first in range(0, len(segment.frames), FRAMES_PER_CALL):
                 frames = segment.frames[first : first + FRAMES_PER_CALL]
                 parts.append(self.residual(self._frame_maps(clip, frames), key))
-        return torch.cat(parts, dim=1)
+        tokens = torch.cat(parts, dim=1)
+        if torch.is_grad_enabled() and not any(segment.frames for segment in plan):
+            # DDP waits for a gradient of every parameter in every step.
+            tokens = tokens + 0.0 * sum(p.sum() for p in self.residual.parameters())
+        return tokens
 
     @torch.no_grad()
     def _choose_keys(self, clip: Tensor, plan: list[Segment]) -> list[Segment]:
@@ -415,7 +426,7 @@ class VTok(VideoTokenizer):
             )
         if output not in OUTPUTS:  # before the time is spent
             raise ValueError(f"decode: output must be one of {OUTPUTS}, got {output!r}")
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(checked_seed("decode", seed))
         video = self.decoder.sample(
             latent, positions, num_frames, size, num_steps=steps, generator=generator
         )
@@ -435,6 +446,10 @@ class VTok(VideoTokenizer):
         if not isinstance(latent, Tensor) or latent.dim() != 3 or latent.shape[2] != width:
             found = list(latent.shape) if isinstance(latent, Tensor) else type(latent).__name__
             raise ValueError(f"decode: latent must be [B, L, {width}], got {found}")
+        if 0 in latent.shape:
+            raise ValueError(
+                f"decode: latent must have a clip and a token at least, got {list(latent.shape)}"
+            )
         if positions is None:
             positions = self._positions_for(latent.shape[1], num_frames, fps)
         positions = self._checked_positions(positions, *latent.shape[:2]).to(latent.device)
@@ -488,3 +503,12 @@ class VTok(VideoTokenizer):
             ValueError: key_frame "auto", which needs the whole clip; tokens of a continuous model.
         """
         return VTokStreamEncoder(self, output)
+
+
+def checked_seed(op: str, seed: int) -> int:
+    """Returns a seed that torch takes. Raises TypeError, ValueError for another."""
+    if not isinstance(seed, Integral):
+        raise TypeError(f"{op}: seed must be an integer, got {seed!r}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"{op}: seed must be in 0..2^63 - 1, got {seed}")
+    return int(seed)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtok_ext.models.failed_computation import FailedComputationError
+from vtok_ext.models.vtok import checked_seed
 from vtok_ext.models.vtok_heads import SAMPLING_STEPS, CodeHead, normal_rows
 from vtok_ext.models.vtok_lm import VTokLM
 from vtok_ext.models.vtok_lm_checks import cache_name
@@ -72,10 +74,13 @@ def answer(
         max_tokens: at which an answer ends at the latest.
 
     Raises:
+        FailedComputationError: the language model gives NaN or infinity.
         TypeError, ValueError: other numbers of clips and questions, one question instead of a list,
             a video that is none, or one that is too long for the language model.
     """
     check_one_per_clip("answer", "questions", questions, video)
+    if not isinstance(max_tokens, int) or max_tokens < 1:
+        raise ValueError(f"answer: max_tokens must be an integer >= 1, got {max_tokens!r}")
     latent, positions, _, _ = model._encode(video, fps)
     turns = [Turn(UNDERSTANDING, question) for question in questions]
     counts = [latent.shape[1]] * len(turns)
@@ -86,7 +91,10 @@ def answer(
     found: list[list[int]] = [[] for _ in turns]
     is_open = [True] * len(turns)
     for _ in range(max_tokens):
-        chosen = model.text_logits(cache.state)[:, : len(model.text)].argmax(-1)
+        logits = model.text_logits(cache.state)[:, : len(model.text)]
+        if not bool(logits.isfinite().all()):
+            raise _not_finite("answer", "logits")
+        chosen = logits.argmax(-1)
         for row, number in enumerate(chosen.tolist()):
             is_open[row] = is_open[row] and number != end
             if is_open[row]:
@@ -131,6 +139,7 @@ def generate_tokens(
         generator: source of noise; default one of seed 0.
 
     Raises:
+        FailedComputationError: a token would be NaN or infinite.
         TypeError: one text instead of a list.
         ValueError: no text, no frame, a temperature that is negative or no number, guidance that
             is not finite or of a model trained without text_dropout, or a video that is too long
@@ -163,7 +172,17 @@ def generate_tokens(
         if len(tokens) < len(places):
             seen = drawn.repeat(len(texts) // len(prompts), 1)
             cache.push(model.embed_visual(seen, place).to(cache.state.dtype))
-    return torch.stack(tokens, dim=1)
+    found = torch.stack(tokens, dim=1)
+    if not bool(found.isfinite().all()):
+        raise _not_finite("generate", "tokens")
+    return found
+
+
+def _not_finite(op: str, what: str) -> FailedComputationError:
+    return FailedComputationError(
+        f"{op}: the model must give finite {what}, got NaN or infinity; its weights are damaged or "
+        "too large, or guidance or temperature are"
+    )
 
 
 def next_tokens(
@@ -212,9 +231,9 @@ def generate(
         output: "float" or "uint8".
 
     Raises:
-        TypeError, ValueError: as `generate_tokens` and `VTok.decode`.
+        FailedComputationError, TypeError, ValueError: as `generate_tokens` and `VTok.decode`.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(checked_seed("generate", seed))
     tokens = generate_tokens(
         model,
         prompts,
@@ -231,7 +250,7 @@ def generate(
         tokens,
         num_frames,
         (side, side) if size is None else size,
-        fps=fps,
+        fps=model.rate(fps),
         positions=model.positions_for(num_frames, fps),
     )
     return model.tokenizer.decode(encoding, num_steps=num_steps, seed=seed, output=output)

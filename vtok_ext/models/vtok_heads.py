@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtok_ext.models._random import choose
+from vtok_ext.models.failed_computation import FailedComputationError
 from vtok_ext.models.sit_network import TimestepEmbedder
 from vtok_ext.models.transport import Transport
 from vtok_ext.models.vtok_decoder import Generators
@@ -189,8 +190,16 @@ class CodeHead(nn.Module):
         generator: torch.Generator | None,
         guidance: float = 1.0,
     ) -> Tensor:
-        """Returns ids [n]: the likeliest at temperature 0, else drawn."""
+        """Returns ids [n]: the likeliest at temperature 0, else drawn.
+
+        Raises:
+            FailedComputationError: logits are NaN or infinite.
+        """
         logits = guided(self.logits(states).float(), guidance)
+        if not bool(logits.isfinite().all()):
+            raise FailedComputationError(
+                "generate: the model must give finite logits of codes, got NaN or infinity"
+            )
         if temperature == 0:
             return logits.argmax(-1)
         return choose((logits / temperature).softmax(-1), generator)

@@ -82,6 +82,12 @@ class VTokLM(nn.Module):
                 f"VTokLM: head must be 'codes' for a discrete tokenizer and only then, "
                 f"got {config.head!r} with {tokenizer.name}"
             )
+        rules = tokenizer.config
+        if rules.key_frame != "first" or rules.cut_threshold:
+            raise ValueError(
+                "VTokLM: tokenizer must have the first frame as key and no cuts, got key_frame "
+                f"{rules.key_frame!r} and cut_threshold {rules.cut_threshold}"
+            )
         self.config, self.text, self.tokenizer = config, text, tokenizer
         self.lm = build_lm(config.lm_config) if lm is None else lm
         if len(text) > self.lm.get_input_embeddings().num_embeddings:
@@ -235,8 +241,7 @@ class VTokLM(nn.Module):
         self, video: Tensor, fps: float | None, step: int = 0
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Returns tokens [B, L, D], positions [B, L, 2], ids and FSQ's own loss."""
-        options: dict[str, Any] = {"key_frame": "first", "cut_threshold": 0.0}
-        encoding = self.tokenizer.encode(video, fps=fps, step=step, **options)
+        encoding = self.tokenizer.encode(video, fps=self.rate(fps), step=step)
         assert isinstance(encoding.latent, Tensor) and encoding.positions is not None
         indices, extra = encoding.indices, encoding.losses.get("aux_loss")
         return encoding.latent, encoding.positions, indices, extra
@@ -260,7 +265,11 @@ class VTokLM(nn.Module):
 
     def positions_for(self, num_frames: int, fps: float | None) -> Tensor:
         """Returns int32 [L, 2]: frame and slot of the tokens of a video of T frames."""
-        return self.tokenizer.default_positions(num_frames, fps)
+        return self.tokenizer.default_positions(num_frames, self.rate(fps))
+
+    def rate(self, fps: float | None) -> float | None:
+        """Returns the frames per second that are meant: those given, or `config.fps`."""
+        return self.config.fps if fps is None else fps
 
     def _float_video(self, video: Tensor) -> Tensor:
         return video_input.to_float(video, self.tokenizer.dtype)

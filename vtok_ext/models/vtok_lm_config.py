@@ -45,6 +45,8 @@ class VTokLMConfig(ModelConfig):
         text_dropout: part of the videos from text that training gives no text, which makes
             guidance possible.
         lora_rank, lora_alpha, lora_targets: adapters of the language model; rank 0 for none.
+        fps: frames per second of videos of which nothing else is said, None for 24 as in `VTok`: a
+            model should answer and generate at the rate that it was trained on.
     """
 
     lm_config: str
@@ -59,6 +61,7 @@ class VTokLMConfig(ModelConfig):
     lora_rank: int = 0
     lora_alpha: int = 16
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
+    fps: float | None = None
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -73,6 +76,10 @@ class VTokLMConfig(ModelConfig):
             if getattr(self, name) > 1:
                 raise self._error(name, "at most 1")
         self._require_choice("head", HEADS)
+        if self.fps is not None:
+            self._require_number("fps", 0)
+            if self.fps == 0:
+                raise self._error("fps", "None or positive")
         try:
             kind = json.loads(self.lm_config)["model_type"]
         except (ValueError, KeyError, TypeError) as error:

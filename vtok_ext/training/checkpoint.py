@@ -219,17 +219,23 @@ def _newest_undamaged(root: Path, warn: Callable[[str], None]) -> Checkpoint | N
         aside = root / f"{_DAMAGED}{folder.name}"
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(folder, aside)
-    if result is None and damaged:
+    remains = _set_aside(root)
+    if result is None and remains:  # of now or before: never begin anew over a run's remains
         raise ValueError(
-            f"checkpoint: at least one must be undamaged, got {len(damaged)} damaged ones in "
-            f"{root}, set aside as {_DAMAGED}*"
+            f"checkpoint: at least one must be undamaged, got {len(remains)} damaged ones in "
+            f"{root}, set aside as {_DAMAGED}*; remove them to begin anew"
         )
     return result
 
 
+def _set_aside(root: Path) -> list[Path]:
+    """Returns the damaged checkpoints that have been renamed."""
+    return sorted(root.glob(f"{_DAMAGED}*"))
+
+
 def has_checkpoints(root: Path) -> bool:
     """Returns whether there are checkpoints in `root`; they may be damaged."""
-    return bool(_folders(root))
+    return bool(_folders(root) or _set_aside(root))
 
 
 def verify_checkpoint(folder: Path) -> Checkpoint:

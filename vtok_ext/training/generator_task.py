@@ -152,7 +152,7 @@ class GeneratorTask(Task):
         files = held_out_clips(data, lambda line: None)  # what is left out was said before
         labelled = LabelledClips(files, data.validation_folder, names)
         # Read again, because only what is read says which video it is from.
-        return [labelled[0, i] for i in range(len(held_out))]
+        return [labelled[0, i] for i in files.readable(len(held_out))]
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Returns AdamW over every parameter."""

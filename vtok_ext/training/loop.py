@@ -13,11 +13,14 @@ threads, the very numbers of a run that was not.
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 
@@ -64,6 +67,8 @@ class TrainResult:
         step: steps done.
         resumed_from: steps that were done before, 0 for a new run.
         stopped_by: name of the signal that ended it early, else None.
+        stop_wished: whether a signal came, also one too late to end it early: what would follow it
+            should not begin.
         model: folder of the trained tokenizer, None if stopped early.
         checkpoint: folder of the last checkpoint.
         validation: `rec_loss` and `psnr` of the last validation, {} without one.
@@ -75,6 +80,7 @@ class TrainResult:
     model: Path | None
     checkpoint: Path
     validation: dict[str, float]
+    stop_wished: bool = False
 
 
 def train(
@@ -147,6 +153,8 @@ class _Run:
         self.files = video_clips_of(self.clips)
         if self.files is not None and self.files.damage_log is None:
             self.files.damage_log = out / "damaged.txt"
+        self.videos = self._videos()  # now: what turns out damaged later stays in the order
+        self.lock: IO[str] | None = None
         self.validation: dict[str, float] = {}
         self.saved: Path | None = None
         if found is None:
@@ -178,12 +186,24 @@ class _Run:
             )
         return None
 
+    def _videos(self) -> dict[str, Any] | None:
+        """Returns how many video files there are, and a hash of their names in their order."""
+        if self.files is None:
+            return None
+        names = "\n".join(video.name for video in self.files.videos)
+        digest = hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()
+        return {"count": len(self.files.videos), "names": digest}
+
+    def _numbers(self) -> dict[str, Any]:
+        return {**self.training.numbers(), "videos": self.videos}
+
     def _load(self, found: checkpoints.Checkpoint) -> None:
         numbers = checkpoints.read_numbers(found)
         for line in resume_warnings(
             (numbers["recipe"], self.recipe.to_dict()),
             (found.world_size, world_size()),
             numbers["samples"],
+            (numbers.get("videos"), self.videos),
             in_buckets=bool(buckets_of(self.clips)),
             of_micro_batches=sees_micro_batches(self.training.task),
         ):
@@ -200,8 +220,9 @@ class _Run:
         def begin() -> None:
             names = self.recipe.run.loggers
             self.out.mkdir(parents=True, exist_ok=True)
+            self.lock = locked(self.out)
             sinks = open_sinks(names, self.out, self.first_step, self.recipe.to_dict())
-            self.log = RunLog(path, self.first_step, sinks=sinks)
+            self.log = RunLog(path, self.first_step, sinks=sinks, warn=self.warn)
 
         on_rank_0(begin)
 
@@ -256,14 +277,16 @@ class _Run:
             if stopped and step < settings.steps:
                 break
         stopped = self.training.step < settings.steps
+        model = None if stopped else self._write_model()
         assert self.saved is not None  # the last step is always saved
         return TrainResult(
             step=self.training.step,
             resumed_from=self.first_step,
             stopped_by=(request.signal_name or "another process") if stopped else None,
-            model=None if stopped else self._write_model(),
+            model=model,
             checkpoint=self.saved,
             validation=self.validation,
+            stop_wished=any_rank(request.signal_name is not None, self.device),
         )
 
     def close(self) -> None:
@@ -274,6 +297,8 @@ class _Run:
             self.writer.wait()
         except (OSError, ValueError) as error:
             self.warn(str(error))
+        if self.lock is not None:
+            self.lock.close()
 
     def _tell_damage(self) -> None:
         """Says how many videos could not be read when their turn came."""
@@ -327,17 +352,21 @@ class _Run:
             self.warn(f"the steps since the last checkpoint could not be saved: {error}")
 
     def _validate(self, step: int) -> float | None:
-        """Returns the metric of a validation, None if it is NaN."""
+        """Returns the metric of a validation, None if it is not finite."""
         self.validation = validate(self.training, self.held_out)
         self.log.write("validation", step, **self.validation)
-        metric = self.validation[self.training.task.metric]
-        return None if math.isnan(metric) else metric
+        name = self.training.task.metric
+        metric = self.validation[name]
+        if math.isfinite(metric):
+            return metric
+        self.warn(f"{name} of the held-out clips is {metric} after step {step}; training goes on")
+        return None
 
     def _save(self, metric: float | None, last: bool) -> None:
         self.saved = self.writer.save(
             self.training.step,
             self.training.tensors(),
-            self.training.numbers(),
+            self._numbers(),
             metric=metric,
             keep_last=self.recipe.run.keep_last,
             background=self.recipe.run.background_checkpoints and not last,
@@ -367,7 +396,7 @@ class _Run:
         good = not any_rank(not good, self.device)
         if good and (self.saved is None or self.saved.name != f"step-{number:08d}"):
             # Nothing is removed for it: older states may be wanted now.
-            self.saved = self.writer.save(number, state, self.training.numbers())
+            self.saved = self.writer.save(number, state, self._numbers())
         self.writer.wait()
         wait_for_all()
         kept = f"is in {self.saved}" if self.saved else "is none: no checkpoint was written before"
@@ -381,6 +410,25 @@ class _Run:
         folder, weights = self.out / "model", self.training.exported_weights()
         on_rank_0(lambda: self.training.task.export(folder, weights))
         return folder
+
+
+def locked(out: Path) -> IO[str]:
+    """Returns a file whose lock says, until it is closed, that a run writes to folder `out`.
+
+    Raises:
+        ValueError: another run does.
+    """
+    file = open(out / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(
+            f"train: out must be a folder that no other process trains in now, got {out}"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    return file
 
 
 def _noise_seed(seed: int, first_step: int) -> int:

@@ -8,10 +8,13 @@ Every key has a default but model.name. They are written as YAML, see `recipe_fi
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from typing import Any
 
+from vtok_ext.data.clips import CROPS
+from vtok_ext.data.frame_sampling import RULES
 from vtok_ext.training.log_sinks import LOGGERS
 from vtok_ext.training.losses import LossConfig
 
@@ -21,6 +24,11 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 PERCEPTUAL_NETWORKS = ("published", "random")
 FREEZABLE = ("encoder",)
 STARTS = ("published", "scaled")
+# Of section data, what says nothing of procedural clips.
+_OF_FILES = (
+    *("root", "fraction", "buckets", "fps", "sampling", "crop", "zoom", "flip", "scan"),
+    *("validation_folder", "validation_root", "validation_size", "validation_fps"),
+)
 
 
 def _require(ok: bool, name: str, requirement: str, value: Any) -> None:
@@ -123,16 +131,19 @@ class DataRecipe:
         """Checks every field."""
         _at_least("data", self, 1, "num_clips", "num_frames", "height", "width")
         _at_least("data", self, 0, "validation_clips", "num_workers")
-        _require(
-            self.folder is not None or self.validation_folder is None,
-            "data.validation_folder",
-            "null without data.folder",
-            self.validation_folder,
-        )
+        if self.folder is None:
+            for name in _OF_FILES:
+                value, default = getattr(self, name), _DEFAULTS.get(name, [])
+                requirement = f"{json.dumps(default)} without data.folder"
+                _require(value == default, f"data.{name}", requirement, value)
         size = self.validation_size
         ok = not size or (len(size) == 2 and min(size) >= 1 and self.validation_folder is not None)
         _require(ok, "data.validation_size", "[], or [H, W] with data.validation_folder", size)
         _require(len(self.fps) <= 2, "data.fps", "[], [rate] or [low, high]", self.fps)
+        _require(0 < self.fraction <= 1, "data.fraction", "in (0, 1]", self.fraction)
+        for name, choices in (("crop", CROPS), ("sampling", RULES)):
+            value = getattr(self, name)
+            _require(value in choices, f"data.{name}", f"one of {choices}", value)
 
     @property
     def least_frames(self) -> int | None:
@@ -145,6 +156,10 @@ class DataRecipe:
         for shape in shapes:
             _require(len(shape) == 3, "data.buckets", "[T, H, W] each", shape)
         return [(shape[0], shape[1], shape[2]) for shape in shapes]
+
+
+# Of the values above, but for the empty lists.
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(DataRecipe) if f.default is not MISSING}
 
 
 @dataclass(frozen=True)
@@ -196,7 +211,7 @@ class OptimizerRecipe:
         betas: decays of the two moments.
         weight_decay: decoupled (AdamW).
         clip: largest norm of all gradients of an optimiser.
-        schedule: "constant", "cosine" or "linear", down to `final` at the last step.
+        schedule: "constant", "cosine" or "linear", which reach `final` after the last step.
         warmup: steps of linear growth from 0 before it.
         final: fraction of the learning rate left at the end.
         ema_decay: of the moving averages of the weights; null for none.

@@ -12,6 +12,7 @@ def resume_warnings(
     recipes: tuple[dict[str, Any], dict[str, Any]],
     sizes: tuple[int, int],
     samples: int,
+    videos: tuple[dict[str, Any] | None, dict[str, Any] | None] = (None, None),
     *,
     in_buckets: bool,
     of_micro_batches: bool,
@@ -22,6 +23,7 @@ def resume_warnings(
         recipes: of before and now, as `Recipe.to_dict`.
         sizes: numbers of processes, before and now.
         samples: seen so far.
+        videos: count and hash of the names of the video files, before and now; None if not known.
         in_buckets: whether the clips of a micro-batch are those of a bucket.
         of_micro_batches: see `sees_micro_batches`.
     """
@@ -39,6 +41,12 @@ def resume_warnings(
         lines.append(
             f"a micro-batch of all processes had {old_part} clips of a bucket and has {new_part} "
             "now: other clips share a batch, and this epoch may repeat some"
+        )
+    before, now = videos
+    if before is not None and now is not None and before != now:
+        lines.append(
+            f"the {before['count']} videos of before are {now['count']} now, or others: clips come "
+            "in another order, and this epoch may repeat some"
         )
     if runs[0]["accumulate"] != runs[1]["accumulate"] and of_micro_batches:
         lines.append(

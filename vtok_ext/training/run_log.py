@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,22 @@ class RunLog:
         first_step: steps that the run has done.
         active: whether this process writes at all.
         sinks: further places that numbers and pictures go to.
+        warn: called with one line if lines that are there cannot be read and are left out.
     """
 
     def __init__(
-        self, path: Path, first_step: int, active: bool = True, sinks: Sequence[LogSink] = ()
+        self,
+        path: Path,
+        first_step: int,
+        active: bool = True,
+        sinks: Sequence[LogSink] = (),
+        warn: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.path, self.active, self.sinks = path, active, sinks
         if not active:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_log(path) if line["step"] <= first_step]
+        kept = [line for line in read_log(path, warn) if line["step"] <= first_step]
         with output_file(path, "log") as partial:
             partial.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
 
@@ -41,11 +48,15 @@ class RunLog:
         Args:
             kind: "train", "validation", "checkpoint", ...
             step: steps done.
-            **values: what JSON can hold.
+            **values: what JSON can hold; NaN and infinity, which it cannot, become null.
         """
         if not self.active:
             return
-        line = json.dumps({"kind": kind, "step": step, **values}) + "\n"
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
+        line = json.dumps({"kind": kind, "step": step, **finite}, allow_nan=False) + "\n"
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             os.write(descriptor, line.encode())
@@ -66,10 +77,27 @@ class RunLog:
             sink.close()
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a log; [] without a file. A cut-off last line is left out."""
+def read_log(path: Path, warn: Callable[[str], None] = lambda line: None) -> list[dict[str, Any]]:
+    """Returns the lines of a log; [] without a file. A cut-off last line is left out.
+
+    Args:
+        path: the file.
+        warn: called with one line if others cannot be read, as after a power failure; they are
+            left out too.
+    """
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8")
-    complete = text[: text.rfind("\n") + 1]
-    return [json.loads(line) for line in complete.splitlines()]
+    text = path.read_text(encoding="utf-8", errors="replace")
+    complete = text[: text.rfind("\n") + 1].splitlines()
+    found = [line for line in map(_parsed, complete) if line is not None]
+    if len(found) < len(complete):
+        warn(f"{len(complete) - len(found)} of {len(complete)} lines of {path} are damaged")
+    return found
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None

@@ -75,7 +75,7 @@ def build_clips(
         procedural = ProceduralClips(recipe.num_clips, *shape, 0, motion)
         return procedural, [held_out[0, i] for i in range(wanted)]
     clips = _video_clips(recipe, seed, warn)
-    sources = [clips]
+    sources, chosen = [clips], []
     if wanted:
         if recipe.validation_folder is None:
             raise ValueError(
@@ -83,18 +83,18 @@ def build_clips(
                 f"{wanted}, got null"
             )
         sources.append(held_out_clips(recipe, warn))
-        if len(sources[1]) < wanted:
-            raise ValueError(
-                f"train: data.validation_folder must hold {wanted} usable files, "
-                f"got {len(sources[1])}"
-            )
+        chosen = list(sources[1].readable(wanted).values())  # first: it may find damaged ones
     for source in sources:
         for line in source.unreadable:
             warn(f"left out: {line}")
         if source.unreadable:
             number = len(source.unreadable)
-            warn(f"left out: {number} of {number + len(source)} videos")
-    return clips, [sources[-1][0, i] for i in range(wanted)]
+            warn(f"left out: {number} of {source.num_listed} videos")
+    if len(chosen) < wanted:
+        raise ValueError(
+            f"train: data.validation_folder must hold {wanted} usable files, got {len(chosen)}"
+        )
+    return clips, chosen
 
 
 @contextmanager

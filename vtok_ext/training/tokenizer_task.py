@@ -8,6 +8,7 @@ weights. Source: VidTok (specification sections 7 and 8).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,11 @@ class TokenizerTask(Task):
     def __init__(self, recipe: TokenizerRecipe, device: torch.device) -> None:
         super().__init__(recipe, device)
         self.model: Any = build_model(recipe.model).to(device)
+        if not hasattr(getattr(self.model, "decoder", None), "conv_out"):
+            raise ValueError(
+                f"train: model must be a VidTok or ProMAG for task {recipe.task}, got "
+                f"{self.model.name}; task points trains a CoordTok, task vtok a VTok"
+            )
         self.loss = TokenizerLoss(recipe.loss, perceptual_network(recipe.loss)).to(device)
         self.discriminator = self.loss.discriminator
         self.modules = {"model": self.model, "loss": self.loss}
@@ -203,7 +209,7 @@ def continue_losses(loss: TokenizerLoss, root: Path) -> None:
     Raises:
         ValueError: there is no undamaged checkpoint, or its losses are others.
     """
-    found = latest_checkpoint(root, print)
+    found = latest_checkpoint(root, lambda line: print(line, file=sys.stderr))
     own = {f"loss.{name}": tensor for name, tensor in loss.state_dict().items()}
     shapes = {} if found is None else read_shapes(found)
     if found is None or any(shapes.get(name) != tensor.shape for name, tensor in own.items()):

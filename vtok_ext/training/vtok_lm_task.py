@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vtok_ext.data.captioned import QUESTION_KINDS, CaptionedClips, caption_of, questions_of
 from vtok_ext.data.captioned.clips import FPS
-from vtok_ext.data.captioned.questions import vocabulary
+from vtok_ext.data.captioned.questions import OF_SEVERAL_SHAPES, vocabulary
 from vtok_ext.models._optional import require
 from vtok_ext.models._persistence import check_source
 from vtok_ext.models.vtok import VTok
@@ -33,7 +33,7 @@ from vtok_ext.training.vtok_task import (
     HELD_OUT_SEED,
     build_vtok,
     captioned_clips,
-    fit_features,
+    fit_features_if_needed,
 )
 
 # Clips whose tokens give the statistics that targets are normalised by.
@@ -80,12 +80,17 @@ class VTokLMTask(Task):
                 f"got {sorted(unknown)}"
             )
         self.kinds = recipe.unified.questions or list(QUESTION_KINDS)
+        if not set(self.kinds) - set(OF_SEVERAL_SHAPES):
+            raise ValueError(
+                "recipe: unified.questions must have a kind that clips of one shape answer, "
+                f"beside {' and '.join(OF_SEVERAL_SHAPES)}, got {self.kinds}"
+            )
         self.fps = FPS if recipe.fps is None else recipe.fps
         self.train_clips, self.held_out = captioned_clips(recipe)
         tokenizer = build_vtok(recipe).to(device)
-        if recipe.model.weights is None:
-            fit_features(tokenizer, self.train_clips)
-        self.model: Any = build_unified(tokenizer, recipe.language_model, recipe.unified)
+        fit_features_if_needed(recipe, tokenizer, self.train_clips)
+        sections = (recipe.language_model, recipe.unified)
+        self.model: Any = build_unified(tokenizer, *sections, fps=self.fps)
         self.model.to(device)
         if not self.model.tokenizer.is_discrete:
             count = min(_STATISTICS_CLIPS, len(self.train_clips))
@@ -170,7 +175,11 @@ class VTokLMTask(Task):
 
 
 def build_unified(
-    tokenizer: VTok, language_model: LanguageModelRecipe, unified: UnifiedRecipe
+    tokenizer: VTok,
+    language_model: LanguageModelRecipe,
+    unified: UnifiedRecipe,
+    *,
+    fps: float | None = None,
 ) -> VTokLM:
     """Returns a VTokLM with a random or pretrained language model, without gradients for what makes
     videos, or answers, if none are trained on.
@@ -178,6 +187,7 @@ def build_unified(
     Args:
         tokenizer: of the videos.
         language_model, unified: sections of the recipe.
+        fps: frames per second of the clips.
     """
     text: TextTokenizer
     lm = None
@@ -197,7 +207,7 @@ def build_unified(
         for name, value in vars(unified).items()
         if name not in ("generation", "questions")
     }
-    model = VTokLM(VTokLMConfig(described, **fields), tokenizer, text, lm)
+    model = VTokLM(VTokLMConfig(described, fps=fps, **fields), tokenizer, text, lm)
     # What no loss reaches: else a weight decay would wear it out.
     if unified.generation == 0:
         model.head.requires_grad_(False)

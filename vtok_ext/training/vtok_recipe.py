@@ -36,6 +36,11 @@ class VTokRecipe(Recipe):
         super().__post_init__()
         _check(self.clips in CLIP_SETS, "clips", f"one of {CLIP_SETS}", self.clips)
         _check(self.fps is None or self.fps > 0, "fps", "null or positive", self.fps)
+        _check(not self.model.freeze, "model.freeze", "[] for VTok", self.model.freeze)
+        if self.clips == "captioned":
+            source, motion = self.data.folder, self.data.motion
+            _check(source is None, "data.folder", "null, or clips 'clips'", source)
+            _check(motion == "orbit", "data.motion", "its default, or clips 'clips'", motion)
 
 
 @dataclass(frozen=True)

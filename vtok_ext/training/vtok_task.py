@@ -63,6 +63,13 @@ def build_vtok(recipe: VTokRecipe) -> VTok:
     return model
 
 
+def fit_features_if_needed(recipe: VTokRecipe, model: VTok, clips: Any) -> None:
+    """Fits the statistics of a VTok's features, unless it comes with those of its own encoder."""
+    is_whole = recipe.model.weights is not None and recipe.encoder is None
+    if not (is_whole and model.knows_its_features):
+        fit_features(model, clips)
+
+
 def fit_features(model: VTok, clips: Any) -> None:
     """Fits the statistics of a VTok's features to the first clips of a data set."""
     device = model.feature_mean.device
@@ -176,8 +183,7 @@ class VTokTask(_VTokTask):
         # Now, while no process holds a part of the weights only.
         self._warnings: list[str] = []
         self._data = super().data(self._warnings.append)
-        if recipe.model.weights is None:
-            fit_features(self.model, self._data[0])
+        fit_features_if_needed(recipe, self.model, self._data[0])
 
     def data(self, warn: Callable[[str], None]) -> tuple[Any, list[Any]]:
         """Returns the data set and held-out clips [3, T, H, W] uint8."""

@@ -30,6 +30,9 @@ QUESTION_KINDS = {
     "order": (("yes", "no"), False),
 }
 
+# Kinds that a scene of one shape has no question of.
+OF_SEVERAL_SHAPES = ("reversal", "blink")
+
 
 @dataclass(frozen=True)
 class Question:
@@ -97,7 +100,7 @@ def questions_of(scene: Scene) -> list[Question]:
         Question("order", "does a shape blink before another appears", order),
     ]
     if len(lasting) > 1:  # else the only one does
-        for name, verb in (("reversal", "turn"), ("blink", "blink")):
+        for name, verb in zip(OF_SEVERAL_SHAPES, ("turn", "blink"), strict=True):
             shape, answer = _asked_about(scene, name)
             found.append(Question(name, f"does the {shape.colour} shape {verb}", answer))
     return found
