@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains the models of the table of systems with `vtok`, then measures them: bench/systems/train.sh OUT
 #
-# Five small tokenizers, minutes of two CPU cores each; what is interrupted goes on where it was.
+# An encoder, five small tokenizers and two growths, minutes of two CPU cores each; what is interrupted goes on where it was.
 # Any further argument goes to bench/systems.py.
 set -euo pipefail
 

@@ -397,6 +397,14 @@ def test_texts_that_do_not_go_with_the_clips(clip):
     model, video = unified(), clip(2, 5, 16, 16)
     wrong = [
         (lambda: model(video, [ASK]), ValueError, r"turns must be one per clip \(2\), got 1"),
+        (
+            lambda: model(video, [ASK, MAKE], generators=[generator()]),
+            ValueError,
+            "generators must",
+        ),
+        (lambda: model.generate(["a"], num_frames=3, size=(0, 4)), ValueError, "size .H, W. and"),
+        (lambda: model.generate(["a"], num_frames=3, output="x"), ValueError, "output must be one"),
+        (lambda: model.answer(video, ["a", "b"], max_tokens=-1), ValueError, "max_tokens must be"),
         (lambda: model.decoder_gap(video, ["a"]), ValueError, "prompts must be one per clip"),
         (lambda: model.answer(video, ["a", 3]), TypeError, "prompt must be text, got 3"),
         (lambda: model.answer(video[:1], "?"), TypeError, "questions must be a list of text"),

@@ -418,14 +418,7 @@ class VTok(VideoTokenizer):
         num_frames = length if num_frames is None else num_frames
         size = wanted if size is None else size
         steps = self.config.sampling_steps if num_steps is None else num_steps
-        counts = (num_frames, steps, *(size if isinstance(size, tuple | list) else ()))
-        if len(counts) != 4 or not all(isinstance(n, Integral) and n >= 1 for n in counts):
-            raise ValueError(
-                f"decode: num_frames, size (H, W) and num_steps must be integers of at least 1, "
-                f"got {num_frames}, {size} and {steps}"
-            )
-        if output not in OUTPUTS:  # before the time is spent
-            raise ValueError(f"decode: output must be one of {OUTPUTS}, got {output!r}")
+        check_sampling("decode", num_frames, size, steps, output)
         generator = torch.Generator().manual_seed(checked_seed("decode", seed))
         video = self.decoder.sample(
             latent, positions, num_frames, size, num_steps=steps, generator=generator
@@ -505,10 +498,23 @@ class VTok(VideoTokenizer):
         return VTokStreamEncoder(self, output)
 
 
+def check_sampling(op: str, num_frames: Any, size: Any, num_steps: Any, output: str) -> None:
+    """Raises ValueError, before time is spent, for what a decoder cannot sample."""
+    counts = (num_frames, num_steps, *(size if isinstance(size, tuple | list) else ()))
+    if len(counts) != 4 or not all(isinstance(n, Integral) and int(n) >= 1 for n in counts):
+        raise ValueError(
+            f"{op}: num_frames, size (H, W) and num_steps must be integers of at least 1, "
+            f"got {num_frames}, {size} and {num_steps}"
+        )
+    if output not in OUTPUTS:
+        raise ValueError(f"{op}: output must be one of {OUTPUTS}, got {output!r}")
+
+
 def checked_seed(op: str, seed: int) -> int:
     """Returns a seed that torch takes. Raises TypeError, ValueError for another."""
     if not isinstance(seed, Integral):
         raise TypeError(f"{op}: seed must be an integer, got {seed!r}")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"{op}: seed must be in 0..2^63 - 1, got {seed}")
-    return int(seed)
+    number = int(seed)
+    if not 0 <= number < 2**63:
+        raise ValueError(f"{op}: seed must be in 0..2^63 - 1, got {number}")
+    return number

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vtok_ext.models.failed_computation import FailedComputationError
-from vtok_ext.models.vtok import checked_seed
+from vtok_ext.models.vtok import check_sampling, checked_seed
 from vtok_ext.models.vtok_heads import SAMPLING_STEPS, CodeHead, normal_rows
 from vtok_ext.models.vtok_lm import VTokLM
 from vtok_ext.models.vtok_lm_checks import cache_name
@@ -233,6 +233,10 @@ def generate(
     Raises:
         FailedComputationError, TypeError, ValueError: as `generate_tokens` and `VTok.decode`.
     """
+    side = model.tokenizer.config.image_size
+    size = (side, side) if size is None else size
+    steps = model.tokenizer.config.sampling_steps if num_steps is None else num_steps
+    check_sampling("generate", num_frames, size, steps, output)
     generator = torch.Generator().manual_seed(checked_seed("generate", seed))
     tokens = generate_tokens(
         model,
@@ -245,12 +249,11 @@ def generate(
     )
     from vtok_ext.models.encoding import Encoding
 
-    side = model.tokenizer.config.image_size
     encoding = Encoding(
         tokens,
         num_frames,
-        (side, side) if size is None else size,
+        size,
         fps=model.rate(fps),
         positions=model.positions_for(num_frames, fps),
     )
-    return model.tokenizer.decode(encoding, num_steps=num_steps, seed=seed, output=output)
+    return model.tokenizer.decode(encoding, num_steps=steps, seed=seed, output=output)

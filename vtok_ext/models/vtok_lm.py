@@ -201,6 +201,10 @@ class VTokLM(nn.Module):
                 are longer than the language model's positions.
         """
         check_one_per_clip("VTokLM", "turns", turns, video)
+        if isinstance(generators, Sequence) and len(generators) != len(video):
+            raise ValueError(
+                f"VTokLM: generators must be one per clip ({len(video)}), got {len(generators)}"
+            )
         latent, positions, indices, extra = self._encode(video, fps, step)
         length = latent.shape[1]
         if self.training and self.config.text_dropout > 0:
