@@ -281,17 +281,27 @@ def test_sigterm_in_the_last_step_is_not_forgotten(tmp_path):
     assert not train(tiny("run.steps=7"), tmp_path, resume="auto", warn=print).stop_wished
 
 
+def refusal(folder):
+    """What another process is told that would train in the folder."""
+    try:
+        train(tiny("run.steps=3"), folder, resume="auto")
+    except ValueError as error:
+        return str(error)
+
+
 def test_one_run_at_a_time_writes_to_a_folder(tmp_path):
-    tried = []
-
     def meanwhile(progress):
-        if progress.step == 2 and not tried:
-            with pytest.raises(ValueError, match="no other process trains in now") as refused:
-                train(tiny(), tmp_path, resume="auto")
-            tried.append(refused)
+        if progress.step == 2:
+            context = multiprocessing.get_context("spawn")
+            with context.Pool(1) as pool:
+                refused.append(pool.apply(refusal, (tmp_path,)))
 
-    train(tiny(), tmp_path, on_step=meanwhile)
-    assert tried and [line["step"] for line in log_of(tmp_path)] == list(range(1, 7))
+    refused = []
+    train(tiny("run.steps=3"), tmp_path, on_step=meanwhile)
+    assert refused == [
+        f"train: out must be a folder that no other process trains in now, got {tmp_path}"
+    ]
+    assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3]
 
 
 def test_a_validation_that_is_not_finite_is_told(tmp_path, monkeypatch):

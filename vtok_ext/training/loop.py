@@ -413,15 +413,16 @@ class _Run:
 
 
 def locked(out: Path) -> IO[str]:
-    """Returns a file whose lock says, until it is closed, that a run writes to folder `out`.
+    """Returns a file whose lock says, until it is closed, that this process writes to folder `out`.
 
     Raises:
-        ValueError: another run does.
+        ValueError: another process does.
     """
     file = open(out / ".lock", "w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        # Not flock: processes that read clips would share that, and outlive a run that was killed.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         file.close()
         raise ValueError(
             f"train: out must be a folder that no other process trains in now, got {out}"
