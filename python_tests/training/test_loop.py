@@ -304,6 +304,12 @@ def test_one_run_at_a_time_writes_to_a_folder(tmp_path):
     assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3]
 
 
+def test_a_warm_up_without_an_end_is_told(tmp_path):
+    said = []
+    train(tiny("run.steps=1", "optimizer.warmup=1"), tmp_path, warn=said.append)
+    assert any("warmup is 1 and run.steps 1: the learning rate never" in line for line in said)
+
+
 def test_a_validation_that_is_not_finite_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "validate", lambda training, clips: {"rec_loss": float("nan")})
     said = []

@@ -79,14 +79,18 @@ def losses(out):
 
 
 def test_two_processes(tmp_path):
-    """The losses of one process with both batches together; resumed bit by bit; one of them talks.
+    """The losses of one process with both batches together, also after it; resumed bit by bit; one
+    of them talks.
 
     The adversarial run has every loss term, accumulation, and checkpoints of two processes.
     """
     equal, whole, parts = (tmp_path / name for name in ("equal", "whole", "parts"))
-    noisy = tmp_path / "noisy"
+    noisy, taken_over = tmp_path / "noisy", tmp_path / "taken over"
+    begun = tiny(*COMPARABLE, "run.batch_size=4", "run.steps=10", base="smoke_fsq")
+    train(begun, taken_over)
     done = run_two(
         call(equal, "smoke_fsq", *COMPARABLE, "run.batch_size=2"),
+        call(taken_over, "smoke_fsq", *COMPARABLE, "run.batch_size=2"),
         call(noisy, "smoke_kl", *COMPARABLE, "run.batch_size=2", "run.steps=3"),
         call(whole, "smoke_kl", *ADVERSARIAL),
         call(parts, "smoke_kl", *ADVERSARIAL, "run.steps=2"),
@@ -97,6 +101,7 @@ def test_two_processes(tmp_path):
     expected = losses(tmp_path / "one")
     assert len(expected) == 20
     assert losses(equal) == pytest.approx(expected, rel=1e-6)
+    assert losses(taken_over) == pytest.approx(expected, rel=1e-6)  # ten by one, ten by two
     # The noise of a latent belongs to its clip.
     one = tiny(*COMPARABLE, "run.batch_size=4", "run.steps=3")
     train(one, tmp_path / "one noisy")

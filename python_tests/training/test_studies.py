@@ -200,6 +200,12 @@ def test_directions_and_margins():
     assert verdict("a", "b", margin=-0.1) == "reversed"
 
 
+def test_no_rows_are_no_study():
+    for options in ({"rows": []}, {"seeds": []}):
+        with pytest.raises(ValueError, match="rows and seeds must name some"):
+            planned_runs(make_study(), **options)
+
+
 def test_two_metrics_of_one_row(tmp_path):
     runs = {}
     for seed in range(3):

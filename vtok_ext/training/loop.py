@@ -145,6 +145,11 @@ class _Run:
         for line in self.training.task.notes():
             warn(line)
         self.clips, self.held_out = self.training.task.data(warn)
+        if recipe.optimizer.warmup >= recipe.run.steps:
+            warn(
+                f"optimizer.warmup is {recipe.optimizer.warmup} and run.steps {recipe.run.steps}: "
+                "the learning rate never gets to optimizer.lr"
+            )
         if recipe.run.sample_every and not self.held_out:
             warn(
                 f"run.sample_every is {recipe.run.sample_every}, but there are no held-out clips "

@@ -78,6 +78,8 @@ def planned_runs(
     for seed in seeds or []:
         if seed not in study.seeds:
             raise ValueError(f"study: seed must be one of {study.seeds}, got {seed}")
+    if rows == [] or seeds == []:
+        raise ValueError(f"study: rows and seeds must name some, got {rows} and {seeds}")
     chosen_seeds = study.seeds if seeds is None else [s for s in study.seeds if s in seeds]
     chosen_rows = [row for row in study.rows if rows is None or row in rows]
     return [PlannedRun(row, seed) for seed in chosen_seeds for row in chosen_rows]
