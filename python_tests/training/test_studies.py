@@ -200,7 +200,7 @@ def test_directions_and_margins():
     assert verdict("a", "b", margin=-0.1) == "reversed"
 
 
-def test_no_rows_are_no_study():
+def test_no_rows_are_no_study(make_study):
     for options in ({"rows": []}, {"seeds": []}):
         with pytest.raises(ValueError, match="rows and seeds must name some"):
             planned_runs(make_study(), **options)
