@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -281,27 +283,23 @@ def test_sigterm_in_the_last_step_is_not_forgotten(tmp_path):
     assert not train(tiny("run.steps=7"), tmp_path, resume="auto", warn=print).stop_wished
 
 
-def refusal(folder):
-    """What another process is told that would train in the folder."""
-    try:
-        train(tiny("run.steps=3"), folder, resume="auto")
-    except ValueError as error:
-        return str(error)
-
-
-def test_one_run_at_a_time_writes_to_a_folder(tmp_path):
-    def meanwhile(progress):
-        if progress.step == 2:
-            context = multiprocessing.get_context("spawn")
-            with context.Pool(1) as pool:
-                refused.append(pool.apply(refusal, (tmp_path,)))
-
-    refused = []
-    train(tiny("run.steps=3"), tmp_path, on_step=meanwhile)
-    assert refused == [
-        f"train: out must be a folder that no other process trains in now, got {tmp_path}"
-    ]
-    assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3]
+def test_one_process_at_a_time_writes_to_a_folder(tmp_path):
+    hold = """if True:
+        import fcntl, sys
+        file = open(sys.argv[1], "w")
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        print("held", flush=True)
+        sys.stdin.read()
+    """
+    command = [sys.executable, "-c", hold, str(tmp_path / ".lock")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"no other process trains in now, got {tmp_path}"):
+            train(tiny("run.steps=1"), tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+        other.stdin.close()
+    assert train(tiny("run.steps=1"), tmp_path).step == 1
 
 
 def test_a_warm_up_without_an_end_is_told(tmp_path):

@@ -184,7 +184,10 @@ def test_published_recipes_are_readable():
         ("data.height=32", "data must have clips of 16x16 and at most 8 frames"),
         ("data.min_frames=9", r"data.min_frames must be null or in 1..8, got 9"),
         ("data.shortest_video=9", r"data.shortest_video must be null or in 1..8, got 9"),
-        ("data.buckets=[[8,16,16]]", r"data.buckets must be \[\] for task 'points'"),
+        (
+            ["data.folder=x", "data.buckets=[[8,16,16]]"],
+            r"data.buckets must be \[\] for task 'points'",
+        ),
         ("model.freeze=[encoder]", "model.freeze must be empty for task 'points'"),
         ("loss.validation_slices=0", "loss.validation_slices must be >= 1, got 0"),
         (

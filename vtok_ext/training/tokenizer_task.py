@@ -51,7 +51,7 @@ class TokenizerTask(Task):
     def __init__(self, recipe: TokenizerRecipe, device: torch.device) -> None:
         super().__init__(recipe, device)
         self.model: Any = build_model(recipe.model).to(device)
-        if not hasattr(getattr(self.model, "decoder", None), "conv_out"):
+        if not hasattr(self, "last_weight"):
             raise ValueError(
                 f"train: model must be a VidTok or ProMAG for task {recipe.task}, got "
                 f"{self.model.name}; task points trains a CoordTok, task vtok a VTok"
