@@ -12,6 +12,7 @@ from tiny_recipe import tiny
 
 import vtok_ext as vt
 from vtok_ext.layers import FSQ
+from vtok_ext.models.failed_computation import FailedComputationError
 from vtok_ext.training import loop
 from vtok_ext.training.blocks import BLOCKS, blocks, compile_blocks, recompute_activations
 from vtok_ext.training.checkpoint import latest_checkpoint, read_shapes, read_tensors
@@ -296,7 +297,7 @@ def test_one_process_at_a_time_writes_to_a_folder(tmp_path):
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match=f"no other process trains in now, got {tmp_path}"):
-            train(tiny("run.steps=1"), tmp_path)
+            train(tiny("run.steps=1"), tmp_path)  # before it looks at checkpoints
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
         other.stdin.close()
     assert train(tiny("run.steps=1"), tmp_path).step == 1
@@ -306,6 +307,23 @@ def test_a_warm_up_without_an_end_is_told(tmp_path):
     said = []
     train(tiny("run.steps=1", "optimizer.warmup=1"), tmp_path, warn=said.append)
     assert any("warmup is 1 and run.steps 1: the learning rate never" in line for line in said)
+
+
+def test_samples_that_are_not_finite_do_not_end_a_run(tmp_path, monkeypatch):
+    def fails(task, clips):
+        raise FailedComputationError("decode: the model must give finite frames")
+
+    monkeypatch.setattr(TokenizerTask, "pictures", fails)
+    said = []
+    result = train(tiny("run.steps=2", "run.sample_every=1"), tmp_path, warn=said.append)
+    assert result.step == 2
+    assert sum("no samples after step" in line and "finite frames" in line for line in said) == 2
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        train(tiny("model.name=null", "model.overrides={}", "model.weights=none"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_validation_that_is_not_finite_is_told(tmp_path, monkeypatch):

@@ -73,6 +73,8 @@ def run_tokenize(options: TokenizeOptions, *, as_json: bool) -> None:
             trust_checkpoint=options.trust_checkpoint,
         )
         settings = _settings(options, model)
+        if procedural:  # before anything is written
+            settings.check_procedural()
         origin = on_rank_0(lambda: settings.origin(model.model_id, videos))
         digest = origin["settings_hash"]
         num_shards = -(-len(videos) // settings.videos_per_shard)

@@ -54,6 +54,18 @@ class TokenizeSettings:
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"tokenize: {name} must be positive and finite, got {value}")
 
+    def check_procedural(self) -> None:
+        """Raises ValueError if procedural clips cannot be made so."""
+        if self.fps is not None:
+            raise ValueError(
+                f"tokenize: fps (--fps) must be None for procedural clips, got {self.fps}"
+            )
+        if self.num_frames is None or self.size is None:
+            raise ValueError(
+                "tokenize: num_frames and size (--frames, --size) must be given for procedural "
+                "clips"
+            )
+
     def origin(self, model_id: str, videos: list[VideoItem]) -> dict[str, Any]:
         """Returns all that decides what is made, as JSON has it, with a hash of it.
 

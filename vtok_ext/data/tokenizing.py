@@ -62,14 +62,8 @@ def tokenize_shard(
     Raises:
         ValueError: the settings do not suit the model or the videos.
     """
-    if procedural and settings.fps is not None:
-        raise ValueError(
-            f"tokenize: fps (--fps) must be None for procedural clips, got {settings.fps}"
-        )
-    if procedural and (settings.num_frames is None or settings.size is None):
-        raise ValueError(
-            "tokenize: num_frames and size (--frames, --size) must be given for procedural clips"
-        )
+    if procedural:
+        settings.check_procedural()
     per_shard = settings.videos_per_shard
     first = shard.number * per_shard
     part = videos[first : first + per_shard]

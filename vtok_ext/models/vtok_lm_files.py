@@ -122,6 +122,8 @@ def load(folder: str | os.PathLike) -> VTokLM:
     tokenizer = VTok.from_pretrained(os.path.join(source, _TOKENIZER))
     if not isinstance(tokenizer, VTok):
         raise ValueError(f"VTokLM.from_pretrained: {_TOKENIZER} must be a VTok")
+    # Models saved before these were refused had them without effect.
+    tokenizer.config = tokenizer.config.replace(key_frame="first", cut_threshold=0.0)
     model = VTokLM(config, tokenizer, load_text(source))
     path = os.path.join(source, _persistence.WEIGHTS_NAME)
     weights = _persistence.read_safetensors(path, "VTokLM.from_pretrained")

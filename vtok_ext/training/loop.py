@@ -17,7 +17,8 @@ import fcntl
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +27,7 @@ import torch
 
 from vtok_ext.data.atomic_output import output_file
 from vtok_ext.data.clips import video_clips_of
+from vtok_ext.models.failed_computation import FailedComputationError
 from vtok_ext.training import checkpoint as checkpoints
 from vtok_ext.training.clip_checks import check_first_step
 from vtok_ext.training.clip_order import ClipOrder, buckets_of, small_buckets, step_batches
@@ -43,6 +45,7 @@ from vtok_ext.training.stop_request import StopRequest, stop_requests
 from vtok_ext.training.validation import validate
 
 RESUME = ("auto", "never")
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def train(
     """
     if resume not in RESUME:
         raise ValueError(f"train: resume must be one of {RESUME}, got {resume!r}")
-    with stop_requests() as request:
+    with stop_requests() as request, claimed(out):
         run = _Run(recipe, out, torch.device(device), resume, warn if rank() == 0 else _nothing)
         try:
             return run.loop(request, on_step if rank() == 0 else None)
@@ -159,7 +162,6 @@ class _Run:
         if self.files is not None and self.files.damage_log is None:
             self.files.damage_log = out / "damaged.txt"
         self.videos = self._videos()  # now: what turns out damaged later stays in the order
-        self.lock: IO[str] | None = None
         self.validation: dict[str, float] = {}
         self.saved: Path | None = None
         if found is None:
@@ -225,7 +227,6 @@ class _Run:
         def begin() -> None:
             names = self.recipe.run.loggers
             self.out.mkdir(parents=True, exist_ok=True)
-            self.lock = locked(self.out)
             sinks = open_sinks(names, self.out, self.first_step, self.recipe.to_dict())
             self.log = RunLog(path, self.first_step, sinks=sinks, warn=self.warn)
 
@@ -302,8 +303,6 @@ class _Run:
             self.writer.wait()
         except (OSError, ValueError) as error:
             self.warn(str(error))
-        if self.lock is not None:
-            self.lock.close()
 
     def _tell_damage(self) -> None:
         """Says how many videos could not be read when their turn came."""
@@ -318,8 +317,15 @@ class _Run:
     def _show(self, step: int) -> None:
         """Writes samples of held-out clips."""
         shown = self.held_out[: self.recipe.run.sample_clips]
+        videos, failure = {}, ""
         with self.training.evaluating():
-            videos = self.training.task.pictures(shown)
+            try:
+                videos = self.training.task.pictures(shown)
+            except FailedComputationError as error:
+                failure = str(error)
+        if any_rank(bool(failure), self.device):
+            self.warn(f"no samples after step {step}: {failure}; training goes on")
+            return
         folder = self.out / "samples" / f"step-{step:08d}"
 
         def write() -> None:
@@ -417,13 +423,41 @@ class _Run:
         return folder
 
 
-def locked(out: Path) -> IO[str]:
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Within it no other process trains in folder `out`; all processes of a job enter together.
+
+    Raises:
+        ValueError: another job is in it.
+        OSError: the folder cannot be made.
+    """
+    held: list[IO[str]] = []
+    is_new = not out.exists()
+
+    def claim() -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        held.append(_locked(out))
+
+    on_rank_0(claim)
+    try:
+        yield
+    finally:
+        for file in held:
+            file.close()
+            # Of a run that never began nothing stays behind.
+            with suppress(OSError):
+                if is_new and [path.name for path in out.iterdir()] == [_LOCK]:
+                    (out / _LOCK).unlink()
+                    out.rmdir()
+
+
+def _locked(out: Path) -> IO[str]:
     """Returns a file whose lock says, until it is closed, that this process writes to folder `out`.
 
     Raises:
         ValueError: another process does.
     """
-    file = open(out / ".lock", "w")
+    file = open(out / _LOCK, "w")
     try:
         # Not flock: processes that read clips would share that, and outlive a run that was killed.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
