@@ -362,7 +362,7 @@ class VTok(VideoTokenizer):
         tokens = torch.cat(parts, dim=1)
         if torch.is_grad_enabled() and not any(segment.frames for segment in plan):
             # DDP waits for a gradient of every parameter in every step.
-            tokens = tokens + 0.0 * sum(p.sum() for p in self.residual.parameters())
+            tokens = tokens + nothing_of(self.residual)
         return tokens
 
     @torch.no_grad()
@@ -496,6 +496,11 @@ class VTok(VideoTokenizer):
             ValueError: key_frame "auto", which needs the whole clip; tokens of a continuous model.
         """
         return VTokStreamEncoder(self, output)
+
+
+def nothing_of(module: nn.Module) -> Tensor:
+    """Returns 0 with zero gradients for all parameters."""
+    return sum((p.flatten()[0] * 0.0 for p in module.parameters()), torch.zeros(()))
 
 
 def check_sampling(op: str, num_frames: Any, size: Any, num_steps: Any, output: str) -> None:

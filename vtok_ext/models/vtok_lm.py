@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vtok_ext.models import _video_input as video_input
 from vtok_ext.models.sit_network import sincos_1d
-from vtok_ext.models.vtok import VTok
+from vtok_ext.models.vtok import VTok, nothing_of
 from vtok_ext.models.vtok_control import ControlTokens
 from vtok_ext.models.vtok_heads import (
     TRAINING_STEPS,
@@ -233,7 +233,7 @@ class VTokLM(nn.Module):
                 dec = self.tokenizer.decoder.loss(clip, seen, places, gens)[0]
         else:
             # DDP waits for a gradient of every parameter in every step.
-            vis = zero + _nothing_of(self.head)
+            vis = zero + nothing_of(self.head)
             if self.config.lambda_dec > 0:
                 dec = zero + self._nothing_of_decoder(latent, positions)
         loss = under + self.config.lambda_vis * vis + self.config.lambda_dec * dec
@@ -325,8 +325,8 @@ class VTokLM(nn.Module):
         labels = batch.labels.to(states.device)[:, 1:]
         learnt = labels != IGNORED
         if not bool(learnt.any()):
-            nothing = states.sum() * 0.0 + _nothing_of(output_head(self.lm))
-            return nothing if self.control is None else nothing + _nothing_of(self.control)
+            nothing = states.sum() * 0.0 + nothing_of(output_head(self.lm))
+            return nothing if self.control is None else nothing + nothing_of(self.control)
         logits = self.text_logits(states[:, :-1][learnt])
         return F.cross_entropy(logits.float(), labels[learnt])
 
@@ -432,11 +432,6 @@ class VTokLM(nn.Module):
         from vtok_ext.models.vtok_lm_files import load
 
         return load(folder)
-
-
-def _nothing_of(module: nn.Module) -> Tensor:
-    """Returns 0 with zero gradients for all parameters."""
-    return sum((p.flatten()[0] * 0.0 for p in module.parameters()), torch.zeros(()))
 
 
 def _chosen(generators: Generators, wanted: Tensor) -> Generators:

@@ -150,9 +150,9 @@ class GeneratorTask(Task):
             return []
         assert data.validation_folder is not None  # there are held-out clips
         files = held_out_clips(data, lambda line: None)  # what is left out was said before
-        labelled = LabelledClips(files, data.validation_folder, names)
+        labels = LabelledClips(files, data.validation_folder, names).labels
         # Read again, because only what is read says which video it is from.
-        return [labelled[0, i] for i in files.readable(len(held_out))]
+        return [(clip, labels[i]) for i, clip in files.readable(len(held_out)).items()]
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Returns AdamW over every parameter."""

@@ -226,7 +226,6 @@ class _Run:
 
         def begin() -> None:
             names = self.recipe.run.loggers
-            self.out.mkdir(parents=True, exist_ok=True)
             sinks = open_sinks(names, self.out, self.first_step, self.recipe.to_dict())
             self.log = RunLog(path, self.first_step, sinks=sinks, warn=self.warn)
 
