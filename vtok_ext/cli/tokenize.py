@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vtok_ext.data.atomic_output import output_file, remove_partials
-from vtok_ext.data.latent_shards import MANIFEST, Shard, write_manifest
+from vtok_ext.data.latent_shards import MANIFEST, Shard, read_object, write_manifest
 from vtok_ext.data.tokenize_settings import TokenizeSettings, differences
 from vtok_ext.data.tokenizing import tokenize_shard, warmup_latents
 from vtok_ext.data.video_list import VideoItem, list_videos
@@ -153,7 +153,7 @@ def _begin(options: TokenizeOptions, origin: dict[str, Any]) -> None:
     path = options.out / _BEGUN
     remove_partials(path)  # of a process that was killed before it had begun
     if path.exists() or (options.out.exists() and any(options.out.iterdir())):
-        found = _read_begun(path) if path.exists() else {}
+        found = read_object("tokenize", path) if path.exists() else {}
         if not options.resume:
             raise ValueError(
                 f"tokenize: DST must be a new or empty folder, got {options.out}; "
@@ -169,16 +169,6 @@ def _begin(options: TokenizeOptions, origin: dict[str, Any]) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     with output_file(path, "tokenize") as partial:
         partial.write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
-
-
-def _read_begun(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"tokenize: {path} must be JSON, got {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"tokenize: {path} must be an object, got {type(found).__name__}")
-    return found
 
 
 def _model_facts(model: Any) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class Shard:
             verify: read the latents, whose bytes must have the recorded hash too.
         """
         try:
-            facts = _read_json(self.entries)
+            facts = read_object("LatentDataset", self.entries)
             size = self.tensors.stat().st_size
             right = facts.keys() >= _FACTS and facts["bytes"] == size
             right = right and isinstance(facts["entries"], list)
@@ -174,7 +174,7 @@ class LatentDataset:
             raise FileNotFoundError(
                 f"LatentDataset: folder must be a finished one of vtok tokenize, got {folder}"
             )
-        self.manifest = _read_json(path)
+        self.manifest = read_object("LatentDataset", path)
         if self.manifest.get("format") != FORMAT or self.manifest.get("version") != FORMAT_VERSION:
             raise ValueError(f"LatentDataset: {path} must be a manifest of latents, got another")
         if statistics is not None and self.manifest["kind"] != "latent":
@@ -269,10 +269,23 @@ class LatentDataset:
         return {**self.__dict__, "_open": {}}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_object(op: str, path: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file.
+
+    Args:
+        op: name in front of messages.
+        path: the file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds something else.
+    """
     if path.stat().st_size > _MAX_JSON_BYTES:
-        raise ValueError(f"LatentDataset: {path} must be <= 1 GiB, got a larger file")
-    values = json.loads(path.read_text(encoding="utf-8"))
+        raise ValueError(f"{op}: {path} must be <= 1 GiB, got a larger file")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{op}: {path} must be JSON, got {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"LatentDataset: {path} must be an object, got {type(values).__name__}")
+        raise ValueError(f"{op}: {path} must be an object, got {type(values).__name__}")
     return values
