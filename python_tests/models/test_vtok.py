@@ -434,12 +434,36 @@ def test_a_tower_in_half_precision_and_wrong_ones(clip, tmp_path):
     masked = tiny(encoder="huggingface", encoder_source=str(tmp_path / "masking"))
     with pytest.raises(ValueError, match="tower must give a feature for each of 4 x 4 patches"):
         encode(masked, clip(1, 5, 20, 20))
+    with pytest.raises(ValueError, match=r"layer must be in -2..1 for a dinov2 of 1 layers, got 2"):
+        tiny(encoder="huggingface", encoder_source=str(tmp_path / "tower"), encoder_layer=2)
     for text, message in (
         ("{", "text must be JSON"),
         ('{"model_type": "gpt2"}', "tower must have hidden_size, image_size and patch_size"),
     ):
         with pytest.raises(ValueError, match=message):
             tiny(encoder="huggingface", encoder_config=text)
+
+
+def test_a_tower_gives_the_layer_that_is_asked_for(clip, tmp_path):
+    transformers = import_or_skip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.CLIPVisionConfig(
+        **sizes, intermediate_size=32, image_size=16, patch_size=4
+    )
+    torch.manual_seed(1)
+    transformers.CLIPVisionModel(config).save_pretrained(tmp_path / "tower")
+    source = {"encoder": "huggingface", "encoder_source": str(tmp_path / "tower")}
+    before_last, last = (tiny(**source, encoder_layer=layer) for layer in (-2, -1))
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    pixels = ((images + 1) / 2 - last.encoder.mean) / last.encoder.deviation
+    output = last.encoder.tower(pixel_values=pixels, output_hidden_states=True)
+    for model, states in ((before_last, output.hidden_states[-2]), (last, output[0])):
+        expected = states[:, 1:].mT.unflatten(2, (4, 4))
+        torch.testing.assert_close(model.encoder(images), expected)
+    before_last.save_pretrained(tmp_path / "model")
+    loaded = vt.load_model(tmp_path / "model")
+    video = clip(1, 5, 20, 20)
+    assert torch.equal(encode(loaded, video).latent, encode(before_last, video).latent)
 
 
 def test_masked_autoencoder_hides_something():
@@ -562,6 +586,8 @@ def test_dead_channels_stay_small(clip):
         ({"residual_pool": "max"}, "residual_pool must be one of"),
         ({"motion_tokens_per_second": 0}, "motion_tokens_per_second must be positive"),
         ({"encoder": "huggingface"}, "encoder_source must be given"),
+        ({"encoder_layer": -2}, "encoder_layer must be -1 for encoder 'vit'"),
+        ({"encoder_layer": 1.5}, "encoder_layer must be an integer"),
         ({"levels": (1,)}, "levels must be"),
         ({"image_size": 18}, "image_size must be a multiple of 4"),
         ({"decoder_patch": (2, 4)}, "decoder_patch must be three integers"),

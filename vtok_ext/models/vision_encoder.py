@@ -45,12 +45,14 @@ class VisionEncoder(Protocol):
         frozen: whether it keeps its weights; then it also runs without gradients.
         channels: C.
         image_size: height and width that pictures are resized to.
+        patch: height and width of what a place of the map stands for.
     """
 
     name: str
     frozen: bool
     channels: int
     image_size: int
+    patch: int
 
     def __call__(self, images: Tensor) -> Tensor:
         """Returns features [B, C, h, w] of pictures [B, 3, H, W] in [-1, 1]."""
@@ -119,11 +121,11 @@ class HuggingFaceEncoder(nn.Module):
     Args:
         tower: the vision model: a CLIP or SigLIP vision tower, DINOv2, ViT, ... whose output has
             `last_hidden_state` [B, 1 + h w, C] or [B, h w, C].
-        layer: which hidden state to take, counted as transformers does; -2 is what LLaVA takes of
-            CLIP.
+        layer: which hidden state to take, counted as transformers does: 0 is what goes into the
+            first layer, -1 the output, after its norm; -2 is what LLaVA takes of CLIP.
 
     Raises:
-        ValueError: a model that is no vision transformer.
+        ValueError: a model that is no vision transformer, or has no such layer.
     """
 
     mean: Tensor
@@ -137,6 +139,12 @@ class HuggingFaceEncoder(nn.Module):
             raise ValueError(
                 f"HuggingFaceEncoder: tower must have hidden_size, image_size and patch_size, got "
                 f"{config.model_type} without {', '.join(missing)}"
+            )
+        depth = config.num_hidden_layers
+        if not -depth - 1 <= layer <= depth:
+            raise ValueError(
+                f"HuggingFaceEncoder: layer must be in {-depth - 1}..{depth} for a "
+                f"{config.model_type} of {depth} layers, got {layer}"
             )
         self.tower: Any = tower.requires_grad_(False)
         self.layer, self.frozen = layer, True

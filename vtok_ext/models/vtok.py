@@ -75,10 +75,12 @@ class VTok(VideoTokenizer):
     def __init__(self, config: VTokConfig, name: str | None = None) -> None:
         encoder: SmallViT | HuggingFaceEncoder
         if config.encoder == "huggingface":
-            if config.encoder_config:
-                encoder = HuggingFaceEncoder(tower_from_json(config.encoder_config))
-            else:
-                encoder = HuggingFaceEncoder(load_tower(config.encoder_source))
+            tower = (
+                tower_from_json(config.encoder_config)
+                if config.encoder_config
+                else load_tower(config.encoder_source)
+            )
+            encoder = HuggingFaceEncoder(tower, config.encoder_layer)
             config = config.replace(
                 # Not where it came from: a folder of this machine is no part of what the model is.
                 encoder_source="",

@@ -25,9 +25,12 @@ class VTokConfig(ModelConfig):
             `encoder_config` is empty.
         encoder_config: JSON of that tower's configuration; a saved model has it, so that loading
             needs no second source.
-        image_size: frames are resized to this before they are encoded, in pixels.
-        encoder_patch, encoder_dim, encoder_depth, encoder_heads: the small ViT; for a tower
-            `encoder_dim` is read from it.
+        encoder_layer: which hidden state of that tower is taken, counted as transformers does; -1
+            is its output, -2 what LLaVA takes of CLIP.
+        image_size: frames are resized to this before they are encoded, in pixels; a tower's own
+            takes its place.
+        encoder_patch, encoder_dim, encoder_depth, encoder_heads: the small ViT, not read for a
+            tower, whose own width takes the place of `encoder_dim`.
         key_tokens: S, a square number: tokens of a key frame.
         token_dim: D, numbers per token of a continuous model.
         residual_pool: what makes one token of a difference of feature maps: "mean", the paper's;
@@ -48,6 +51,7 @@ class VTokConfig(ModelConfig):
     encoder: str = "vit"
     encoder_source: str = ""
     encoder_config: str = ""
+    encoder_layer: int = -1
     image_size: int = 128
     encoder_patch: int = 8
     encoder_dim: int = 384
@@ -86,7 +90,11 @@ class VTokConfig(ModelConfig):
                 raise self._error(name, "a string")
         if self.encoder == "huggingface" and not (self.encoder_source or self.encoder_config):
             raise self._error("encoder_source", "given for encoder 'huggingface'")
+        if not isinstance(self.encoder_layer, int) or isinstance(self.encoder_layer, bool):
+            raise self._error("encoder_layer", "an integer")
         if self.encoder == "vit":
+            if self.encoder_layer != -1:
+                raise self._error("encoder_layer", "-1 for encoder 'vit'")
             self._require_multiple("encoder_dim", self.encoder_heads, "encoder_heads")
             # Sine-cosine positions: a pair of numbers per frequency and axis.
             self._require_multiple("encoder_dim", 4, "sine and cosine along two axes")
