@@ -54,7 +54,9 @@ def test_generated_against_real(vtok, folders, monkeypatch):
     same, other = results["same"], results["other"]
     assert same["kvd"]["value"] < other["kvd"]["value"]
     assert same["kvd"]["num_real"] == same["fvd"]["num_generated"] == 3
-    assert same["kvd"]["features"] == "random-conv3d-1"
+    assert same["kvd"]["features"] == "random-conv3d-2"
+    assert same["kvd"]["clip_sizes"] == [[16, 32, 32]]
+    assert same["fvd"]["interval_over"] == "videos" and same["fvd"]["real_videos"] == 3
     assert same["real"]["videos"] == 3 and same["real"]["frequency"] > 0
     assert same["real"]["counts"] == {"dynamics": 3, "frequency": 3}
     low, high = same["real"]["intervals"]["frequency"]
@@ -63,6 +65,8 @@ def test_generated_against_real(vtok, folders, monkeypatch):
     assert trusted == [False, False]
     text = vtok("eval", folders["real"], "--generated", folders["same"], "--kvd")
     assert text.code == 0 and "KVD" in text.out and "3 and 3 clips of 16 frames" in text.out
+    text = vtok("eval", folders["real"], "--generated", folders["same"], "--fvd-weights", "any.pt")
+    assert "far too large with fewer than 401" in text.out
 
 
 def test_measures_of_a_model(vtok, folders, model_folder, monkeypatch):
@@ -86,6 +90,12 @@ def test_measures_of_a_model(vtok, folders, model_folder, monkeypatch):
     video = frames[None, :, :17]
     assert done.json["videos"][0]["dynamics"] == pytest.approx(
         vt.metrics.video_dynamics(video).item(), abs=2e-6
+    )
+    model = vt.load_model(model_folder)
+    with torch.no_grad():
+        error = model(video).reconstruction.clamp(-1, 1) - (video / 127.5 - 1)
+    assert done.json["videos"][0]["psnr_video"] == pytest.approx(
+        -10 * (error / 2).square().mean().log10().item(), abs=0.02
     )
     assert done.json["videos"][0]["frequency"] == pytest.approx(
         vt.metrics.sobel_frequency(video).item(), abs=2e-4

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import vtok_ext as vt
+from vtok_ext.metrics._clip_set import Origins
 from vtok_ext.metrics.frechet import frechet_distance
 from vtok_ext.metrics.fvd import frechet_with_interval, fvd_features, fvd_preprocess
 from vtok_ext.metrics.i3d import I3D, load_i3d
@@ -78,21 +79,121 @@ def test_kernel_distance_is_unbiased_and_tells_sets_apart():
     assert far.low > 0 and far.value > 3 * float(values.abs().max())
 
 
-def test_kernel_distance_by_hand():
-    a, b = normal(4, 2, 0), normal(5, 2, 1)
-    mean, deviation = b.mean(0), b.std(0, correction=0)
-    x, y = ((v - mean) / deviation for v in (a, b))
+@pytest.mark.parametrize("num_real", [4, 16])
+def test_kernel_distance_of_few_samples_is_unbiased(num_real):
+    values = torch.tensor(
+        [
+            kernel_distance(normal(8, 6, 2 * i), normal(num_real, 6, 2 * i + 1)).value
+            for i in range(500)
+        ]
+    )
+    assert abs(float(values.mean())) < 3 * float(values.std()) / 500**0.5
 
-    def k(p, q):
-        return float((p @ q / 2 + 1) ** 3)
 
-    within = [
-        sum(k(s[i], s[j]) for i in range(len(s)) for j in range(len(s)) if i != j)
-        / (len(s) * (len(s) - 1))
-        for s in (x, y)
+def mean_over_pairs(x, y, of_x, of_y, other_videos):
+    values = [
+        float((p @ q / len(p) + 1) ** 3)
+        for p, i in zip(x, of_x.tolist(), strict=True)
+        for q, j in zip(y, of_y.tolist(), strict=True)
+        if i != j or not other_videos
     ]
-    between = sum(k(p, q) for p in x for q in y) / 20
-    assert kernel_distance(a, b).value == pytest.approx(within[0] + within[1] - 2 * between)
+    return sum(values) / len(values)
+
+
+def by_hand(x, y, origins):
+    """The distance and its jackknife variance, pair by pair."""
+
+    def estimate(x, y, of_x, of_y):
+        within = mean_over_pairs(x, x, of_x, of_x, True) + mean_over_pairs(y, y, of_y, of_y, True)
+        return within - 2 * mean_over_pairs(x, y, of_x, of_y, origins.paired)
+
+    variance = 0.0
+    sides = ((True, True),) if origins.paired else ((True, False), (False, True))
+    for sides_left in sides:
+        left = []
+        for video in (origins.generated if sides_left[0] else origins.real).unique():
+            kept = [
+                origin != video if is_left else torch.ones_like(origin, dtype=torch.bool)
+                for origin, is_left in zip(
+                    (origins.generated, origins.real), sides_left, strict=True
+                )
+            ]
+            parts = (x[kept[0]], y[kept[1]], origins.generated[kept[0]], origins.real[kept[1]])
+            left.append(estimate(*parts))
+        left = torch.tensor(left, dtype=torch.float64)
+        variance += float((len(left) - 1) / len(left) * (left - left.mean()).square().sum())
+    return estimate(x, y, origins.generated, origins.real), variance
+
+
+@pytest.mark.parametrize(
+    "origins",
+    [
+        None,
+        Origins(torch.tensor([0, 0, 3, 5, 5, 5]), torch.tensor([0, 1, 1, 2, 2])),
+        Origins(torch.tensor([0, 0, 1, 4, 4]), torch.tensor([0, 0, 1, 4, 4]), paired=True),
+    ],
+)
+def test_kernel_distance_by_hand(origins):
+    length = 5 if origins is None else len(origins.generated)
+    x, y = normal(length, 2, 0), normal(5, 2, 1)
+    found = kernel_distance(x, y, origins)
+    value, variance = by_hand(x, y, origins or Origins.of_clips(5, 5))
+    assert found.value == pytest.approx(value)
+    assert found.high - found.low == pytest.approx(2 * 1.959964 * variance**0.5)
+
+
+def test_pairs_do_not_make_a_set_nearer():
+    """A tokenizer without loss has distance 0, not one below it."""
+    x = normal(12, 6, 0)
+    pairs = Origins.of_clips(12, 12, paired=True)
+    assert kernel_distance(x, x, pairs).value == pytest.approx(0, abs=1e-9)
+    assert kernel_distance(x, x).value < -1
+    values = [
+        kernel_distance(x + normal(12, 6, 2 * i + 1, scale=1e-3), x, pairs).value
+        for i, x in enumerate(normal(12, 6, 2 * i) for i in range(100))
+    ]
+    assert abs(sum(values) / 100) < 1e-2
+    with pytest.raises(ValueError, match="must have a real clip for each generated one"):
+        kernel_distance(x, x[:11], Origins.of_clips(12, 11, paired=True))
+
+
+def test_clips_of_one_video_are_not_independent():
+    """Ten videos of eight nearly equal clips each: as 80 samples they look far apart."""
+    videos = torch.arange(10).repeat_interleave(8)
+    by_video, by_clip = 0, 0
+    for i in range(40):
+        x, y = (
+            normal(10, 6, seed).repeat_interleave(8, 0) + normal(80, 6, seed + 1, scale=0.1)
+            for seed in (4 * i, 4 * i + 2)
+        )
+        found = kernel_distance(x, y, Origins(videos, videos))
+        by_video += found.low <= 0 <= found.high
+        found = kernel_distance(x, y)
+        by_clip += found.low <= 0 <= found.high
+    assert by_video >= 34 and by_clip <= 10
+    frechet = [
+        frechet_with_interval(x, y, origins, num_resamples=60)
+        for origins in (None, Origins(videos, videos))
+    ]
+    assert frechet[0].value == frechet[1].value
+    widths = [found.high - found.low for found in frechet]
+    assert widths[1] > 2 * widths[0]
+
+
+def test_sets_of_videos_and_their_clips():
+    """Whole videos are samples; of one video its clips are; what is not finite is refused."""
+    real, other = clips(4, 0), clips(4, 1)
+    cut = vt.metrics.kvd(other, real, clip_frames=3)
+    features, real_features = (kvd_features(video, clip_frames=3) for video in (other, real))
+    videos = torch.arange(4).repeat(3)
+    assert cut == kernel_distance(features, real_features, Origins(videos, videos))
+    one = vt.metrics.kvd(other[:1], real, clip_frames=3)
+    assert one == kernel_distance(kvd_features(other[:1], clip_frames=3), real_features)
+    assert vt.metrics.kvd(real, real, paired=True).value == pytest.approx(0, abs=1e-9)
+    broken = torch.zeros(3, 3, 9, 16, 16)
+    broken[1, 0, 4, 3, 3] = float("nan")
+    with pytest.raises(ValueError, match="kvd: videos must be finite, got NaN or infinity"):
+        vt.metrics.kvd(broken, real[:3])
 
 
 def test_features_see_pictures_motion_and_nothing_random():
@@ -102,26 +203,28 @@ def test_features_see_pictures_motion_and_nothing_random():
     state = torch.get_rng_state()
     assert torch.equal(features, kvd_features(video)) and torch.equal(state, torch.get_rng_state())
     # Batches change the order of sums in convolutions, nothing more.
-    torch.testing.assert_close(kvd_features(list(video.split(1)), batch_size=1), features)
+    one_by_one = kvd_features(list(video.split(1)), batch_size=1)
+    torch.testing.assert_close(one_by_one, features, rtol=0, atol=1e-4)
     still = video[:, :, :1].expand(-1, -1, 9, -1, -1)
     assert not torch.allclose(kvd_features(still), features, rtol=1e-2)
     cut = kvd_features(video, clip_frames=4)
     assert len(cut) == 8 and len(kvd_features(video, clip_frames=4, chunks="first")) == 4
     as_float = video.float() / 127.5 - 1
-    torch.testing.assert_close(kvd_features(as_float), features, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(kvd_features(as_float), features, atol=0.05, rtol=0.05)
 
 
 def test_features_are_those_of_their_name():
     """Recorded once: KVDs of one name of features can be compared."""
-    assert FEATURES == "random-conv3d-1"
+    assert FEATURES == "random-conv3d-2"
     clip = (torch.arange(3 * 5 * 16 * 16) * 37 % 251).to(torch.uint8).view(1, 3, 5, 16, 16)
     features = kvd_features(clip)[0]
-    recorded = [0.28727347, 0.33900836, 0.18344633, 0.34783247, 0.30273795, 0.38450453, 0.18393949]
-    recorded += [0.022879235, 0.095885724, 0.064357504, 0.17682026, 0.050398748, 0.13445082]
-    recorded += [0.090387732]
-    torch.testing.assert_close(features[::32], torch.tensor(recorded), rtol=1e-5, atol=0)
-    assert float(features.double().sum()) == pytest.approx(99.60265348, rel=1e-5)
-    assert float(features.double().square().sum()) == pytest.approx(31.08537337, rel=1e-5)
+    recorded = [-0.10847806, 0.33431731, 0.61996320, 0.24150286, 1.59067777, 1.01484590, -0.56369578]
+    recorded += [-0.42164252, 0.28908454, 1.21056632, -0.62268897, -0.43101004, 0.08520049]
+    recorded += [0.25512952]
+    expected = torch.tensor(recorded, dtype=torch.float64)
+    torch.testing.assert_close(features[::32], expected, rtol=0, atol=1e-4)
+    assert float(features.sum()) == pytest.approx(265.10281, abs=0.01)
+    assert float(features.square().sum()) == pytest.approx(862.82807, abs=0.05)
 
 
 def test_kvd_orders_sets():

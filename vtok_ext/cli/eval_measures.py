@@ -1,7 +1,8 @@
 """What `vtok eval` measures beside PSNR, SSIM and seams, and only if it is asked to.
 
 LPIPS of frames; FVD and KVD of clips of 16 frames, each video cut from its beginning and the rest
-dropped. Frames arrive in portions; what waits is less than a clip.
+dropped. Clips of one video are no independent samples: intervals are over videos, with fewer than
+three of them over clips. Frames arrive in portions; what waits is less than a clip.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ import torch
 from torch import Tensor
 
 from vtok_ext.metrics import CodebookCounter
-from vtok_ext.metrics._clip_set import CHUNKS, uint8_batches
+from vtok_ext.metrics._clip_set import CHUNKS, Origins, uint8_batches
 from vtok_ext.metrics.fvd import CLIP_FRAMES, frechet_with_interval, fvd_features
 from vtok_ext.metrics.i3d import load_i3d
 from vtok_ext.metrics.kvd import FEATURES, kernel_distance, kvd_features
 from vtok_ext.metrics.lpips_network import LPIPS, published_lpips
 
-# Samples of either kind that a distance of sets needs.
+# Clips of either kind that a distance of sets needs, and those that FVD's 400 logits do.
 _LEAST = {"fvd": 2, "kvd": 3}
+_ENOUGH_FOR_FVD = 401
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,18 @@ class ClipSets:
     Args:
         options: what is wanted.
         device: where features are computed.
+        paired: whether generated videos were made of the real ones, by a tokenizer.
 
     Raises:
         ValueError, OSError: the weights of FVD cannot be had.
     """
 
-    def __init__(self, options: MeasureOptions, device: torch.device) -> None:
+    def __init__(self, options: MeasureOptions, device: torch.device, paired: bool) -> None:
         if options.chunks not in CHUNKS:
             raise ValueError(
                 f"eval: --chunks must be one of {', '.join(CHUNKS)}, got {options.chunks}"
             )
-        self.options, self.device = options, device
+        self.options, self.device, self.paired = options, device, paired
         self._i3d = None
         if options.fvd_weights is not None:
             trusted = options.trust_checkpoint
@@ -72,8 +75,10 @@ class ClipSets:
             for measure, wanted in (("fvd", self._i3d is not None), ("kvd", options.kvd))
             if wanted
         }
+        self._origins: dict[str, list[int]] = {"generated": [], "real": []}
+        self._sizes: set[tuple[int, ...]] = set()
         self._waiting: dict[str, Tensor] = {}
-        self._clips = {"generated": 0, "real": 0}  # of the present video
+        self._clips, self._videos = {"generated": 0, "real": 0}, 0  # of the present video, before
 
     def add(self, kind: str, frames: Tensor) -> None:
         """Returns None after taking the next frames [1, 3, t, H, W] of a video.
@@ -98,8 +103,11 @@ class ClipSets:
     def end_video(self) -> None:
         """Returns None after dropping what is left of the present video."""
         self._waiting, self._clips = {}, {"generated": 0, "real": 0}
+        self._videos += 1
 
     def _measure(self, kind: str, clip: Tensor) -> None:
+        self._origins[kind].append(self._videos)
+        self._sizes.add(tuple(clip.shape[2:]))
         if self._i3d is not None:
             self._features["fvd"][kind].append(fvd_features(clip, self._i3d))
         if self.options.kvd:
@@ -107,18 +115,26 @@ class ClipSets:
 
     def result(self) -> dict[str, Any]:
         """Returns by measure its value, interval and sample counts, or why there is none."""
+        generated, real = (
+            torch.tensor(self._origins[kind], dtype=torch.long) for kind in ("generated", "real")
+        )
+        origins = Origins(generated, real, self.paired)
+        intervals = origins.or_clips()
+        facts: dict[str, Any] = {"num_generated": len(generated), "num_real": len(real)}
+        facts |= dict(zip(("generated_videos", "real_videos"), origins.num_videos, strict=True))
+        facts |= {"clip_sizes": sorted(self._sizes)}
         found: dict[str, Any] = {}
         for measure, sets in self._features.items():
-            counts = {f"num_{kind}": len(features) for kind, features in sets.items()}
-            if min(counts.values()) < _LEAST[measure]:
+            if min(len(generated), len(real)) < _LEAST[measure]:
                 reason = f"needs {_LEAST[measure]} clips of {CLIP_FRAMES} frames of either kind"
-                found[measure] = {"value": None, "reason": reason, **counts}
+                found[measure] = {"value": None, "reason": reason, **facts}
                 continue
-            generated, real = (torch.cat(sets[kind]) for kind in ("generated", "real"))
+            features = [torch.cat(sets[kind]) for kind in ("generated", "real")]
             distance = frechet_with_interval if measure == "fvd" else kernel_distance
-            result = distance(generated, real)
+            result = distance(*features, intervals)
             found[measure] = {"value": result.value, "low": result.low, "high": result.high}
-            found[measure] |= counts | ({"features": FEATURES} if measure == "kvd" else {})
+            found[measure] |= {"interval_over": "videos" if intervals is origins else "clips"}
+            found[measure] |= facts | ({"features": FEATURES} if measure == "kvd" else {})
         return found
 
 
@@ -138,7 +154,7 @@ class Shared:
         self, codebook_size: int | None, options: MeasureOptions, device: torch.device
     ) -> None:
         self.usage = None if codebook_size is None else CodebookCounter(codebook_size)
-        self.sets = ClipSets(options, device)
+        self.sets = ClipSets(options, device, paired=True)
         self.lpips: LPIPS | None = None
         if options.lpips:
             files = (options.lpips_backbone, options.lpips_heads)
@@ -159,6 +175,10 @@ def lines_of_sets(sets: dict[str, Any]) -> list[str]:
         if row["value"] is None:
             found.append(f"{measure.upper()}: {row['reason']}, got {counts}")
             continue
-        interval = f"95 % interval {row['low']:.4g} to {row['high']:.4g}"
+        interval = (
+            f"95 % interval over {row['interval_over']} {row['low']:.4g} to {row['high']:.4g}"
+        )
         found.append(f"{measure.upper()} {row['value']:.4g} ({interval}), {counts}")
+        if measure == "fvd" and min(row["num_generated"], row["num_real"]) < _ENOUGH_FOR_FVD:
+            found[-1] += f"; far too large with fewer than {_ENOUGH_FOR_FVD}, compare equal counts"
     return found

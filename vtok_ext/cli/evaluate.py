@@ -8,7 +8,7 @@
                one completed by its last frame; mean over clips
 
 Quality is a mean over frames either way, so that grouping them by 16, as the published script does,
-changes memory only. Source of the second: scripts/inference_evaluate.py of microsoft/VidTok. Seams
+changes memory only; psnr_video is CoordTok's instead, of the squared error of a whole video. Source of the second: scripts/inference_evaluate.py of microsoft/VidTok. Seams
 are looked for at the borders of a CoordTok's windows, and behind frame 1 + 16 k of causal models;
 where a clip is coded whole there are none. Intervals of means: see `eval_means`. LPIPS, FVD and KVD
 come on request, see `eval_measures`.
@@ -16,6 +16,7 @@ come on request, see `eval_measures`.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ _SSIM_WINDOW, _SOBEL_WINDOW, _LPIPS_SIZE = 11, 3, 16
 # Values of a video, and how many digits of them are reported.
 _DIGITS = {
     "psnr": 3,
+    "psnr_video": 3,
     "ssim": 4,
     "lpips": 4,
     "boundary_jump": 4,
@@ -148,12 +150,14 @@ class _Scores:
 
     Attributes:
         borders: first frames of what was coded by itself, but the first.
+        error: squared, with the constant that keeps PSNR finite.
     """
 
     shared: Shared
     borders: range = _NO_BORDERS
     frames: int = 0
     psnr: float = 0.0
+    error: float = 0.0
     ssim: float | None = 0.0
     lpips: float | None = 0.0
     frequency: float | None = 0.0
@@ -173,7 +177,9 @@ class _Scores:
             )
         self._add_content(decoded, source)
         self.frames += target.shape[2]
-        self.psnr += psnr(decoded, target, per_frame=True).sum().item()
+        by_frame = psnr(decoded, target, per_frame=True).double()
+        self.psnr += by_frame.sum().item()
+        self.error += (10 ** (-by_frame / 10)).sum().item()
         if min(target.shape[3:]) < _SSIM_WINDOW:
             self.ssim = None
         elif self.ssim is not None:
@@ -212,6 +218,7 @@ class _Scores:
         return {
             "frames": self.frames,
             "psnr": self.psnr / self.frames,
+            "psnr_video": -10 * math.log10(self.error / self.frames),
             "ssim": None if self.ssim is None else self.ssim / self.frames,
             "lpips": None if self.lpips is None else self.lpips / self.frames,
             "boundary_jump": jump,

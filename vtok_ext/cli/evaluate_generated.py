@@ -34,7 +34,7 @@ def run_eval_generated(options: EvalOptions, generated: list[Path], *, as_json: 
     files = {"generated": video_files(generated), "real": video_files(options.videos)}
     if options.measures.kvd and options.size is None:
         _check_sizes(files)
-    sets = ClipSets(options.measures, resolve_device(options.device))
+    sets = ClipSets(options.measures, resolve_device(options.device), paired=False)
     start, done = time.monotonic(), 0
     content: dict[str, Any] = {}
     with console.progress("evaluating", sum(map(len, files.values()))) as progress:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._clip_set import SetDistance, Videos, check_clips, clips_of, uint8_batches
+from ._clip_set import Origins, SetDistance, Videos, check_clips, clips_of
 from .frechet import frechet_distance
 from .i3d import load_i3d
 
@@ -52,7 +52,6 @@ def fvd_preprocess(
     return ((frames - 0.5) * 2).unflatten(0, (batch, num_frames)).transpose(1, 2)
 
 
-@torch.no_grad()
 def fvd_features(
     videos: Videos,
     network: nn.Module,
@@ -74,18 +73,25 @@ def fvd_features(
     Raises:
         TypeError, ValueError: other videos or options, or not one clip in them.
     """
+    return _measured(videos, network, chunks, batch_size)[0]
+
+
+@torch.no_grad()
+def _measured(
+    videos: Videos, network: nn.Module, chunks: str, batch_size: int
+) -> tuple[Tensor, Tensor]:
+    """Returns logits [N, 400] of clips, and their videos [N]."""
     check_clips("fvd", chunks, batch_size=batch_size)
     device = next(network.parameters()).device
+    features, origins = [], []
     with _eval_mode(network):
-        features = [
-            network(fvd_preprocess(part.to(device))).float().cpu()
-            for video in uint8_batches("fvd", videos)
-            for clip in clips_of(video, CLIP_FRAMES, chunks)
-            for part in clip.split(batch_size)
-        ]
+        for clips, numbers in clips_of("fvd", videos, CLIP_FRAMES, chunks):
+            origins.append(numbers)
+            for part in clips.split(batch_size):
+                features.append(network(fvd_preprocess(part.to(device))).float().cpu())
     if not features:
         raise ValueError(f"fvd: videos must have {CLIP_FRAMES} frames or more, got shorter ones")
-    return torch.cat(features)
+    return torch.cat(features), torch.cat(origins)
 
 
 @contextmanager
@@ -106,6 +112,7 @@ def fvd(
     *,
     weights: str | os.PathLike | nn.Module | None = None,
     chunks: str = "all",
+    paired: bool = False,
     batch_size: int = 8,
     num_resamples: int = 100,
     seed: int = 0,
@@ -120,12 +127,17 @@ def fvd(
         generated, real: videos, see `fvd_features`.
         weights: file of `load_i3d`, or a network, see `fvd_features`.
         chunks, batch_size: see `fvd_features`.
-        num_resamples: bootstrap resamples of both sets for the interval; 0 for none.
+        paired: whether generated video i was made of real video i, as by a tokenizer; such videos
+            are resampled together.
+        num_resamples: bootstrap resamples of the videos of both sets for the interval; 0 for none.
+            With fewer than three videos in a set clips are resampled, and the interval speaks of
+            further clips of these videos.
         seed: of the resamples.
         trust_checkpoint: see `load_i3d`.
 
     Raises:
-        ValueError: no weights; or as `load_i3d` or `fvd_features`, or fewer than two samples.
+        ValueError: no weights; as `load_i3d` or `fvd_features`; fewer than two clips in a set, or
+            paired sets of different counts.
         FileNotFoundError: there is no such file.
     """
     if weights is None:
@@ -135,16 +147,22 @@ def fvd(
         )
     if not isinstance(weights, nn.Module):
         weights = load_i3d(weights, trust_checkpoint=trust_checkpoint)
-    sets = [
-        fvd_features(videos, weights, chunks=chunks, batch_size=batch_size)
-        for videos in (generated, real)
-    ]
-    return frechet_with_interval(*sets, num_resamples=num_resamples, seed=seed)
+    (features, origins), (real_features, real_origins) = (
+        _measured(videos, weights, chunks, batch_size) for videos in (generated, real)
+    )
+    return frechet_with_interval(
+        features,
+        real_features,
+        Origins(origins, real_origins, paired).or_clips(),
+        num_resamples=num_resamples,
+        seed=seed,
+    )
 
 
 def frechet_with_interval(
     generated: Tensor,  # [N, D]
     real: Tensor,  # [M, D]
+    origins: Origins | None = None,
     *,
     num_resamples: int = 100,
     seed: int = 0,
@@ -159,22 +177,37 @@ def frechet_with_interval(
 
     Args:
         generated, real: features.
+        origins: which videos they are of, which are resampled as a whole; default as many as clips.
         num_resamples: 0 for no interval.
         seed: of the resamples.
+
+    Raises:
+        ValueError: as `frechet_distance`, or paired sets of different counts.
     """
+    if origins is None:
+        origins = Origins.of_clips(len(generated), len(real))
+    origins.check("fvd")
     value = frechet_distance(generated, real).item()
     low = high = value
     if num_resamples > 0:
         generator = torch.Generator().manual_seed(seed)
+        clips_of_g, clips_of_r = (
+            [torch.where(numbers == video)[0] for video in numbers.unique()]
+            for numbers in (origins.generated, origins.real)
+        )
         values = []
         for _ in range(num_resamples):
-            chosen = [
-                features[torch.randint(len(features), (len(features),), generator=generator)]
-                for features in (generated, real)
-            ]
-            values.append(frechet_distance(*chosen))
+            chosen = _resampled(clips_of_g, generator)
+            other = chosen if origins.paired else _resampled(clips_of_r, generator)
+            values.append(frechet_distance(generated[chosen], real[other]))
         distances = torch.stack(values)
         spread = distances - distances.mean()
         ends = spread.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
         low, high = max(0.0, value + ends[0]), value + ends[1]
     return SetDistance(value, low, high, len(generated), len(real))
+
+
+def _resampled(clips: list[Tensor], generator: torch.Generator) -> Tensor:
+    """Returns the clips of as many videos as there are, drawn with repetitions."""
+    drawn = torch.randint(len(clips), (len(clips),), generator=generator).tolist()
+    return torch.cat([clips[video] for video in drawn])

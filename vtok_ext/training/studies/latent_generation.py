@@ -68,7 +68,7 @@ def generation_result(
     moved = video_dynamics(held_out).mean()
     summary = {
         "kvd": kvd(videos, held_out).value,
-        "kvd_reconstructed": kvd(again, held_out).value,
+        "kvd_reconstructed": kvd(again, held_out, paired=True).value,
         "motion_ratio": (video_dynamics(videos).mean() / moved).item(),
         "motion_ratio_reconstructed": (video_dynamics(again).mean() / moved).item(),
         "tokens": float(math.prod(model.token_grid(*held_out.shape[2:]))),
