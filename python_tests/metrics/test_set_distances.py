@@ -218,7 +218,15 @@ def test_features_are_those_of_their_name():
     assert FEATURES == "random-conv3d-2"
     clip = (torch.arange(3 * 5 * 16 * 16) * 37 % 251).to(torch.uint8).view(1, 3, 5, 16, 16)
     features = kvd_features(clip)[0]
-    recorded = [-0.10847806, 0.33431731, 0.61996320, 0.24150286, 1.59067777, 1.01484590, -0.56369578]
+    recorded = [
+        -0.10847806,
+        0.33431731,
+        0.61996320,
+        0.24150286,
+        1.59067777,
+        1.01484590,
+        -0.56369578,
+    ]
     recorded += [-0.42164252, 0.28908454, 1.21056632, -0.62268897, -0.43101004, 0.08520049]
     recorded += [0.25512952]
     expected = torch.tensor(recorded, dtype=torch.float64)

@@ -129,9 +129,8 @@ class ClipSets:
                 reason = f"needs {_LEAST[measure]} clips of {CLIP_FRAMES} frames of either kind"
                 found[measure] = {"value": None, "reason": reason, **facts}
                 continue
-            features = [torch.cat(sets[kind]) for kind in ("generated", "real")]
             distance = frechet_with_interval if measure == "fvd" else kernel_distance
-            result = distance(*features, intervals)
+            result = distance(torch.cat(sets["generated"]), torch.cat(sets["real"]), intervals)
             found[measure] = {"value": result.value, "low": result.low, "high": result.high}
             found[measure] |= {"interval_over": "videos" if intervals is origins else "clips"}
             found[measure] |= facts | ({"features": FEATURES} if measure == "kvd" else {})

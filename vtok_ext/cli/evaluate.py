@@ -8,10 +8,11 @@
                one completed by its last frame; mean over clips
 
 Quality is a mean over frames either way, so that grouping them by 16, as the published script does,
-changes memory only; psnr_video is CoordTok's instead, of the squared error of a whole video. Source of the second: scripts/inference_evaluate.py of microsoft/VidTok. Seams
-are looked for at the borders of a CoordTok's windows, and behind frame 1 + 16 k of causal models;
-where a clip is coded whole there are none. Intervals of means: see `eval_means`. LPIPS, FVD and KVD
-come on request, see `eval_measures`.
+changes memory only; psnr_video is CoordTok's instead, of the squared error of a whole video. Source
+of the second: scripts/inference_evaluate.py of microsoft/VidTok. Seams are looked for at the
+borders of a CoordTok's windows, and behind frame 1 + 16 k of causal models; where a clip is coded
+whole there are none. Intervals of means: see `eval_means`. LPIPS, FVD and KVD come on request, see
+`eval_measures`.
 """
 
 from __future__ import annotations
