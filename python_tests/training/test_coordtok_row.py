@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import vtok_ext as vt
 from vtok_ext.training.studies import coordtok_row, row_training
 from vtok_ext.training.studies.coordtok_row import CoordTokRow, run_row
 from vtok_ext.training.studies.report import write_report
@@ -45,7 +46,7 @@ VIDTOK = {
     "causal": False,
 }
 THIRDS = {f"psnr_{name}_{i}" for name in ("dynamic", "frequency") for i in (1, 2, 3)}
-CLIP_METRICS = {"psnr", "ssim", "boundary_jump", "psnr_mean_colour"} | THIRDS
+CLIP_METRICS = {"psnr", "ssim", "boundary_jump", "psnr_mean_colour", "psnr_mean_frame"} | THIRDS
 CLIP_METRICS |= {"fall_dynamic", "fall_frequency"}
 
 
@@ -70,7 +71,7 @@ def test_a_coordtok_and_a_vidtok_are_measured_alike(run):
     row = run("coordtok")
     assert set(row.per_clip) == CLIP_METRICS | {"psnr_sliced"}
     assert row.pictures[0].read_bytes().startswith(b"\x89PNG")
-    vidtok = run("vidtok", vidtok=VIDTOK)
+    vidtok = run("vidtok", vidtok=VIDTOK, muon_lr=0.01)
     assert set(vidtok.per_clip) == CLIP_METRICS
     assert vidtok.held_out == row.held_out
     assert vidtok.per_clip["psnr_mean_colour"] == row.per_clip["psnr_mean_colour"]
@@ -82,7 +83,7 @@ def test_a_coordtok_and_a_vidtok_are_measured_alike(run):
 
 
 def test_a_vidtok_trains_for_the_work_of_the_coordtok(run):
-    settings = {"steps": 600, "warmup": 5, "vidtok": VIDTOK}
+    settings = {"steps": 600, "warmup": 5, "vidtok": VIDTOK, "muon_lr": 0.01}
     trained, fresh = run("trained", **settings), run("fresh", **{**settings, "steps": 2})
     row = CoordTokRow.of({**TINY, "steps": 600})
     costs = coordtok_row._Training(row, 0, Path(), print).costs(row.new_model())
@@ -93,8 +94,10 @@ def test_a_vidtok_trains_for_the_work_of_the_coordtok(run):
     assert mean(trained, "psnr") > mean(fresh, "psnr") + 1
 
 
-def test_a_coordtok_learns(run):
-    trained, fresh = run("trained", steps=100, lr=0.01, warmup=5), run("fresh")
+@pytest.mark.parametrize("muon_lr", [None, 0.02])
+def test_a_coordtok_learns(run, muon_lr):
+    trained = run("trained", steps=100, lr=0.01, muon_lr=muon_lr, warmup=5)
+    fresh = run("fresh")
     assert mean(trained, "psnr") > mean(fresh, "psnr") + 3
     assert trained.summary["training_tera_macs"] > 40 * fresh.summary["training_tera_macs"]
 
@@ -111,8 +114,12 @@ def test_thirds_are_of_the_clips_in_order_of_what_moves(run):
     order = video_dynamics(clips).argsort().tolist()
     assert sorted(found["psnr_dynamic_1"]) == sorted(found["psnr"][i] for i in order[:2])
     assert sorted(found["psnr_dynamic_3"]) == sorted(found["psnr"][i] for i in order[4:])
-    fall = sum(found["psnr_dynamic_1"]) - sum(found["psnr_dynamic_3"])
+    above = [a - b for a, b in zip(found["psnr"], found["psnr_mean_colour"], strict=True)]
+    fall = sum(above[i] for i in order[:2]) - sum(above[i] for i in order[4:])
     assert sum(found["fall_dynamic"]) == pytest.approx(fall)
+    video = clips.float() / 127.5 - 1
+    still = vt.metrics.psnr(video[:1].mean(2, keepdim=True).expand_as(video[:1]), video[:1])
+    assert found["psnr_mean_frame"][0] == pytest.approx(still.item(), abs=1e-4)
 
 
 @pytest.fixture
@@ -128,10 +135,11 @@ def seen(monkeypatch):
 
 def test_rows_see_equal_clips_and_seeds_the_same_held_out_ones(run, seen):
     results, rows = [], []
+    wider = {**VIDTOK, "ch_mult": [1, 1, 2]}
     for name, seed, changes in (
         ("patches", 0, {}),
         ("frames", 0, {"sampling": "frames"}),
-        ("vidtok", 0, {"vidtok": {**VIDTOK, "ch_mult": [1, 1, 2]}, "steps": 400, "ratio": 1.0}),
+        ("vidtok", 0, {"vidtok": wider, "muon_lr": 0.01, "steps": 400, "ratio": 1.0}),
         ("patches", 1, {}),
     ):
         del seen[:]
@@ -167,15 +175,19 @@ def test_a_generator_uses_the_kept_training(run, monkeypatch):
     row = run("coordtok")
     kept = {path.name: path.read_bytes() for path in run.shared.glob("coordtok-*")}
     assert trainings == [2] and len(kept) == 1
-    small = run("generator", generates=True, generator_work=1e-3)
+    generates = {"generates": True, "generator_work": 1e-3, "generator_clips": 5}
+    small = run("generator", **generates)
     assert trainings == [2]
     assert {path.name: path.read_bytes() for path in run.shared.glob("coordtok-*")} == kept
-    assert small.summary["tokens"] == 48 and small.held_out == row.held_out
+    assert small.summary["tokens"] == 48
     again = run("again")
     assert again.per_clip == row.per_clip and trainings == [2]
     assert again.summary == row.summary  # the CPU seconds of the training too
     wide = {**TINY["model"], "latent_resolution": [4, 8, 8]}
-    large = run("large", generates=True, generator_work=1e-3, model=wide)
+    large = run("large", **generates, model=wide)
+    names = {"kvd", "kvd_decoded", "kvd_decoded_gaussian", "kvd_reconstructed"}
+    assert names < set(small.summary) and len({small.summary[name] for name in names}) == 4
+    assert small.held_out == large.held_out != row.held_out
     assert large.summary["tokens"] == 128
     assert small.summary["generator_steps"] > large.summary["generator_steps"] >= 1
     assert trainings == [2, 2]
@@ -193,6 +205,7 @@ def test_a_generator_uses_the_kept_training(run, monkeypatch):
         ({"eval_clips": 4}, "eval_clips must be a multiple of 3, got 4"),
         ({"window": 3}, "window must divide the 8 frames of a clip, got 3"),
         ({"vidtok": {**VIDTOK, "regularizer": "fsq"}}, "vidtok must have regularizer 'kl'"),
+        ({"vidtok": VIDTOK}, "muon_lr must be given for a VidTok"),
     ],
 )
 def test_wrong_settings(settings, message):

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vtok_ext.metrics import psnr
 from vtok_ext.models._video_input import to_float
 from vtok_ext.training.studies.clip_store import fingerprint
 from vtok_ext.training.studies.row_picture import reconstruction_picture
@@ -45,6 +46,19 @@ def measure_clips(
             shown = reconstruction_picture(picture, video[0], decoded[0], _PICTURE_FRAMES)
             result.pictures = [shown]
     return result
+
+
+def without_training(clip: Tensor) -> dict[str, float]:
+    """Returns the PSNR of what needs no training, of a clip [1, 3, T, H, W] in [-1, 1].
+
+    psnr_mean_colour    its mean colour
+    psnr_mean_frame     the mean of its frames: a model below it has not learnt what moves
+    """
+    means = {"colour": (2, 3, 4), "frame": (2,)}
+    return {
+        f"psnr_mean_{name}": psnr(clip.mean(dims, keepdim=True).expand_as(clip), clip).item()
+        for name, dims in means.items()
+    }
 
 
 def strata(

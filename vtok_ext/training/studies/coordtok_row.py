@@ -1,7 +1,8 @@
 """Kind "coordtok": a small CoordTok on random points of procedural clips, and a VidTok beside it.
 
     loss     mean squared error of the drawn patches, see `coordtok_loss`
-    AdamW, linear warm-up, then half a cosine down to zero, see `row_training`
+    Muon for matrices and AdamW for the rest, or AdamW alone, linear warm-up, then half a cosine
+    down to zero, see `row_training`
 
 With `vidtok` the row trains that model instead, without noise on its latent, on a random window of
 `window` frames of every clip, for as many steps as cost the multiply-adds of the CoordTok that the
@@ -9,12 +10,14 @@ row describes otherwise; held-out clips are cut into such windows. All rows see 
 the same order. Trained models are kept in the study's shared folder. Metrics per held-out clip:
 
     psnr, ssim, boundary_jump    the latter where windows would meet, for both models
-    psnr_mean_colour             of the clip's mean colour: what needs no training
+    psnr_mean_colour, psnr_mean_frame    what needs no training, see `without_training`
     psnr_sliced                  of a CoordTok, decoded in slices of as many points as it trained on
     psnr_dynamic_1, ... _3       of the third of the clips with the least change of frames, ..., the
                                  most; see `video_dynamics`
     psnr_frequency_1, ... _3     by spatial detail; see `sobel_frequency`
-    fall_dynamic, fall_frequency differences of the first and the last third, in pairs of clips
+    fall_dynamic, fall_frequency differences of the first and the last third, in pairs of clips, of
+                                 PSNR above that of the mean colour: what has more contrast is
+                                 further from its mean colour by itself
 
 With `generates`, a SiT is trained on the latents instead, see `latent_generation`.
 """
@@ -37,9 +40,11 @@ from vtok_ext.models.vidtok import VidTok
 from vtok_ext.models.vidtok_config import VidTokConfig
 from vtok_ext.training.clip_order import ClipOrder
 from vtok_ext.training.coordtok_loss import PointLoss, PointLossConfig, draw_points
+from vtok_ext.training.optimizers import transformer_optimizers
 from vtok_ext.training.overfit import muon_and_adamw
+from vtok_ext.training.recipe import OptimizerRecipe
 from vtok_ext.training.start_weights import start
-from vtok_ext.training.studies.clip_measures import measure_clips, strata
+from vtok_ext.training.studies.clip_measures import measure_clips, strata, without_training
 from vtok_ext.training.studies.clip_store import clip_store
 from vtok_ext.training.studies.kinds import Progress, shared_folder
 from vtok_ext.training.studies.latent_generation import generation_result
@@ -52,7 +57,7 @@ from vtok_ext.training.tokenizer_task import to_video
 _HELD_OUT_SEED = 1_000_000_000
 _THIRDS = 3
 # What a training does not depend on.
-_OF_MEASURING = ("eval_clips", "generates", "generator_work")
+_OF_MEASURING = ("eval_clips", "generates", "generator_work", "generator_clips")
 
 
 @dataclass(frozen=True)
@@ -66,12 +71,15 @@ class CoordTokRow:
         vidtok: fields of a `VidTokConfig` with "kl" to train that model; null for the CoordTok.
         window: frames of a VidTok's clips.
         steps, batch_size, warmup: of a CoordTok's training.
-        lr: of AdamW for a CoordTok.
-        muon_lr, adam_lr: for a VidTok, see `muon_and_adamw`.
-        weight_decay: of AdamW for a CoordTok, of every parameter as published.
+        lr: of AdamW.
+        muon_lr: of Muon for the matrices of blocks, or of a VidTok's network; null for AdamW alone,
+            of a CoordTok only.
+        weight_decay: of AdamW for a CoordTok, of every parameter of its own as published.
+        motion: of the procedural clips.
         train_clips, eval_clips: how many, the latter a multiple of three.
         generates: whether a SiT is trained on the latents and measured.
         generator_work: 10^12 multiply-adds for its training.
+        generator_clips: held-out clips, and samples, that are compared then.
     """
 
     model: dict[str, Any]
@@ -83,13 +91,14 @@ class CoordTokRow:
     batch_size: int = 8
     warmup: int = 50
     lr: float = 2e-3
-    muon_lr: float = 0.01
-    adam_lr: float = 2e-3
+    muon_lr: float | None = None
     weight_decay: float = 1e-3
+    motion: str = "erratic"
     train_clips: int = 1024
     eval_clips: int = 48
     generates: bool = False
     generator_work: float = 1.5
+    generator_clips: int = 256
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> CoordTokRow:
@@ -110,6 +119,8 @@ class CoordTokRow:
         if row.vidtok is not None and row.vidtok.get("regularizer") != "kl":
             found = row.vidtok.get("regularizer")
             raise ValueError(f"study: vidtok must have regularizer 'kl', got {found!r}")
+        if row.vidtok is not None and row.muon_lr is None:
+            raise ValueError("study: muon_lr must be given for a VidTok, got null")
         return row
 
     def config(self) -> CoordTokConfig:
@@ -129,13 +140,11 @@ class CoordTokRow:
         start(model, "scaled")
         return model
 
-    def shared_clips(self, folder: Path, held_out: bool) -> Tensor:
-        """Returns [N, 3, T, H, W] uint8: the clips to train on, or to measure with."""
+    def clips(self, folder: Path, count: int, first_seed: int = 0) -> Tensor:
+        """Returns the clips [count, 3, T, H, W] uint8 from a seed on."""
         frames, size, _ = self.config().video_shape
         shared = shared_folder(folder)
-        if held_out:
-            return clip_store(shared, self.eval_clips, frames, size, first_seed=_HELD_OUT_SEED)
-        return clip_store(shared, self.train_clips, frames, size)
+        return clip_store(shared, count, frames, size, motion=self.motion, first_seed=first_seed)
 
 
 def run_row(settings: dict[str, Any], seed: int, folder: Path, progress: Progress) -> RowResult:
@@ -155,10 +164,13 @@ def run_row(settings: dict[str, Any], seed: int, folder: Path, progress: Progres
     seconds = trained_once(
         model, shared_folder(folder), "coordtok", facts, lambda: training.run(model)
     )
-    held_out = row.shared_clips(folder, held_out=True)
     if row.generates:
-        clips, work = row.shared_clips(folder, held_out=False), row.generator_work
-        return generation_result(model, clips, held_out, work, seed, folder, progress)
+        clips, unseen = (
+            row.clips(folder, row.train_clips),
+            row.clips(folder, row.generator_clips, _HELD_OUT_SEED),
+        )
+        return generation_result(model, clips, unseen, row.generator_work, seed, folder, progress)
+    held_out = row.clips(folder, row.eval_clips, _HELD_OUT_SEED)
     progress(0.9, "measuring")
     result = _measure(model, row, held_out, folder / "held-out.png" if seed == 0 else None)
     result.summary = {**summary, "cpu_seconds": round(seconds, 1)}
@@ -211,13 +223,12 @@ class _Training:
     def run(self, model: CoordTok | VidTok) -> None:
         """Returns None after training the model."""
         row = self.row
-        clips = row.shared_clips(self.folder, held_out=False)
+        clips = row.clips(self.folder, row.train_clips)
         order = ClipOrder(len(clips), row.batch_size, seed=self.seed)
         draws = torch.Generator().manual_seed(self.seed)
         num_steps, _ = self._steps_and_cost()
-        loss, optimizers = self._of_points, [self._adamw(model)]
-        if isinstance(model, VidTok):
-            loss, optimizers = self._of_window, muon_and_adamw(model, row.muon_lr, row.adam_lr)
+        loss = self._of_points if row.vidtok is None else self._of_window
+        optimizers = self._optimizers(model)
         model.train()
 
         def loss_of(step: int) -> Tensor:
@@ -229,9 +240,15 @@ class _Training:
 
         train_steps(loss_of, optimizers, num_steps, warmup=row.warmup, on_step=on_step)
 
-    def _adamw(self, model: CoordTok | VidTok) -> torch.optim.Optimizer:
-        row, betas = self.row, (0.9, 0.99)
-        return torch.optim.AdamW(model.parameters(), row.lr, betas, weight_decay=row.weight_decay)
+    def _optimizers(self, model: CoordTok | VidTok) -> list[torch.optim.Optimizer]:
+        row = self.row
+        if isinstance(model, VidTok):
+            assert row.muon_lr is not None  # checked by `of`
+            return muon_and_adamw(model, row.muon_lr, row.lr)
+        settings = OptimizerRecipe(
+            lr=row.lr, muon_lr=row.muon_lr, betas=[0.9, 0.99], weight_decay=row.weight_decay
+        )
+        return list(transformer_optimizers(model, settings).values())
 
     def _of_points(self, model: Any, video: Tensor, draws: torch.Generator) -> Tensor:
         """Returns the mean squared error of random points of clips [B, 3, T, H, W]."""
@@ -260,12 +277,11 @@ def _measure(model: Any, row: CoordTokRow, clips: Tensor, picture: Path | None) 
         return torch.cat([model(window).reconstruction for window in windows], dim=2)
 
     def metrics(a: Tensor, b: Tensor) -> dict[str, float]:
-        mean = b.mean(dim=(2, 3, 4), keepdim=True).expand_as(b)
         return {
             "psnr": psnr(a, b).item(),
             "ssim": ssim(a, b).item(),
             "boundary_jump": boundary_jump(a, b, row.window).item(),
-            "psnr_mean_colour": psnr(mean, b).item(),
+            **without_training(b),
         }
 
     batch = row.batch_size
@@ -279,12 +295,17 @@ def _measure(model: Any, row: CoordTokRow, clips: Tensor, picture: Path | None) 
             batch_size=batch,
         )
         result.per_clip |= sliced.per_clip
+    above = [
+        a - b
+        for a, b in zip(result.per_clip["psnr"], result.per_clip["psnr_mean_colour"], strict=True)
+    ]
     for name, measure in (
         ("dynamic", video_dynamics(clips)),
         ("frequency", sobel_frequency(clips)),
     ):
-        thirds = strata(f"psnr_{name}", result.per_clip["psnr"], measure.tolist(), _THIRDS)
-        first, *_, last = thirds.values()
+        order = measure.tolist()
+        first, *_, last = strata(name, above, order, _THIRDS).values()
         fall = [a - b for a, b in zip(first, last, strict=True)]
-        result.per_clip |= {**thirds, f"fall_{name}": fall}
+        result.per_clip |= strata(f"psnr_{name}", result.per_clip["psnr"], order, _THIRDS)
+        result.per_clip[f"fall_{name}"] = fall
     return result

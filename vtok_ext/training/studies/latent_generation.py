@@ -2,9 +2,14 @@
 
 The same transformer for grids, with a token per latent position, and for planes, with a token per
 2x2 cells as published; fewer tokens mean cheaper steps, hence more of them for the same
-multiply-adds. Measured on as many samples as there are held-out clips: kvd, and kvd of the
-tokenizer's reconstructions, its floor; the mean squared change of frames over that of held-out
-clips, motion_ratio; tokens of a clip, as its tokenizer counts them.
+multiply-adds. Measured on as many samples as there are held-out clips:
+
+    kvd                     to the held-out clips, as published distances are
+    kvd_decoded             to their reconstructions, which is what latents can give
+    kvd_decoded_gaussian    the same of normal latents with the statistics of the training ones
+    kvd_reconstructed       of reconstructions to held-out clips, the floor of kvd
+    motion_ratio            mean squared change of frames over that of held-out clips
+    tokens                  of a clip, as its tokenizer counts them
 """
 
 from __future__ import annotations
@@ -64,10 +69,15 @@ def generation_result(
         sampler="ode",
         generator=torch.Generator().manual_seed(seed),
     )
-    videos, again = (_decoded(model, x, held_out) for x in (samples, _encoded(model, held_out)))
+    statistics = generator.require_statistics("study")
+    noise = _normal_like(samples, torch.Generator().manual_seed(seed))
+    latents = (samples, _encoded(model, held_out), statistics.restore(noise))
+    videos, again, gaussian = (_decoded(model, latent, held_out) for latent in latents)
     moved = video_dynamics(held_out).mean()
     summary = {
         "kvd": kvd(videos, held_out).value,
+        "kvd_decoded": kvd(videos, again).value,
+        "kvd_decoded_gaussian": kvd(gaussian, again).value,
         "kvd_reconstructed": kvd(again, held_out, paired=True).value,
         "motion_ratio": (video_dynamics(videos).mean() / moved).item(),
         "motion_ratio_reconstructed": (video_dynamics(again).mean() / moved).item(),
@@ -106,6 +116,13 @@ def _chosen(latent: Latent, places: Any) -> Latent:
     if isinstance(latent, Tensor):
         return latent[places]
     return {name: plane[places] for name, plane in latent.items()}
+
+
+def _normal_like(latent: Latent, source: torch.Generator) -> Latent:
+    """Returns normal noise of the shapes of a latent."""
+    if isinstance(latent, Tensor):
+        return torch.randn(latent.shape, generator=source)
+    return {name: torch.randn(plane.shape, generator=source) for name, plane in latent.items()}
 
 
 def _config(latents: Latent) -> SiTConfig:

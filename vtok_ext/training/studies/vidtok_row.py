@@ -3,9 +3,10 @@
     loss   mean (reconstruction - video)^2 + aux_weight * auxiliary loss of the quantizer
     Muon for matrices and AdamW for the rest, linear warm-up, then half a cosine down to zero
 
-Every row of a study sees the same clips in the same order. Metrics per clip: psnr, ssim; with
-`strata` also psnr_motion_1, ..., where the clips are sorted by mean frame difference. Of the run:
-codebook_use, perplexity and tokens of `usage_clips` clips; million_parameters; cpu_seconds.
+Every row of a study sees the same clips in the same order. Metrics per clip: psnr, ssim, and
+psnr_mean_colour and psnr_mean_frame, see `without_training`; with `strata` also psnr_motion_1, ...,
+where the clips are sorted by mean frame difference. Of the run: codebook_use, perplexity and tokens
+of `usage_clips` clips; million_parameters; cpu_seconds.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from vtok_ext.models.vidtok_config import VidTokConfig
 from vtok_ext.training.clip_order import ClipOrder
 from vtok_ext.training.overfit import center_latent, muon_and_adamw
 from vtok_ext.training.start_weights import start
-from vtok_ext.training.studies.clip_measures import strata
+from vtok_ext.training.studies.clip_measures import strata, without_training
 from vtok_ext.training.studies.clip_store import clip_store, fingerprint
 from vtok_ext.training.studies.kinds import Progress, shared_folder
 from vtok_ext.training.studies.row_picture import reconstruction_picture
@@ -228,7 +229,7 @@ def _measure(
     )
     quantizer: Any = model.quantizer
     counter = CodebookCounter(quantizer.codebook_size) if model.is_discrete else None
-    values: dict[str, list[float]] = {"psnr": [], "ssim": []}
+    values: dict[str, list[float]] = {}
     motion: list[float] = []
     result = RowResult(held_out=fingerprint(clips[: row.eval_clips]))
     for first in range(0, row.usage_clips, row.batch_size):
@@ -241,8 +242,9 @@ def _measure(
         if len(measured):
             decoded = model.decode(encoding)[: len(measured)]
             for a, b in zip(decoded.split(1), measured.split(1), strict=True):
-                values["psnr"].append(psnr(a, b).item())
-                values["ssim"].append(ssim(a, b).item())
+                found = {"psnr": psnr(a, b).item(), "ssim": ssim(a, b).item()}
+                for name, value in (found | without_training(b)).items():
+                    values.setdefault(name, []).append(value)
                 motion.append((b[:, :, 1:] - b[:, :, :-1]).abs().mean().item())
             if picture and first == 0:
                 result.pictures = [
