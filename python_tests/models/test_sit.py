@@ -162,6 +162,63 @@ def test_sampling(config, sampler):
     assert all(not torch.equal(first[k], other[k]) for k in first)
 
 
+@pytest.mark.parametrize("config", [PLANES, GRID])
+@pytest.mark.parametrize("sampler", ["ode", "sde"])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_sampling_in_16_bits(config, sampler, guidance):
+    """Noise and steps are those of float32; only the network rounds."""
+    model = with_statistics(random_sit(class_dropout=0.1, **config), config)
+    many = {"method": "euler"} if sampler == "ode" else {}
+
+    def run():
+        made = model.sample(
+            2,
+            sampler=sampler,
+            guidance=guidance,
+            num_steps=200,
+            generator=torch.Generator().manual_seed(1),
+            **many,
+        )
+        return made if isinstance(made, dict) else {"grid": made}
+
+    exact = run()
+    model.to(torch.bfloat16)
+    for part, value in run().items():
+        assert value.dtype == torch.bfloat16
+        error = (value.float() - exact[part]).square().mean().sqrt()
+        assert float(error) < 0.03 * float(exact[part].std())
+
+
+@pytest.mark.parametrize("path", ["linear", "gvp"])
+@pytest.mark.parametrize("prediction", ["velocity", "noise", "score"])
+def test_path_and_prediction_of_the_configuration(path, prediction):
+    """They decide loss and sampling: a fresh network, which gives zero, has a known answer."""
+    model = with_statistics(SiT(SiTConfig(path=path, prediction=prediction, **GRID)), GRID)
+    values, generator = latents(GRID), torch.Generator().manual_seed(2)
+    x1, kept = model.statistics.normalize(values), generator.clone_state()
+    t, x0 = model.transport.draw(x1, kept)
+    target = x0["grid"]
+    if prediction == "velocity":
+        target = model.transport.path_velocity(t, x0, x1)["grid"]
+    torch.testing.assert_close(
+        model.loss(values, generator=generator), target.square().flatten(1).mean(1)
+    )
+    made = model.sample(
+        1,
+        sampler="ode",
+        method="rk4",
+        num_steps=100,
+        generator=torch.Generator().manual_seed(3),
+    )
+    noise = noise_like({"grid": latents(GRID, 1)}, torch.Generator().manual_seed(3))["grid"]
+    # Without a velocity noise stays; without noise or score v = alpha' / alpha x, so x ~ alpha.
+    low, high = model.transport.time_range
+    ends = model.transport.coefficients(torch.tensor([low, high], dtype=torch.float64))[0]
+    growth = 1.0 if prediction == "velocity" else float(ends[1] / ends[0])
+    found = model.statistics.normalize(made)["grid"] / noise
+    torch.testing.assert_close(found, torch.full_like(found, growth), rtol=0.2, atol=0)
+
+
 def test_a_trained_generator_makes_what_it_saw(tmp_path):
     """Four steps from one latent: the flow learns to end there. A fresh model ends in noise."""
     torch.manual_seed(0)

@@ -190,21 +190,26 @@ class SiT(LatentGenerator):
         return {name: parts[name] for name in names}
 
     def network(self, labels: Tensor | None = None, guidance: float = 1.0) -> Network:
-        """Returns network(x, t) for samplers: one pass per call.
+        """Returns network(x, t) for samplers: one pass per call, in the dtype of the weights.
 
         prediction = none + guidance * (label - none), both in one batch; 1 is no guidance.
 
         Args:
             labels: [B] integers; default 0.
-            guidance: its strength.
+            guidance: its strength; below 0 it leads away from the label.
 
         Raises:
             ValueError: guidance that is not finite, or of a model without a "none".
         """
         if not math.isfinite(guidance):
             raise ValueError(f"SiT: guidance must be finite, got {guidance}")
+        dtype = self.y_embedder.embedding_table.weight.dtype
+
+        def in_own_dtype(x: Any) -> Any:
+            return map_state(lambda part: part.to(dtype), x)
+
         if guidance == 1.0:
-            return lambda x, t: self(x, t, labels)
+            return lambda x, t: self(in_own_dtype(x), t, labels)
         if not self.config.has_none:
             raise ValueError(
                 f"SiT: guidance must be 1 for a model trained without class_dropout, got {guidance}"
@@ -217,7 +222,7 @@ class SiT(LatentGenerator):
         def guided(x: Any, t: Tensor) -> Any:
             y = torch.zeros_like(t, dtype=torch.long) if labels is None else labels
             none = torch.full_like(y, self.config.num_classes)
-            double = map_state(lambda value: torch.cat([value, value]), x)
+            double = map_state(lambda value: torch.cat([value, value]), in_own_dtype(x))
             return map_state(between, self(double, torch.cat([t, t]), torch.cat([y, none])))
 
         return guided
@@ -256,6 +261,8 @@ class SiT(LatentGenerator):
     ) -> Parts | Tensor:
         """Returns latents in the layout of the tokenizer, ready for its `decode`.
 
+        They have the dtype of the weights; noise and state have 32 bits or more.
+
         Args:
             num_samples: B.
             labels: integers [B]; default 0.
@@ -284,8 +291,10 @@ class SiT(LatentGenerator):
         statistics = self.require_statistics("sample")
         shape = (num_samples, self.config.in_channels)
         weight = self.y_embedder.embedding_table.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
         empty = {
-            p: weight.new_empty(*shape, *self.config.part_size(p)) for p in self.config.parts()
+            p: weight.new_empty(*shape, *self.config.part_size(p), dtype=dtype)
+            for p in self.config.parts()
         }
         noise = noise_like(empty, generator)
         network = self.network(labels, guidance)
@@ -298,7 +307,7 @@ class SiT(LatentGenerator):
                 f"sample: latents of {self.name} must be finite, got NaN or infinity; its weights "
                 "are damaged, or guidance, norm or steps too large for them"
             )
-        return statistics.denormalize(x)
+        return map_state(lambda part: part.to(weight.dtype), statistics.denormalize(x))
 
 
 def _named(stem: str, part: str) -> str:
