@@ -438,8 +438,14 @@ def test_times_and_labels_are_one_per_sample():
     planes = {name: plane.movedim(-1, 1) for name, plane in planes.items()}
     with pytest.raises(ValueError, match="for {'xy': 2, 'yt': 2, 'xt': 1}"):
         random_sit(**PLANES)(planes, three[:2])
-    with pytest.raises(ValueError, match="labels must be .2., got .1."):
-        with_statistics(model, GRID).loss(latents(GRID), labels[:1])
+    with pytest.raises(ValueError, match=r"SiT: labels must be 3 integers in 0..1, got .0, 2, 0."):
+        model(whole, three, labels * 2)
+    with pytest.raises(ValueError, match=r"SiT: labels must be 3 integers in 0..1, got .0.0, 1"):
+        model(whole, three, labels.float())
+    with_statistics(model, GRID)
+    for wrong in (labels[:1], labels[:2] * 2, labels[:2].float()):
+        with pytest.raises(ValueError, match="loss: labels must be 2 integers in 0..1"):
+            model.loss(latents(GRID), wrong)
 
 
 def sample_with_statistics_of(channels):

@@ -103,24 +103,34 @@ class LatentGenerator(nn.Module):
             )
         return self.statistics
 
-    def checked_labels(self, labels: Tensor | None, num_samples: int) -> Tensor:
-        """Returns labels [num_samples] on the model's device, 0 by default.
+    def check_labels(self, op: str, labels: Any, count: int, num_labels: int) -> None:
+        """Raises ValueError unless labels are a tensor of `count` integers in 0 .. num_labels - 1.
+
+        Values of a GPU are looked at for `sample` only: elsewhere that would wait for it.
+        """
+        ok = isinstance(labels, Tensor) and labels.dtype in (torch.int32, torch.int64)
+        ok = ok and labels.shape == (count,)
+        is_read = op == "sample" or (type(labels) is Tensor and labels.device.type == "cpu")
+        if ok and is_read and not torch.compiler.is_compiling():
+            ok = all(0 <= label < num_labels for label in labels.tolist())
+        if not ok:
+            found = labels.tolist() if isinstance(labels, Tensor) else labels
+            raise ValueError(
+                f"{op}: labels must be {count} integers in 0..{num_labels - 1}, got {found!r}"
+            )
+
+    def checked_labels(self, op: str, labels: Tensor | None, num_samples: int) -> Tensor:
+        """Returns labels [num_samples] of classes on the model's device, 0 by default.
 
         Raises:
-            ValueError: not a tensor of integers in 0 .. num_classes - 1, or another number of them.
+            ValueError: no samples, or labels as `check_labels` has them; "none" is no class.
         """
         device = next(self.parameters()).device
         if num_samples < 1:
-            raise ValueError(f"sample: num_samples must be >= 1, got {num_samples}")
+            raise ValueError(f"{op}: num_samples must be >= 1, got {num_samples}")
         if labels is None:
             return torch.zeros(num_samples, dtype=torch.long, device=device)
-        count = self.config.num_classes
-        ok = isinstance(labels, Tensor) and labels.dtype in (torch.int32, torch.int64)
-        shown = labels.tolist() if isinstance(labels, Tensor) else labels
-        if not ok or labels.shape != (num_samples,) or not all(0 <= n < count for n in shown):
-            raise ValueError(
-                f"sample: labels must be {num_samples} integers in 0..{count - 1}, got {shown!r}"
-            )
+        self.check_labels(op, labels, num_samples, self.config.num_classes)
         return labels.long().to(device)
 
     def training_labels(
@@ -134,13 +144,9 @@ class LatentGenerator(nn.Module):
             generator: source of the choice, or one per sample.
 
         Raises:
-            ValueError: another number of labels.
+            ValueError: as `checked_labels`.
         """
-        if labels is None:
-            device = next(self.parameters()).device
-            labels = torch.zeros(batch, dtype=torch.long, device=device)
-        if labels.shape != (batch,):
-            raise ValueError(f"loss: labels must be [{batch}], got {list(labels.shape)}")
+        labels = self.checked_labels("loss", labels, batch)
         if not (self.training and self.config.has_none):
             return labels
         dropped = uniform(batch, generator).to(labels.device) < self.config.class_dropout

@@ -146,8 +146,8 @@ class SiT(LatentGenerator):
             y: integer labels [B]; `num_classes` is "none" where there is one. Default 0.
 
         Raises:
-            TypeError, ValueError: a part is missing or has another shape, or there is not one time
-                and one label for each sample.
+            TypeError, ValueError: a part is missing or has another shape, there is not one time and
+                one label for each sample, or a label is none; see `check_labels`.
         """
         parts = self._checked({GRID: x} if isinstance(x, Tensor) else x)
         if y is None:
@@ -159,6 +159,8 @@ class SiT(LatentGenerator):
                 f"SiT: t and y must be [B] for B samples, got {list(t.shape)} and {list(y.shape)} "
                 f"for {found}"
             )
+        config = self.config
+        self.check_labels("SiT", y, len(y), config.num_classes + int(config.has_none))
         condition = self.t_embedder(t) + self.y_embedder(y)
         tokens = []
         for part, value in parts.items():
@@ -171,7 +173,6 @@ class SiT(LatentGenerator):
         out: Parts = {}
         for (part, value), piece in zip(parts.items(), pieces, strict=True):
             patches = getattr(self, _named("final_layer", part))(piece, condition)
-            config = self.config
             whole = unpatchify(patches, config.part_grid(part), config.part_patch(part))
             out[part] = whole[:, : value.shape[1]]
         return out[GRID] if isinstance(x, Tensor) else out
@@ -287,7 +288,7 @@ class SiT(LatentGenerator):
                     f"sample: options of {sampler} must be among {', '.join(SAMPLERS[sampler])}, "
                     f"got {name!r}{closest(name, SAMPLERS[sampler])}"
                 )
-        labels = self.checked_labels(labels, num_samples)
+        labels = self.checked_labels("sample", labels, num_samples)
         statistics = self.require_statistics("sample")
         shape = (num_samples, self.config.in_channels)
         weight = self.y_embedder.embedding_table.weight
