@@ -15,6 +15,7 @@ from vtok_ext.models.latent_statistics import (
     LatentStatistics,
     StatisticsCounter,
     read_reference_log,
+    read_statistics,
 )
 from vtok_ext.models.transport import noise_like
 
@@ -307,6 +308,63 @@ def test_reference_logs_that_do_not_say(tmp_path):
         read_reference_log(tmp_path / "none")
 
 
+@pytest.mark.parametrize("prefix", ["tensor(", ""])
+def test_other_lists_of_a_reference_log_are_passed_over(tmp_path, prefix):
+    path = tmp_path / "log.txt"
+    means, stds = [[-1.0 - i, 0.5] for i in range(3)], [[1.0 + i, 2.0] for i in range(3)]
+    write_log(path, means + stds)
+    log = path.read_text().replace("tensor(", prefix)
+    path.write_text("patches=[1, 2, 2]\n" + log)
+    found = read_reference_log(path)
+    assert found.mean["xt"].tolist() == means[2] and found.std["xy"].tolist() == stds[0]
+    path.write_text(path.read_text() + "\n" + log)  # resumed
+    assert read_reference_log(path).to_dict() == found.to_dict()
+    path.write_text("sizes=[8, 16]\n" + log)  # as long as a vector
+    if prefix:
+        assert read_reference_log(path, "means_first").to_dict() == found.to_dict()
+    else:
+        with pytest.raises(ValueError, match=r"one length in a row, got lengths .2, 2, 2, 2, 2, 2"):
+            read_reference_log(path, "means_first")
+
+
+def test_statistics_of_a_json_file_go_by_name(tmp_path):
+    statistics = with_statistics(random_sit(**PLANES), PLANES).statistics.to_dict()
+    shuffled = {k: {n: v[n] for n in ("xt", "xy", "yt")} for k, v in statistics.items()}
+    path = tmp_path / "statistics.json"
+    path.write_text(json.dumps(dict(reversed(shuffled.items()))))
+    assert read_statistics(path).to_dict() == statistics
+    with pytest.raises(ValueError, match="order must be None for .*statistics.json"):
+        read_statistics(path, "means_first")
+    with pytest.raises(ValueError, match="must be a log, got JSON"):
+        read_reference_log(path)
+    path.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="statistics.json' must be JSON"):
+        read_statistics(path)
+    with pytest.raises(FileNotFoundError, match="must be a file, got none"):
+        read_statistics(tmp_path / "none.json")
+    write_log(tmp_path / "log.txt", [[-0.5, 0.25]] * 3 + [[1.0, 2.0]] * 3)
+    found = read_statistics(tmp_path / "log.txt")
+    assert found.to_dict() == read_reference_log(tmp_path / "log.txt").to_dict()
+
+
+def test_statistics_are_of_latents_that_vary():
+    counter = StatisticsCounter()
+    for _ in range(50):
+        counter.update(torch.stack([torch.randn(8, 2, 2), torch.full((8, 2, 2), 0.1)])[None])
+    with pytest.raises(ValueError, match="channel 1 of grid must vary, got 0.1 in all latents"):
+        counter.result()
+    with pytest.raises(ValueError, match=r"channels must be .'grid': 2., got .'grid': 1."):
+        counter.update(torch.randn(1, 1, 8, 2, 2))
+    with pytest.raises(ValueError, match=r"channels must be .'grid': 2., got .'xy': 3"):
+        counter.update(latents(PLANES))
+    ids = torch.ones(1, 2, 8, 2, 2, dtype=torch.int64)
+    with pytest.raises(TypeError, match="grid must be of floating point, got torch.int64"):
+        counter.update(ids)
+    statistics = LatentStatistics({"grid": torch.zeros(2)}, {"grid": torch.full((2,), 0.5)})
+    with pytest.raises(TypeError, match="grid must be of floating point, got torch.int64"):
+        statistics.normalize(ids)
+
+
 @pytest.mark.parametrize(
     "values",
     [None, {}, {"mean": {"xy": [1.0]}, "std": {"xy": [1.0]}},
@@ -337,6 +395,13 @@ def test_saving_keeps_statistics_and_origin(tmp_path):
         vt.load_model(tmp_path / "sit")
     with pytest.raises(ValueError, match="must be absent for a saved generator"):
         vt.load_generator(tmp_path / "sit", "sit_l_2")
+    other = with_statistics(random_sit(**GRID), GRID).statistics
+    with pytest.raises(ValueError, match="load_generator: statistics must be of {'xy': 3"):
+        vt.load_generator(tmp_path / "sit", statistics=other)
+    model.statistics = other
+    model.save_pretrained(tmp_path / "sit")
+    with pytest.raises(ValueError, match="from_pretrained: statistics must be of {'xy': 3"):
+        vt.load_generator(tmp_path / "sit")
 
 
 def released_file(path, model, **more):
@@ -409,6 +474,9 @@ def test_a_checkpoint_runs_nothing(tmp_path, capsys):
         (lambda: sample_with_statistics_of(5), r"statistics must be of {'grid': 3} channels"),
         (lambda: random_sit(**GRID).network(guidance=float("nan")), "guidance must be finite"),
         (lambda: LatentOrigin(0, 1, 1), "sizes must be integers >= 1"),
+        (lambda: LatentOrigin(True, 1, 1), "sizes must be integers >= 1"),
+        (lambda: LatentOrigin(1, 1, 1, float("inf")), "fps must be None, or finite and positive"),
+        (lambda: LatentOrigin(1, 1, 1, True), "fps must be None, or finite and positive"),
     ],
 )
 def test_errors(call, message):

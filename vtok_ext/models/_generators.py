@@ -76,7 +76,7 @@ def load_generator(
         ema: a checkpoint's moving averages, as the released sampler takes, or its last weights;
             a saved generator has one set of weights only.
         statistics: of the latents, which a released checkpoint of a SiT does not hold; see
-            `read_reference_log`.
+            `read_statistics`.
         trust_checkpoint: read a pickled checkpoint with torch < 2.6, which is unsafe.
         **overrides: configuration fields by which a checkpoint deviates from `name`.
 
@@ -122,4 +122,4 @@ def _set_statistics(model: LatentGenerator, statistics: LatentStatistics | None)
             f"load_generator: statistics must be absent for a GPT, whose tokens need none, "
             f"got some for {model.name}"
         )
-    model.statistics = statistics
+    model.set_statistics(statistics, "load_generator")

@@ -8,6 +8,7 @@ the latents, in its config.json.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from abc import abstractmethod
 from collections.abc import Callable
@@ -45,10 +46,13 @@ class LatentOrigin:
     def __post_init__(self) -> None:
         """Checks every field: the values may come from a file."""
         sizes = (self.num_frames, self.height, self.width)
-        if not all(isinstance(size, int) and size >= 1 for size in sizes):
+        if not all(type(size) is int and size >= 1 for size in sizes):
             raise ValueError(f"LatentOrigin: sizes must be integers >= 1, got {sizes}")
-        if not (self.fps is None or (isinstance(self.fps, int | float) and self.fps > 0)):
-            raise ValueError(f"LatentOrigin: fps must be None or positive, got {self.fps!r}")
+        ok = isinstance(self.fps, int | float) and 0 < self.fps < math.inf
+        if self.fps is not None and (isinstance(self.fps, bool) or not ok):
+            raise ValueError(
+                f"LatentOrigin: fps must be None, or finite and positive, got {self.fps!r}"
+            )
         texts = (self.tokenizer_id, self.tokenizer or "")
         if not all(isinstance(text, str) for text in texts):
             raise ValueError(f"LatentOrigin: names must be text, got {texts}")
@@ -99,9 +103,14 @@ class LatentGenerator(nn.Module):
         if self.statistics is None:
             raise ValueError(
                 f"{op}: {self.name} must know the statistics of its latents, got none; set "
-                "`statistics`, for example from `read_reference_log`"
+                "`statistics`, for example from `read_statistics`"
             )
         return self.statistics
+
+    def set_statistics(self, statistics: LatentStatistics, op: str) -> None:
+        """Returns None after taking over statistics. Raises ValueError for those of others."""
+        self.statistics = statistics
+        self.require_statistics(op)
 
     def check_labels(self, op: str, labels: Any, count: int, num_labels: int) -> None:
         """Raises ValueError unless labels are a tensor of `count` integers in 0 .. num_labels - 1.
@@ -197,7 +206,8 @@ class LatentGenerator(nn.Module):
             self.origin = None if origin is None else LatentOrigin(**origin)
         except TypeError as error:
             raise ValueError(f"LatentOrigin: must have its fields, got {error}") from error
-        self.statistics = None if statistics is None else LatentStatistics.from_dict(statistics)
+        if statistics is not None:
+            self.set_statistics(LatentStatistics.from_dict(statistics), "from_pretrained")
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes config.json and model.safetensors; each is complete or absent. Raises OSError."""
