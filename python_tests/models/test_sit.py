@@ -442,6 +442,17 @@ def test_released_checkpoints(tmp_path):
     assert "weights_only" not in str(found.value), "it advises to execute the file"
 
 
+def test_a_released_checkpoint_tells_the_size_of_square_planes(tmp_path):
+    path = tmp_path / "0600000.pt"
+    for size in ((32, 32, 32), (8, 4, 4)):
+        released_file(path, random_sit(input_size=size, in_channels=8, num_classes=11, **THIN))
+        classes = {"num_classes": 10, "class_dropout": 0.1}
+        found = vt.load_generator(path, "sit_l_2", **TRUSTED, **THIN, **classes)
+        assert found.config.input_size == size and found.config.has_none
+    with pytest.raises(ValueError, match=r"embedding_table.weight .11, 32. instead of .1, 32"):
+        vt.load_generator(path, "sit_l_2", **TRUSTED, **THIN)
+
+
 class _Runs:
     def __reduce__(self):
         return print, ("this ran",)

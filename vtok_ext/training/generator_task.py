@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from vtok_ext.models._checkpoint import is_checkpoint
 from vtok_ext.models._generators import create_generator, load_generator
 from vtok_ext.models._registry import load_model
 from vtok_ext.models.generator import LatentOrigin
@@ -95,6 +96,11 @@ class GeneratorTask(Task):
     def _build(self) -> nn.Module:
         recipe = self.recipe.model
         if recipe.weights is not None:
+            if is_checkpoint(recipe.weights):
+                raise ValueError(
+                    f"train: model.weights must be a folder, got {recipe.weights}; `vtok convert` "
+                    "with --name makes one of a released checkpoint"
+                )
             model = load_generator(recipe.weights)
             if model.origin is not None:
                 self.tokenizer.check_origin("train", model.origin.tokenizer_id)
