@@ -116,14 +116,30 @@ class GeneratorTask(Task):
     def encode(self, clips: Tensor) -> Latent:
         """Returns the latents, or ids, of clips [B, 3, T, H, W] uint8."""
 
+    def facts(self) -> dict[str, Any]:
+        """Returns which tokenizer the latents, and their statistics, are of."""
+        return {"tokenizer": self.tokenizer.model_id}
+
+    def check_facts(self, facts: dict[str, Any]) -> None:
+        """Raises ValueError for a run on the latents of another tokenizer."""
+        before, now = facts.get("tokenizer"), self.tokenizer.model_id
+        if before not in (None, now):
+            raise ValueError(
+                f"train: latent.tokenizer must be {before}, with which the run began, got {now}"
+            )
+
     def data(self, warn: Callable[[str], None]) -> tuple[Any, list[Any]]:
         """Returns clips or latents to train on, and held-out ones."""
         settings = self.recipe
         if self.stored is not None:
             if self.stored.num_classes is not None:
                 self._check_classes(self.stored.num_classes, self.stored.names_classes)
+            else:
+                self._require_one_class()
             self.clips, held_out = self.stored.split()
             return self.clips, held_out
+        if settings.latent.labels == "none":
+            self._require_one_class()
         clips, held_out = super().data(warn)
         if settings.latent.labels == "folders":
             assert settings.data.folder is not None  # checked by the recipe
@@ -147,6 +163,14 @@ class GeneratorTask(Task):
             if self.stored is not None:
                 what = f"{count}{'' if is_exact else ' or more'}, as the labels of the latents have"
             raise ValueError(f"train: model.overrides.num_classes must be {what}, got {known}")
+
+    def _require_one_class(self) -> None:
+        count = self.model.config.num_classes
+        if count != 1:  # the first one alone would train
+            raise ValueError(
+                f"train: model.overrides.num_classes must be 1 without latent.labels or "
+                f"latent.label_field, got {count}"
+            )
 
     def _labelled_held_out(self, held_out: list[Any], names: list[str]) -> list[Any]:
         from vtok_ext.training.setup import held_out_clips
@@ -212,7 +236,8 @@ class GeneratorTask(Task):
     def pictures(self, samples: list[Any]) -> dict[str, Tensor]:
         """Returns as many new videos as there are samples, from the same noise every time.
 
-        None of a model that FSDP2 has divided: sampling reads weights outside of its forward pass.
+        Their classes come in turn. None of a model that FSDP2 has divided: sampling reads weights
+        outside of its forward pass.
         """
         if is_sharded(self.model):
             return {}
@@ -220,7 +245,10 @@ class GeneratorTask(Task):
         found = {}
         for i in range(len(samples)):
             generator = torch.Generator().manual_seed(_VALIDATION_SEED + i)
-            latent = self.model.sample(1, generator=generator, **self.picture_options)
+            labels = torch.tensor([i % self.model.config.num_classes])
+            latent = self.model.sample(
+                1, labels=labels, generator=generator, **self.picture_options
+            )
             found[f"sample-{i}"] = self.model.decode(self.tokenizer, latent)[0].cpu()
         return found
 
