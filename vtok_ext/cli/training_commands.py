@@ -4,7 +4,7 @@ runs."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -455,7 +455,7 @@ def generate(
     of_texts = {"--frames": frames, "--height": height, "--width": width}
     refuse_options("generate", "with a generator, whose videos have one size", of_texts)
     given = {"num_steps": steps, "temperature": temperature, **of_generators}
-    sampling = {key: value for key, value in given.items() if value is not None}
+    sampling: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if last_step == "none":
         sampling["last_step"] = None
     options = GenerateOptions(

@@ -308,7 +308,8 @@ class SiT(LatentGenerator):
                 f"sample: latents of {self.name} must be finite, got NaN or infinity; its weights "
                 "are damaged, or guidance, norm or steps too large for them"
             )
-        return map_state(lambda part: part.to(weight.dtype), statistics.denormalize(x))
+        made: Any = statistics.denormalize(x)
+        return map_state(lambda part: part.to(weight.dtype), made)
 
 
 def _named(stem: str, part: str) -> str:
