@@ -1,5 +1,7 @@
 """`vtok convert`: the same weights in another form, complete or not at all."""
 
+import json
+
 import pytest
 import torch
 
@@ -67,6 +69,32 @@ def test_released_checkpoint_by_its_yaml_file(vtok, tmp_path):
     assert same(vt.load_model(tmp_path / "model"), model)
 
 
+def test_a_released_generator(vtok, tmp_path):
+    torch.manual_seed(0)
+    thin = {"hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 3, "class_dropout": 0.1}
+    model = vt.create_generator("sit_s_2", input_size=(8, 4, 4), **thin)
+    last = {k: torch.zeros_like(v) for k, v in model.state_dict().items()}
+    torch.save({"ema": model.state_dict(), "model": last}, tmp_path / "released.pt")
+    parts = model.config.parts()
+    statistics = LatentStatistics(
+        {part: torch.zeros(8) for part in parts}, {part: torch.ones(8) for part in parts}
+    )
+    (tmp_path / "statistics.json").write_text(json.dumps(statistics.to_dict()))
+    options = ["--name", "sit_s_2", "--trust-checkpoint"]
+    options += ["--statistics", tmp_path / "statistics.json"]
+    for key, value in thin.items():
+        options += ["--override", f"{key}={value}"]
+    result = vtok("convert", tmp_path / "released.pt", tmp_path / "sit", *options, "--json")
+    assert result.code == 0, result.err
+    found = vt.load_generator(tmp_path / "sit")
+    assert same(found, model) and found.config == model.config
+    assert found.statistics.to_dict() == statistics.to_dict()
+    refused = vtok(
+        "convert", tmp_path / "released.pt", tmp_path / "x", *options, "--to", "diffusers"
+    )
+    assert refused.code == 2 and "must be a VidTok, got sit_s_2" in refused.err
+
+
 def test_refusals_leave_nothing(vtok, saved, saved_models, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     for arguments, words in (
@@ -78,6 +106,11 @@ def test_refusals_leave_nothing(vtok, saved, saved_models, tmp_path):
         ((KL_1_1, tmp_path / "out"), "source must have weights, got the name of a preset"),
         ((saved, tmp_path), "must be a new or empty folder"),
         ((saved, tmp_path / "out", "--ema"), "ema must be False for a saved model"),
+        ((saved, tmp_path / "out", "--override", "ch=4"), "overrides must be absent for a saved"),
+        (
+            (saved, tmp_path / "out", "--statistics", "log.txt"),
+            "--statistics must be absent for a tokenizer",
+        ),
         ((tmp_path / "absent", tmp_path / "out"), "must be a folder of save_pretrained"),
     ):
         result = vtok("convert", *arguments)

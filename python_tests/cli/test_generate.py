@@ -8,6 +8,7 @@ import torch
 
 import vtok_ext as vt
 from vtok_ext.data.video import VideoReader
+from vtok_ext.models import GPT, SiT
 from vtok_ext.models.generator import LatentOrigin
 from vtok_ext.models.latent_statistics import LatentStatistics
 
@@ -65,6 +66,78 @@ def test_videos(vtok, generators, tmp_path, kind):
     refused = vtok("generate", generators[kind], "-o", out, "-n", 1, *arguments)
     assert refused.code == 2 and f"got {out} with 0001.mp4" in refused.err
     assert (out / "0001.mp4").read_bytes() == b"precious" and (out / "0000.mp4").exists()
+
+
+def test_the_report_tells_how_the_videos_were_made(vtok, generators, tmp_path):
+    options = ["-n", 1, "--steps", 3, "--diffusion", "linear", "--norm", 0.5, "--last-step", "none"]
+    arguments = [*options, "--device", "cpu", "--json"]
+    done = vtok("generate", generators["sit"], "-o", tmp_path / "a", *arguments)
+    assert done.code == 0, done.err
+    assert done.json["sampling"] == {
+        "sampler": "sde",
+        "method": "euler",
+        "num_steps": 3,
+        "diffusion": "linear",
+        "norm": 0.5,
+        "last_step": None,
+    }
+    assert done.json["model"] == str(generators["sit"]) and done.json["last"] is False
+    assert done.json["statistics"] == "generator"
+    for arguments, expected in (
+        (["--last-step", "tweedie", "--last-step-size", 0.1, "--steps", 2], {"norm": 1.0}),
+        (["--sampler", "ode", "--rtol", 0.1, "--atol", 0.01], {"method": "dopri5", "rtol": 0.1}),
+        (["--sampler", "ode", "--method", "heun", "--steps", 2], {"num_steps": 2}),
+    ):
+        arguments += ["-n", 1, "--device", "cpu", "--json"]
+        done = vtok("generate", generators["sit"], "-o", tmp_path / "a", *arguments)
+        assert done.code == 0, done.err
+        assert done.json["sampling"].items() >= expected.items()
+        assert ("rtol" in expected) == ("rtol" in done.json["sampling"])
+    arguments = ["-n", 1, "--top-k", 5, "--device", "cpu", "--json"]
+    done = vtok("generate", generators["gpt"], "-o", tmp_path / "a", *arguments)
+    assert done.json["sampling"] == {"temperature": 1.0, "top_k": 5, "top_p": 1.0}
+    assert done.json["statistics"] is None
+
+
+def test_statistics_of_a_file_or_of_the_tokenizer(vtok, generators, saved_models, tmp_path):
+    generator = vt.load_generator(generators["sit"])
+    generator.statistics = None
+    generator.save_pretrained(tmp_path / "bare")
+    arguments = ["-n", 1, "--steps", 2, "--device", "cpu", "--json"]
+    refused = vtok("generate", tmp_path / "bare", "-o", tmp_path / "out", *arguments)
+    assert refused.code == 2 and "must know the statistics of its latents" in refused.err
+    statistics = LatentStatistics({"grid": torch.ones(4)}, {"grid": torch.full((4,), 2.0)})
+    (tmp_path / "statistics.json").write_text(json.dumps(statistics.to_dict()))
+    by_file = ["--statistics", tmp_path / "statistics.json"]
+    done = vtok("generate", tmp_path / "bare", "-o", tmp_path / "file", *by_file, *arguments)
+    assert done.code == 0 and done.json["statistics"] == str(tmp_path / "statistics.json")
+    tokenizer = vt.load_model(saved_models["kl"])
+    tokenizer.latent_statistics = statistics
+    tokenizer.save_pretrained(tmp_path / "kl")
+    measured = ["--tokenizer", tmp_path / "kl"]
+    done = vtok("generate", tmp_path / "bare", "-o", tmp_path / "own", *measured, *arguments)
+    assert done.code == 0 and done.json["statistics"] == "tokenizer"
+    assert (tmp_path / "own" / "0000.mp4").read_bytes() == (
+        tmp_path / "file" / "0000.mp4"
+    ).read_bytes()
+
+
+def test_bad_input_is_found_before_the_first_batch(vtok, generators, tmp_path, monkeypatch):
+    sampled = []
+    for kind in (SiT, GPT):
+        monkeypatch.setattr(kind, "sample", lambda *_, **__: sampled.append(1))
+    many = ["-n", 5, *(word for label in (0, 1, 0, 1, 9) for word in ("--label", label))]
+    for arguments, message in (
+        (many, "--label must be in 0..1, got 9"),
+        (["--label", -1], "--label must be in 0..1, got -1"),
+        (["--fps", "inf"], "--fps must be finite and > 0, got inf"),
+        (["--seed", 99999999999999999999], "--seed must be in 0..4611686018427387903, got 9"),
+        (["--seed", -1], "--seed must be in 0..4611686018427387903, got -1"),
+        (["--override", "depth"], "--override must be FIELD=VALUE, got 'depth'"),
+    ):
+        refused = vtok("generate", generators["sit"], "-o", tmp_path / "out", *arguments)
+        assert refused.code == 2 and message in refused.err
+    assert not sampled
 
 
 def test_the_tokenizer_it_was_trained_on(vtok, generators, saved_models, tmp_path):
@@ -185,7 +258,12 @@ def test_statistics_of_a_gpt_are_refused(vtok, generators, tmp_path):
         ("sit", ["--steps", 1], "num_steps must be >= 2"),
         ("sit", ["--guidance", "nan"], "guidance must be finite"),
         ("sit", ["--statistics-order", "x"], "--statistics must be given with an order"),
-        ("sit", ["--label", 2], "labels must be 4 integers in 0..1"),
+        ("sit", ["--rtol", 0.1], "options of sde must be among"),
+        ("sit", ["--sampler", "ode", "--norm", 2], "options of ode must be among"),
+        ("sit", ["--sampler", "ode", "--method", "heun", "--rtol", 0.1], "must be left at 0.001"),
+        ("sit", ["--last-step", "none", "--last-step-size", 0.1], "must be left at 0.04"),
+        ("sit", ["--override", "depth=2"], "must be absent for a saved generator"),
+        ("gpt", ["--diffusion", "sigma"], "GPT must be given no"),
         ("sit", ["--name", "sit_l_2"], "must be absent for a saved generator"),
         ("gpt", ["--last"], "(--last) must be absent for a saved generator"),
         ("sit", ["--statistics", "none.txt"], "must be a file, got none"),

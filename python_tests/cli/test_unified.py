@@ -120,6 +120,7 @@ def test_bad_input_is_one_line(vtok, folders, video, tmp_path):
         (("generate", folders["lm"], "a", "-o", tmp_path / "a.gif"), "output must end in"),
         # Options of other models had no effect, and one video was made.
         (("generate", folders["lm"], "a", "-n", 3, "--label", 1), "-n, --label must be absent"),
+        (("generate", folders["lm"], "a", "--last-step", "none"), "--last-step must be absent"),
         (("generate", folders["lm"], "a", "--guidance", 2), "guidance must be 1 for a model"),
         (("generate", folders["lm"], "--frames", 8), "--frames must be absent with a generator"),
         (("generate", folders["lm"], "a", "--fps", "inf"), "fps must be finite, got inf"),

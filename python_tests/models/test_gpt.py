@@ -107,9 +107,39 @@ def test_generator_and_guidance():
     assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
     guided = run(1, guidance=3.0, labels=torch.tensor([0, 1, 0, 1]))
     assert guided.shape == (4, 2, 2, 3) and int(guided.max()) < 12
+    # The likeliest of none + guidance * (label - none), also where it leads away from the label.
+    labels, none_label = torch.tensor([0, 1, 0, 1]), torch.full((4,), 2)
+    for guidance in (3.0, 0.5, -1.0):
+        ids = run(1, guidance=guidance, labels=labels, temperature=0)
+        with torch.no_grad():
+            pairs = zip(model(ids, labels), model(ids, none_label), strict=True)
+            logits = [none + guidance * (label - none) for label, none in pairs]
+        for logit, digit in zip(logits, model.split(ids.flatten(1)), strict=True):
+            chosen = logit.gather(-1, digit[..., None])[..., 0]
+            torch.testing.assert_close(chosen, logit.amax(-1), atol=1e-4, rtol=1e-5)
     # Guidance 0 is "none" alone, whatever the label.
     none = run(1, guidance=0.0, labels=torch.tensor([0, 0, 0, 0]))
     assert torch.equal(none, run(1, guidance=0.0, labels=torch.tensor([1, 1, 1, 1])))
+
+
+def test_samples_have_no_dropout_in_any_mode():
+    model = small(dropout=0.5, **SPLIT)
+
+    def run():
+        return model.sample(4, generator=torch.Generator().manual_seed(1))
+
+    ids = run()
+    model.train()
+    assert torch.equal(run(), ids) and torch.equal(run(), ids)
+    assert not torch.equal(model.loss(ids), model.loss(ids)), "training has no dropout"
+
+
+def test_top_k_of_equal_logits_takes_k():
+    model = small(**SMALL)
+    with torch.no_grad():
+        model.heads[0].weight.zero_()
+    ids = model.sample(50, top_k=2, generator=torch.Generator().manual_seed(0))
+    assert len(ids.unique()) == 2
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-45, 1e-300])
@@ -181,7 +211,17 @@ def test_files_and_decoding(tmp_path):
         (lambda: small(**SMALL).sample(1, guidance=math.inf), "guidance must be finite, got inf"),
         (
             lambda: small(**SMALL).loss(random_ids(), torch.tensor([0])),
-            r"labels must be .3., got .1.",
+            r"loss: labels must be 3 integers in 0..0, got .0.",
+        ),
+        (lambda: small(**SMALL).loss(random_ids(1), torch.tensor([7])), r"in 0..0, got .7."),
+        (lambda: small(**SMALL).loss(random_ids(1), torch.tensor([0.0])), "must be 1 integers"),
+        (
+            lambda: small(class_dropout=0.5, **SMALL).loss(random_ids(1), torch.tensor([1])),
+            r"loss: labels must be 1 integers in 0..0, got .1.",
+        ),
+        (
+            lambda: small(class_dropout=0.5, **SMALL)(random_ids(2), torch.tensor([1])),
+            r"GPT: labels must be 2 integers in 0..1, got .1.",
         ),
         (lambda: small(**SMALL).sample(1, sampler="ode"), "must be given no"),
         (lambda: small(**SMALL).sample(0), "num_samples must be >= 1"),

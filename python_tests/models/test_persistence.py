@@ -219,6 +219,17 @@ def test_two_threads_may_read_pickles_at_once(tmp_path, monkeypatch):
     assert set(torch.serialization.get_safe_globals()) == set(before)  # torch keeps a set
 
 
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_pickles_are_mapped_where_their_format_allows(tmp_path, monkeypatch, is_zip):
+    content = {"ema": {"weight": torch.arange(3.0)}, "opt": {"state": torch.zeros(9)}}
+    path = tmp_path / "model.pt"
+    torch.save(content, path, _use_new_zipfile_serialization=is_zip)
+    load, mapped = torch.load, []
+    monkeypatch.setattr(torch, "load", lambda *a, **k: mapped.append(k["mmap"]) or load(*a, **k))
+    read = _checkpoint.read_generator_checkpoint(str(path), True)
+    assert read["weight"].tolist() == [0, 1, 2] and mapped == [is_zip]
+
+
 def test_name_belongs_to_checkpoints_only(saved):
     with pytest.raises(ValueError, match="name and overrides must be absent for a saved model"):
         vt.load_model(saved, name=NAME)

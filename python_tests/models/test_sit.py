@@ -15,6 +15,7 @@ from vtok_ext.models.latent_statistics import (
     LatentStatistics,
     StatisticsCounter,
     read_reference_log,
+    read_statistics,
 )
 from vtok_ext.models.transport import noise_like
 
@@ -162,6 +163,63 @@ def test_sampling(config, sampler):
     assert all(not torch.equal(first[k], other[k]) for k in first)
 
 
+@pytest.mark.parametrize("config", [PLANES, GRID])
+@pytest.mark.parametrize("sampler", ["ode", "sde"])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_sampling_in_16_bits(config, sampler, guidance):
+    """Noise and steps are those of float32; only the network rounds."""
+    model = with_statistics(random_sit(class_dropout=0.1, **config), config)
+    many = {"method": "euler"} if sampler == "ode" else {}
+
+    def run():
+        made = model.sample(
+            2,
+            sampler=sampler,
+            guidance=guidance,
+            num_steps=200,
+            generator=torch.Generator().manual_seed(1),
+            **many,
+        )
+        return made if isinstance(made, dict) else {"grid": made}
+
+    exact = run()
+    model.to(torch.bfloat16)
+    for part, value in run().items():
+        assert value.dtype == torch.bfloat16
+        error = (value.float() - exact[part]).square().mean().sqrt()
+        assert float(error) < 0.03 * float(exact[part].std())
+
+
+@pytest.mark.parametrize("path", ["linear", "gvp"])
+@pytest.mark.parametrize("prediction", ["velocity", "noise", "score"])
+def test_path_and_prediction_of_the_configuration(path, prediction):
+    """They decide loss and sampling: a fresh network, which gives zero, has a known answer."""
+    model = with_statistics(SiT(SiTConfig(path=path, prediction=prediction, **GRID)), GRID)
+    values, generator = latents(GRID), torch.Generator().manual_seed(2)
+    x1, kept = model.statistics.normalize(values), generator.clone_state()
+    t, x0 = model.transport.draw(x1, kept)
+    target = x0["grid"]
+    if prediction == "velocity":
+        target = model.transport.path_velocity(t, x0, x1)["grid"]
+    torch.testing.assert_close(
+        model.loss(values, generator=generator), target.square().flatten(1).mean(1)
+    )
+    made = model.sample(
+        1,
+        sampler="ode",
+        method="rk4",
+        num_steps=100,
+        generator=torch.Generator().manual_seed(3),
+    )
+    noise = noise_like({"grid": latents(GRID, 1)}, torch.Generator().manual_seed(3))["grid"]
+    # Without a velocity noise stays; without noise or score v = alpha' / alpha x, so x ~ alpha.
+    low, high = model.transport.time_range
+    ends = model.transport.coefficients(torch.tensor([low, high], dtype=torch.float64))[0]
+    growth = 1.0 if prediction == "velocity" else float(ends[1] / ends[0])
+    found = model.statistics.normalize(made)["grid"] / noise
+    torch.testing.assert_close(found, torch.full_like(found, growth), rtol=0.2, atol=0)
+
+
 def test_a_trained_generator_makes_what_it_saw(tmp_path):
     """Four steps from one latent: the flow learns to end there. A fresh model ends in noise."""
     torch.manual_seed(0)
@@ -250,6 +308,63 @@ def test_reference_logs_that_do_not_say(tmp_path):
         read_reference_log(tmp_path / "none")
 
 
+@pytest.mark.parametrize("prefix", ["tensor(", ""])
+def test_other_lists_of_a_reference_log_are_passed_over(tmp_path, prefix):
+    path = tmp_path / "log.txt"
+    means, stds = [[-1.0 - i, 0.5] for i in range(3)], [[1.0 + i, 2.0] for i in range(3)]
+    write_log(path, means + stds)
+    log = path.read_text().replace("tensor(", prefix)
+    path.write_text("patches=[1, 2, 2]\n" + log)
+    found = read_reference_log(path)
+    assert found.mean["xt"].tolist() == means[2] and found.std["xy"].tolist() == stds[0]
+    path.write_text(path.read_text() + "\n" + log)  # resumed
+    assert read_reference_log(path).to_dict() == found.to_dict()
+    path.write_text("sizes=[8, 16]\n" + log)  # as long as a vector
+    if prefix:
+        assert read_reference_log(path, "means_first").to_dict() == found.to_dict()
+    else:
+        with pytest.raises(ValueError, match=r"one length in a row, got lengths .2, 2, 2, 2, 2, 2"):
+            read_reference_log(path, "means_first")
+
+
+def test_statistics_of_a_json_file_go_by_name(tmp_path):
+    statistics = with_statistics(random_sit(**PLANES), PLANES).statistics.to_dict()
+    shuffled = {k: {n: v[n] for n in ("xt", "xy", "yt")} for k, v in statistics.items()}
+    path = tmp_path / "statistics.json"
+    path.write_text(json.dumps(dict(reversed(shuffled.items()))))
+    assert read_statistics(path).to_dict() == statistics
+    with pytest.raises(ValueError, match="order must be None for .*statistics.json"):
+        read_statistics(path, "means_first")
+    with pytest.raises(ValueError, match="must be a log, got JSON"):
+        read_reference_log(path)
+    path.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="statistics.json' must be JSON"):
+        read_statistics(path)
+    with pytest.raises(FileNotFoundError, match="must be a file, got none"):
+        read_statistics(tmp_path / "none.json")
+    write_log(tmp_path / "log.txt", [[-0.5, 0.25]] * 3 + [[1.0, 2.0]] * 3)
+    found = read_statistics(tmp_path / "log.txt")
+    assert found.to_dict() == read_reference_log(tmp_path / "log.txt").to_dict()
+
+
+def test_statistics_are_of_latents_that_vary():
+    counter = StatisticsCounter()
+    for _ in range(50):
+        counter.update(torch.stack([torch.randn(8, 2, 2), torch.full((8, 2, 2), 0.1)])[None])
+    with pytest.raises(ValueError, match="channel 1 of grid must vary, got 0.1 in all latents"):
+        counter.result()
+    with pytest.raises(ValueError, match=r"channels must be .'grid': 2., got .'grid': 1."):
+        counter.update(torch.randn(1, 1, 8, 2, 2))
+    with pytest.raises(ValueError, match=r"channels must be .'grid': 2., got .'xy': 3"):
+        counter.update(latents(PLANES))
+    ids = torch.ones(1, 2, 8, 2, 2, dtype=torch.int64)
+    with pytest.raises(TypeError, match="grid must be of floating point, got torch.int64"):
+        counter.update(ids)
+    statistics = LatentStatistics({"grid": torch.zeros(2)}, {"grid": torch.full((2,), 0.5)})
+    with pytest.raises(TypeError, match="grid must be of floating point, got torch.int64"):
+        statistics.normalize(ids)
+
+
 @pytest.mark.parametrize(
     "values",
     [None, {}, {"mean": {"xy": [1.0]}, "std": {"xy": [1.0]}},
@@ -280,6 +395,13 @@ def test_saving_keeps_statistics_and_origin(tmp_path):
         vt.load_model(tmp_path / "sit")
     with pytest.raises(ValueError, match="must be absent for a saved generator"):
         vt.load_generator(tmp_path / "sit", "sit_l_2")
+    other = with_statistics(random_sit(**GRID), GRID).statistics
+    with pytest.raises(ValueError, match="load_generator: statistics must be of {'xy': 3"):
+        vt.load_generator(tmp_path / "sit", statistics=other)
+    model.statistics = other
+    model.save_pretrained(tmp_path / "sit")
+    with pytest.raises(ValueError, match="from_pretrained: statistics must be of {'xy': 3"):
+        vt.load_generator(tmp_path / "sit")
 
 
 def released_file(path, model, **more):
@@ -320,6 +442,17 @@ def test_released_checkpoints(tmp_path):
     assert "weights_only" not in str(found.value), "it advises to execute the file"
 
 
+def test_a_released_checkpoint_tells_the_size_of_square_planes(tmp_path):
+    path = tmp_path / "0600000.pt"
+    for size in ((32, 32, 32), (8, 4, 4)):
+        released_file(path, random_sit(input_size=size, in_channels=8, num_classes=11, **THIN))
+        classes = {"num_classes": 10, "class_dropout": 0.1}
+        found = vt.load_generator(path, "sit_l_2", **TRUSTED, **THIN, **classes)
+        assert found.config.input_size == size and found.config.has_none
+    with pytest.raises(ValueError, match=r"embedding_table.weight .11, 32. instead of .1, 32"):
+        vt.load_generator(path, "sit_l_2", **TRUSTED, **THIN)
+
+
 class _Runs:
     def __reduce__(self):
         return print, ("this ran",)
@@ -352,6 +485,9 @@ def test_a_checkpoint_runs_nothing(tmp_path, capsys):
         (lambda: sample_with_statistics_of(5), r"statistics must be of {'grid': 3} channels"),
         (lambda: random_sit(**GRID).network(guidance=float("nan")), "guidance must be finite"),
         (lambda: LatentOrigin(0, 1, 1), "sizes must be integers >= 1"),
+        (lambda: LatentOrigin(True, 1, 1), "sizes must be integers >= 1"),
+        (lambda: LatentOrigin(1, 1, 1, float("inf")), "fps must be None, or finite and positive"),
+        (lambda: LatentOrigin(1, 1, 1, True), "fps must be None, or finite and positive"),
     ],
 )
 def test_errors(call, message):
@@ -381,8 +517,14 @@ def test_times_and_labels_are_one_per_sample():
     planes = {name: plane.movedim(-1, 1) for name, plane in planes.items()}
     with pytest.raises(ValueError, match="for {'xy': 2, 'yt': 2, 'xt': 1}"):
         random_sit(**PLANES)(planes, three[:2])
-    with pytest.raises(ValueError, match="labels must be .2., got .1."):
-        with_statistics(model, GRID).loss(latents(GRID), labels[:1])
+    with pytest.raises(ValueError, match=r"SiT: labels must be 3 integers in 0..1, got .0, 2, 0."):
+        model(whole, three, labels * 2)
+    with pytest.raises(ValueError, match=r"SiT: labels must be 3 integers in 0..1, got .0.0, 1"):
+        model(whole, three, labels.float())
+    with_statistics(model, GRID)
+    for wrong in (labels[:1], labels[:2] * 2, labels[:2].float()):
+        with pytest.raises(ValueError, match="loss: labels must be 2 integers in 0..1"):
+            model.loss(latents(GRID), wrong)
 
 
 def sample_with_statistics_of(channels):

@@ -10,7 +10,7 @@ import torch
 
 from vtok_ext.models.failed_computation import FailedComputationError
 from vtok_ext.models.ode import ODE_METHODS, sample_ode
-from vtok_ext.models.sde import DIFFUSIONS, LAST_STEPS, sample_sde
+from vtok_ext.models.sde import DIFFUSIONS, LAST_STEPS, SDE_METHODS, sample_sde
 from vtok_ext.models.transport import PATHS, PREDICTIONS, Transport, map_state, noise_like
 
 MEAN, STD = 1.5, 0.4
@@ -35,6 +35,10 @@ def exact_network(transport):
         )
 
     return network
+
+
+def zeros(x, t):
+    return torch.zeros_like(x)
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
@@ -131,6 +135,28 @@ def test_order_of_fixed_steps(method, order):
     assert errors[0] / errors[1] > 0.8 * 2**order or errors[1] < 2e-7
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_states_of_16_bits_are_kept_in_32(dtype):
+    """A thousand small steps, which 16 bits round away; the network sees the dtype of x0."""
+    transport, x0 = Transport(), draw(4000, 1).to(dtype)
+    exact = exact_network(transport)
+
+    def network(x, t):
+        assert x.dtype == dtype
+        return exact(x.double(), t).to(dtype)
+
+    for options in ({"method": "euler", "num_steps": 1000}, {"method": "dopri5"}):
+        x = sample_ode(transport, network, x0, **options)
+        assert x.dtype == dtype
+        assert float((x.double() - (MEAN + STD * x0.double())).abs().max()) < 0.03
+    for options in ({}, {"num_steps": 1000, "last_step": None}):
+        generator = torch.Generator().manual_seed(1)
+        x = sample_sde(transport, network, x0, generator=generator, **options)
+        assert x.dtype == dtype
+        assert float(x.double().mean()) == pytest.approx(MEAN, abs=0.03)
+        assert float(x.double().std()) == pytest.approx(STD, abs=0.03)
+
+
 @pytest.mark.parametrize("prediction", ["noise", "score"])
 def test_flow_of_other_predictions(prediction):
     transport, x0 = Transport("linear", prediction), draw(64, 3)
@@ -181,6 +207,29 @@ def test_diffusion_has_the_distribution_of_the_data(diffusion, method):
     )
     assert float(x.mean()) == pytest.approx(MEAN, abs=0.03)
     assert float(x.std()) == pytest.approx(STD, abs=0.04)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("method", SDE_METHODS)
+def test_every_path_prediction_and_diffusion(path, prediction, method):
+    transport, x0 = Transport(path, prediction), draw(4000, 1)
+    for diffusion in DIFFUSIONS:
+        for last_step in LAST_STEPS:
+            x = sample_sde(
+                transport,
+                exact_network(transport),
+                x0,
+                method=method,
+                num_steps=100,
+                diffusion=diffusion,
+                norm={"sbdm": 0.5, "constant": 0.1}.get(diffusion, 1.0),
+                last_step=last_step,
+                generator=torch.Generator().manual_seed(1),
+            )
+            case = f"{diffusion}, {last_step}"
+            assert float(x.mean()) == pytest.approx(MEAN, abs=0.05), case
+            assert float(x.std()) == pytest.approx(STD, abs=0.06), case
 
 
 @pytest.mark.parametrize("last_step", [*LAST_STEPS, None])
@@ -298,8 +347,17 @@ def test_generator_decides_the_noise():
             lambda: sample_sde(Transport(), None, draw(1, 2), method="heun", last_step=None),
             "last_step must be given for heun",
         ),
-        (lambda: sample_sde(Transport(), None, draw(1, 2), last_step_size=0), "last_step_size in"),
         (lambda: map_state(torch.add, draw(1), (draw(1),)), "must have one form"),
+        (
+            lambda: map_state(torch.add, {"a": draw(2, 3)}, {"a": draw(1, 3)}),
+            r"got a dict of a: a tensor \[2, 3\] and a dict of a: a tensor \[1, 3\]",
+        ),
+        (
+            lambda: sample_sde(Transport(), zeros, draw(1, 3), num_steps=3, noise=[draw(4, 3)] * 2),
+            r"one form, got a tensor \[1, 3\] and a tensor \[4, 3\]",
+        ),
+        (lambda: Transport().loss(zeros, draw(2, 3), x0=draw(1, 3)), "must have one form"),
+        (lambda: Transport().loss(zeros, draw(2, 3), t=torch.rand(1)), r"t must be \[2\], got"),
     ],
 )
 def test_errors(call, message):
@@ -307,7 +365,41 @@ def test_errors(call, message):
         call()
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("path", PATHS)
+def test_times_out_of_range_are_refused(path, prediction):
+    transport, x0 = Transport(path, prediction), draw(1, 2)
+    singular = {"velocity": (-0.1, 1.1)}.get(prediction, (0.0, 1.0))
+    for options in ({"start": singular[0]}, {"stop": singular[1]}, {"start": float("nan")}):
+        with pytest.raises(ValueError, match="start, stop two times in"):
+            sample_ode(transport, None, x0, method="euler", **options)
+    sizes = {"velocity": (0, 1, float("nan"))}.get(prediction, (0, 5e-4, 0.9995))
+    for size in sizes:
+        with pytest.raises(ValueError, match="last_step_size must be > 0 and end the noisy"):
+            sample_sde(transport, None, x0, last_step_size=size)
+    with pytest.raises(ValueError, match="last_step_size must be > 0 and end the noisy"):
+        sample_sde(transport, None, x0, diffusion="sbdm", last_step_size=0.9995)
+
+
+@pytest.mark.parametrize(
+    ("sample", "options", "message"),
+    [
+        (sample_sde, {"norm": float("inf")}, "norm must be finite and >= 0, got inf"),
+        (sample_sde, {"norm": float("nan")}, "norm must be finite and >= 0, got nan"),
+        (sample_sde, {"last_step": None, "last_step_size": 0.1}, "must be left at 0.04 without"),
+        (sample_ode, {"method": "heun", "rtol": -5}, "must be left at .* for heun, whose steps"),
+        (sample_ode, {"method": "heun", "max_steps": 9}, "must be left at .* and 10000 for heun"),
+        (sample_ode, {"max_steps": 0}, "max_steps must be >= 0, > 0 and >= 1, got 0.001, 1e-06"),
+    ],
+)
+def test_options_without_a_meaning_are_refused(sample, options, message):
+    with pytest.raises(ValueError, match=message):
+        sample(Transport(), None, draw(1, 2), **options)
+
+
 def test_other_states_and_wild_networks_are_refused():
+    with pytest.raises(TypeError, match="x0 must be of floating point, got .torch.int64"):
+        sample_ode(Transport(), None, torch.ones(1, 2, dtype=torch.int64))
     with pytest.raises(TypeError, match="state must be a tensor, or a tuple or dict of tensors"):
         sample_ode(Transport(), None, [1, 2])
     with pytest.raises(FailedComputationError, match="velocities must be finite"):

@@ -15,6 +15,7 @@ from vtok_ext.training.checkpoint import read_shapes, read_tensors, verify_check
 from vtok_ext.training.generator_task import _lasting
 from vtok_ext.training.loop import train
 from vtok_ext.training.recipe_file import load_recipe
+from vtok_ext.training.state import Training
 from vtok_ext.training.step import Stepper
 
 TINY = {"ch": 4, "ch_mult": (1, 1, 1, 1), "num_res_blocks": 1}
@@ -106,6 +107,29 @@ def test_a_resumed_run_and_cached_latents_give_the_same(task, recipe, tmp_path):
     assert cached.validation == pytest.approx(whole.validation, rel=1e-3)
 
 
+@pytest.mark.parametrize("task", ["sit", "gpt"])
+def test_a_run_goes_on_with_the_tokenizer_it_began_with(task, tmp_path, monkeypatch):
+    folder = tmp_path / "tokenizer"
+    torch.manual_seed(0)
+    vt.create_model(PRESETS[task], **TINY).save_pretrained(folder)
+    settings = [*OVERRIDES, f"latent.tokenizer={folder}"]
+    quiet = {"warn": lambda line: None}
+    train(load_recipe(task, [*settings, "run.steps=2"]), tmp_path / "run", **quiet)
+    numbers = Training.numbers
+    with monkeypatch.context() as before_there_were_facts:
+        before_there_were_facts.setattr(
+            Training,
+            "numbers",
+            lambda self: {k: v for k, v in numbers(self).items() if k != "facts"},
+        )
+        train(load_recipe(task, [*settings, "run.steps=2"]), tmp_path / "old", **quiet)
+    torch.manual_seed(1)
+    vt.create_model(PRESETS[task], **TINY).save_pretrained(folder)
+    with pytest.raises(ValueError, match="latent.tokenizer must be .* with which the run began"):
+        train(load_recipe(task, settings), tmp_path / "run", resume="auto", **quiet)
+    assert train(load_recipe(task, settings), tmp_path / "old", resume="auto", **quiet).step == 4
+
+
 def test_a_first_step_that_is_left_out_keeps_the_statistics(recipe, tmp_path, monkeypatch):
     norms = Stepper._clip_gradients
 
@@ -158,7 +182,7 @@ def test_planes_of_coordtok(cache, recipe, tmp_path):
     assert video.shape == (1, 3, 8, 16, 16)
 
 
-def test_classes_are_folders(recipe, tmp_path):
+def test_classes_are_folders(recipe, tmp_path, monkeypatch):
     for name, seed in (("boats/a.mp4", 1), ("cats/b.mp4", 2), ("cats/c.mp4", 3)):
         path = tmp_path / "clips" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,8 +194,15 @@ def test_classes_are_folders(recipe, tmp_path):
         "latent.labels=folders",
         "model.overrides.class_dropout=0.2",
     ]
-    two = "model.overrides.num_classes=2"
-    result = train(recipe("sit", *clips, two, "data.fps=[24]"), tmp_path / "run")
+    two = ["model.overrides.num_classes=2", "data.fps=[24]", "run.sample_every=4"]
+    shown = []
+    with monkeypatch.context() as patched:
+        sample = vt.models.SiT.sample
+        patched.setattr(
+            vt.models.SiT, "sample", lambda *a, **k: shown.append(k["labels"]) or sample(*a, **k)
+        )
+        result = train(recipe("sit", *clips, *two), tmp_path / "run")
+    assert torch.cat(shown).tolist() == [0, 1], "pictures are of every class"
     model = vt.load_generator(result.model)
     assert model.origin.fps == 24
     made = model.sample(2, labels=torch.tensor([0, 1]), guidance=2.0, num_steps=2)
@@ -184,9 +215,9 @@ def test_classes_are_folders(recipe, tmp_path):
 
 
 def test_losses_do_not_depend_on_how_a_step_is_divided(recipe, tmp_path):
-    dropout = ["model.overrides.num_classes=2", "model.overrides.class_dropout=0.5"]
-    train(recipe("sit", *dropout), tmp_path / "a")
-    train(recipe("sit", *dropout, "run.batch_size=1", "run.accumulate=2"), tmp_path / "b")
+    dropout = "model.overrides.class_dropout=0.5"
+    train(recipe("sit", dropout), tmp_path / "a")
+    train(recipe("sit", dropout, "run.batch_size=1", "run.accumulate=2"), tmp_path / "b")
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-4)
 
 
@@ -207,7 +238,13 @@ def test_a_sit_learns_more_than_the_mean(recipe, tmp_path):
         ("sit", ["latent.labels=folders"], "latent.labels must be none without files"),
         ("sit", ["latent.label=none"], "did you mean 'labels'"),
         ("sit", ["model.freeze=[encoder]"], "model.freeze must be empty for a generator"),
-        ("sit", ["model.name=gpt_small"], "codebook_size|must be one of|must be a SiT"),
+        ("sit", ["model.name=gpt_small"], "GPTConfig: field must be one of .* got 'latent'"),
+        (
+            "sit",
+            ["model={weights: a.pt}"],
+            "model.weights must be a folder, got a.pt; `vtok convert",
+        ),
+        ("sit", ["model.overrides.num_classes=2"], "num_classes must be 1 without latent.labels"),
         ("gpt", ["latent.cache=true", "data.num_workers=1"], "num_workers must be 0"),
         ("sit", ["model.overrides.num_heads=3"], "hidden_size must be a multiple"),
         ("gpt", ["optimizer.muon_lr=0.1"], "muon_lr must be null for a generator"),

@@ -1,4 +1,7 @@
-"""`vtok convert`: a model in any form that can be read becomes a folder, ours or of diffusers."""
+"""`vtok convert`: a model in any form that can be read becomes a folder, ours or of diffusers.
+
+A generator is told by `name`, one of `vt.list_generators()`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from typing import Any
 from vtok_ext.data.atomic_output import check_output_folder, output_folder
 
 from .console import Console
+from .model_source import given_statistics
+from .options import refuse_options
 
 _WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 FORMATS = ("vtok", "diffusers")
@@ -19,7 +24,10 @@ def run_convert(
     out: Path,
     to: str,
     name: str | None,
+    overrides: dict[str, Any],
     ema: bool,
+    statistics: Path | None,
+    statistics_order: str | None,
     trust_checkpoint: bool,
     as_json: bool,
 ) -> None:
@@ -34,7 +42,15 @@ def run_convert(
     if not Path(source).exists() and source in vt.list_models():
         raise ValueError(f"convert: source must have weights, got the name of a preset, {source}")
     console = Console(as_json)
-    model: Any = vt.load_model(source, name=name, ema=ema, trust_checkpoint=trust_checkpoint)
+    options: dict[str, Any] = {"trust_checkpoint": trust_checkpoint, **overrides}
+    model: Any
+    if name in vt.list_generators():  # with the moving averages in any case, as its sampler has
+        found = given_statistics("convert", statistics, statistics_order)
+        model = vt.load_generator(source, name, statistics=found, **options)
+    else:
+        given = {"--statistics": statistics, "--statistics-order": statistics_order}
+        refuse_options("convert", "for a tokenizer", given)
+        model = vt.load_model(source, name=name, ema=ema, **options)
     if to == "diffusers" and not isinstance(model, VidTok):
         raise ValueError(f"convert: a model for diffusers must be a VidTok, got {model.name}")
     with output_folder(out, replaceable=_is_model_folder, op="convert") as partial:
@@ -47,7 +63,7 @@ def run_convert(
         "output": str(out),
         "format": to,
         "model": model.name,
-        "model_id": model.model_id,
+        "model_id": getattr(model, "model_id", None),  # generators have none
         "version": model.reference_version,
         "parameters": sum(p.numel() for p in model.parameters()),
     }

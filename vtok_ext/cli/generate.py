@@ -1,17 +1,19 @@
 """`vtok generate`: new videos from a generator and the tokenizer that it was trained on.
 
-OUT/0000.mp4 ...     the videos; number i depends on --seed + i only, not on its batch (with
-                     dopri5, whose steps a batch shares, up to its tolerance)
+OUT/0000.mp4 ...     the videos; number i depends on --seed + i and its label only, not on its batch
+                     (with dopri5, whose steps a batch shares, up to its tolerance)
 OUT/samples.png      a few frames of each
-OUT/generate.json    how they were made
+OUT/generate.json    how they were made, defaults included
 """
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,12 @@ from vtok_ext.data.picture import write_png
 from vtok_ext.data.video import VideoWriter
 from vtok_ext.models.coordtok import CoordTok
 from vtok_ext.models.generator import LatentGenerator, LatentOrigin
+from vtok_ext.models.ode import sample_ode
+from vtok_ext.models.sde import sample_sde
+from vtok_ext.models.sit import SAMPLERS, SiT
 
 from .console import Console
-from .model_source import load_model_for, resolve_device
+from .model_source import given_statistics, load_model_for, resolve_device
 
 _REPORT, _SHEET = "generate.json", "samples.png"
 _COLUMNS, _GAP, _MAX_ROWS = 6, 2, 16
@@ -37,6 +42,7 @@ class GenerateOptions:
     model: str
     out: Path
     name: str | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
     last: bool = False
     statistics: Path | None = None
     statistics_order: str | None = None
@@ -49,7 +55,7 @@ class GenerateOptions:
     seed: int = 0
     labels: tuple[int, ...] = ()
     guidance: float = 1.0
-    sampling: tuple[tuple[str, Any], ...] = ()
+    sampling: dict[str, Any] = field(default_factory=dict)
     fps: float | None = None
     device: str = "auto"
 
@@ -61,10 +67,14 @@ def run_generate(options: GenerateOptions, *, as_json: bool) -> None:
             f"generate: -n and --batch-size must be >= 1, got {options.num_samples} and "
             f"{options.batch_size}"
         )
-    _check_sampling(dict(options.sampling))
+    if options.fps is not None and not 0 < options.fps < math.inf:
+        raise ValueError(f"generate: --fps must be finite and > 0, got {options.fps}")
+    _check_sampling(options.sampling)
     console, target = Console(as_json), resolve_device(options.device)
     with output_folder(options.out, replaceable=_is_ours, op="generate") as folder:
         generator, tokenizer = _models(options, target, console)
+        statistics = _statistics_source(options, generator, tokenizer)
+        _check_labels(options.labels, generator.config.num_classes)
         origin = generator.origin
         assert origin is not None  # _models has seen to it
         fps = options.fps or origin.fps or 25.0
@@ -84,6 +94,7 @@ def run_generate(options: GenerateOptions, *, as_json: bool) -> None:
                 progress.update(count)
         write_png(folder / _SHEET, contact_sheet(rows))
         report = _report(options, generator, tokenizer, target, count, fps)
+        report["statistics"] = statistics
         report["seconds"] = round(time.monotonic() - start, 3)
         (folder / _REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     frames = f"{origin.num_frames} frames of {origin.width}x{origin.height}"
@@ -115,22 +126,15 @@ def _models(
 ) -> tuple[LatentGenerator, Any]:
     """Returns generator and tokenizer, in eval mode."""
     import vtok_ext as vt
-    from vtok_ext.models.latent_statistics import read_reference_log
 
-    statistics = None
-    if options.statistics is None and options.statistics_order is not None:
-        raise ValueError(
-            f"generate: --statistics must be given with an order, got "
-            f"{options.statistics_order} alone"
-        )
-    if options.statistics is not None:
-        statistics = read_reference_log(options.statistics, options.statistics_order)
+    statistics = given_statistics("generate", options.statistics, options.statistics_order)
     generator = vt.load_generator(
         options.model,
         options.name,
         ema=not options.last,
         statistics=statistics,
         trust_checkpoint=options.trust_checkpoint,
+        **options.overrides,
     ).to(target)
     known = generator.origin.tokenizer if generator.origin else None
     source = options.tokenizer or known
@@ -160,6 +164,28 @@ def _models(
     _check_latents(generator, tokenizer)
     tokenizer.check_origin("generate", generator.origin.tokenizer_id, options.any_weights)
     return generator, tokenizer
+
+
+def _statistics_source(
+    options: GenerateOptions, generator: LatentGenerator, tokenizer: Any
+) -> str | None:
+    """Returns where the statistics of the latents are from: those of the tokenizer, which
+    `vtok stats` has measured, are taken over where there are no others."""
+    if options.statistics is not None:
+        return str(options.statistics)
+    if generator.statistics is not None:
+        return "generator"
+    measured = getattr(tokenizer, "latent_statistics", None)
+    if measured is None or not isinstance(generator, SiT):
+        return None
+    generator.set_statistics(measured, "generate")
+    return "tokenizer"
+
+
+def _check_labels(labels: tuple[int, ...], num_classes: int) -> None:
+    for label in labels:
+        if not 0 <= label < num_classes:
+            raise ValueError(f"generate: --label must be in 0..{num_classes - 1}, got {label}")
 
 
 def _check_sampling(sampling: dict[str, Any]) -> None:
@@ -209,7 +235,7 @@ def _batch(
         labels=labels,
         guidance=options.guidance,
         generator=sources,
-        **dict(options.sampling),
+        **options.sampling,
     )
     return generator.decode(tokenizer, latent, any_weights=options.any_weights).cpu()
 
@@ -229,6 +255,25 @@ def contact_sheet(
     return torch.cat(rows, 1)
 
 
+def _effective_sampling(generator: LatentGenerator, given: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options of sampling that counted, given or by default."""
+    names: tuple[str, ...] = ("temperature", "top_k", "top_p")
+    function: Any = generator.sample
+    chosen = dict(given)
+    if isinstance(generator, SiT):
+        sampler = chosen.setdefault("sampler", "sde")
+        names, function = SAMPLERS[sampler], {"sde": sample_sde, "ode": sample_ode}[sampler]
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in names:
+            chosen.setdefault(name, parameter.default)
+    adaptive = chosen.get("method") == "dopri5"
+    unused = ("num_steps",) if adaptive else ("rtol", "atol", "max_steps")
+    if "last_step" in chosen and chosen["last_step"] is None:
+        unused = (*unused, "last_step_size")
+    # The last three are no options of the command.
+    return {k: v for k, v in chosen.items() if k not in (*unused, "start", "stop", "noise")}
+
+
 def _report(
     options: GenerateOptions,
     generator: LatentGenerator,
@@ -240,7 +285,9 @@ def _report(
     origin = generator.origin
     assert origin is not None
     return {
+        "model": options.model,
         "generator": generator.name,
+        "last": options.last,
         "tokenizer": tokenizer.model_id,
         "videos": count,
         "frames": origin.num_frames,
@@ -250,6 +297,6 @@ def _report(
         "seed": options.seed,
         "labels": list(options.labels),
         "guidance": options.guidance,
-        "sampling": dict(options.sampling),
+        "sampling": _effective_sampling(generator, options.sampling),
         "device": str(target),
     }

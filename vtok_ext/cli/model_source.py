@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from vtok_ext.models.latent_statistics import LatentStatistics, read_statistics
+
 from .console import Console
 from .cuda_use import cuda_obstacle
 
@@ -91,6 +93,19 @@ def load_model_for(
         options = {"ema": ema, "trust_checkpoint": trust_checkpoint}
         model = found or vt.load_model(source, name=name, **options)
     return model.eval().to(device), is_random
+
+
+def given_statistics(command: str, path: Path | None, order: str | None) -> LatentStatistics | None:
+    """Returns the statistics of `StatisticsOption`, None without a file.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_statistics`, or an order alone.
+    """
+    if path is not None:
+        return read_statistics(path, order)
+    if order is not None:
+        raise ValueError(f"{command}: --statistics must be given with an order, got {order} alone")
+    return None
 
 
 def _diffusers_model(source: str, console: Console) -> Any:

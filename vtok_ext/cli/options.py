@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +23,24 @@ TrustOption = Annotated[
     bool,
     typer.Option(
         "--trust-checkpoint", help="Read a pickled checkpoint with torch < 2.6, which is unsafe."
+    ),
+]
+OverrideOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--override",
+        help="FIELD=VALUE by which a released checkpoint deviates from its preset, such as "
+        "num_classes=10; may be given several times.",
+    ),
+]
+StatisticsOption = Annotated[
+    Path | None,
+    typer.Option(help="Statistics of a SiT's latents: a released training log, or a .json file."),
+]
+StatisticsOrderOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the vectors of a log: alternating, means_first [default: what signs tell]."
     ),
 ]
 DeviceOption = Annotated[
@@ -48,6 +68,24 @@ MemoryOption = Annotated[
     typer.Option(help="Limit of the process such as 4GB; chooses chunk length and tile by it."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+def parsed_overrides(command: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Returns the values of `OverrideOption` by field: JSON, or else text.
+
+    Raises:
+        ValueError: one without a field or a value.
+    """
+    values: dict[str, Any] = {}
+    for override in overrides:
+        name, _, text = override.partition("=")
+        if not name or not text:
+            raise ValueError(f"{command}: --override must be FIELD=VALUE, got {override!r}")
+        try:
+            values[name] = json.loads(text)
+        except ValueError:
+            values[name] = text
+    return values
 
 
 def refuse_options(command: str, where: str, options: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ runs."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,9 +19,16 @@ from .options import (
     ModelOption,
     NameOption,
     OutputOption,
+    OverrideOption,
+    StatisticsOption,
+    StatisticsOrderOption,
     TrustOption,
+    parsed_overrides,
     refuse_options,
 )
+
+# A number per video is added to it, and the sum must be below 2^63.
+_NUM_SEEDS = 1 << 62
 
 
 def train(
@@ -304,12 +311,18 @@ def generate(
         str | None,
         typer.Option(help="Its tokenizer: folder or checkpoint [default: where it was trained]."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Video i depends on seed + i alone.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Video i depends on seed + i, and its class, alone.")
+    ] = 0,
     label: Annotated[
-        list[int] | None, typer.Option(help="Class, in turn if given several times.")
+        list[int] | None,
+        typer.Option(help="Class; given several times video i has label i, in turn."),
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="Strength of the class or the text [default: 1, none].")
+        float | None,
+        typer.Option(
+            help="Strength of the class or the text [default: 1, none]; below 0 away from it."
+        ),
     ] = None,
     sampler: Annotated[str | None, typer.Option(help="SiT: sde or ode [default: sde].")] = None,
     method: Annotated[
@@ -323,6 +336,29 @@ def generate(
             help="SiT: steps [default: 250 of sde, 50 of ode but dopri5]; of a text: those of the "
             "decoder [default: the model's].",
         ),
+    ] = None,
+    diffusion: Annotated[
+        str | None,
+        typer.Option(
+            help="SiT, sde: sigma, linear, decreasing, increasing_decreasing, constant, sbdm "
+            "[default: sigma]."
+        ),
+    ] = None,
+    norm: Annotated[
+        float | None, typer.Option(help="SiT, sde: factor of the diffusion [default: 1].")
+    ] = None,
+    last_step: Annotated[
+        str | None,
+        typer.Option(help="SiT, sde: mean, euler, tweedie or none [default: mean]."),
+    ] = None,
+    last_step_size: Annotated[
+        float | None, typer.Option(help="SiT, sde: its length in time [default: 0.04].")
+    ] = None,
+    rtol: Annotated[
+        float | None, typer.Option(help="SiT, dopri5: relative tolerance [default: 0.001].")
+    ] = None,
+    atol: Annotated[
+        float | None, typer.Option(help="SiT, dopri5: absolute tolerance [default: 1e-6].")
     ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="GPT, or of a text: 1 unchanged, 0 likeliest.")
@@ -340,13 +376,9 @@ def generate(
         str | None, typer.Option(help="Preset of a released checkpoint, such as sit_l_2.")
     ] = None,
     tokenizer_name: NameOption = None,
-    statistics: Annotated[
-        Path | None, typer.Option(help="Training log with the statistics of a released SiT.")
-    ] = None,
-    statistics_order: Annotated[
-        str | None,
-        typer.Option(help="Of its vectors: alternating, means_first [default: what signs tell]."),
-    ] = None,
+    override: OverrideOption = None,
+    statistics: StatisticsOption = None,
+    statistics_order: StatisticsOrderOption = None,
     last: Annotated[
         bool, typer.Option("--last", help="A checkpoint's last weights, not their averages.")
     ] = False,
@@ -365,6 +397,20 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Make new videos with a generator (SiT or GPT), or of a text with a unified model (VTok)."""
+    if not 0 <= seed < _NUM_SEEDS:
+        raise ValueError(f"generate: --seed must be in 0..{_NUM_SEEDS - 1}, got {seed}")
+    of_generators = {
+        "sampler": sampler,
+        "method": method,
+        "diffusion": diffusion,
+        "norm": norm,
+        "last_step": last_step,
+        "last_step_size": last_step_size,
+        "rtol": rtol,
+        "atol": atol,
+        "top_k": top_k,
+        "top_p": top_p,
+    }
     if text is not None:
         from .unified import TextVideoOptions, run_generate_text
 
@@ -375,12 +421,10 @@ def generate(
                 "-n": num_samples,
                 "--tokenizer": tokenizer,
                 "--label": label,
-                "--sampler": sampler,
-                "--method": method,
-                "--top-k": top_k,
-                "--top-p": top_p,
+                **{f"--{key.replace('_', '-')}": value for key, value in of_generators.items()},
                 "--batch-size": batch_size,
                 "--name": name,
+                "--override": override,
                 "--tokenizer-name": tokenizer_name,
                 "--statistics": statistics,
                 "--statistics-order": statistics_order,
@@ -410,18 +454,15 @@ def generate(
 
     of_texts = {"--frames": frames, "--height": height, "--width": width}
     refuse_options("generate", "with a generator, whose videos have one size", of_texts)
-    given = {
-        "sampler": sampler,
-        "method": method,
-        "num_steps": steps,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-    }
+    given = {"num_steps": steps, "temperature": temperature, **of_generators}
+    sampling: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if last_step == "none":
+        sampling["last_step"] = None
     options = GenerateOptions(
         model=model,
         out=Path("vtok-generated") if out is None else out,
         name=name,
+        overrides=parsed_overrides("generate", override or []),
         last=last,
         statistics=statistics,
         statistics_order=statistics_order,
@@ -434,7 +475,7 @@ def generate(
         seed=seed,
         labels=tuple(label or ()),
         guidance=1.0 if guidance is None else guidance,
-        sampling=tuple((key, value) for key, value in given.items() if value is not None),
+        sampling=sampling,
         fps=fps,
         device=device,
     )

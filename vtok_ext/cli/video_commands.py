@@ -17,9 +17,13 @@ from .options import (
     ModelOption,
     NameOption,
     OutputOption,
+    OverrideOption,
+    StatisticsOption,
+    StatisticsOrderOption,
     StreamingOption,
     TileOption,
     TrustOption,
+    parsed_overrides,
     refuse_options,
 )
 
@@ -238,7 +242,10 @@ def convert(
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     to: Annotated[str, typer.Option(help="vtok, or diffusers for its AutoencoderVidTok.")] = "vtok",
     name: NameOption = None,
+    override: OverrideOption = None,
     ema: EmaOption = False,
+    statistics: StatisticsOption = None,
+    statistics_order: StatisticsOrderOption = None,
     trust_checkpoint: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -250,7 +257,10 @@ def convert(
         out=out,
         to=to,
         name=name,
+        overrides=parsed_overrides("convert", override or []),
         ema=ema,
+        statistics=statistics,
+        statistics_order=statistics_order,
         trust_checkpoint=trust_checkpoint,
         as_json=as_json,
     )

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import threading
+import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -169,7 +170,9 @@ def _unpickle(path: str, trust_checkpoint: bool, op: str) -> Any:
         )
     try:
         with _harmless_types_allowed(version):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # Mapped, so that optimiser states and the weights that are not wanted stay on the disk.
+            mapped = zipfile.is_zipfile(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         # What is wrong, without torch's advice to execute what the file holds.
         found = re.search(r"WeightsUnpickler error:\s*(.+?)(?:\. |\n|$)", str(error))

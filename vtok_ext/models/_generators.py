@@ -10,12 +10,15 @@ import fnmatch
 import os
 from typing import Any
 
+from torch import Tensor
+
 from vtok_ext.models import _checkpoint, _persistence
 from vtok_ext.models._config import closest
 from vtok_ext.models.generator import LatentGenerator
 from vtok_ext.models.gpt import GPT
 from vtok_ext.models.latent_statistics import LatentStatistics
 from vtok_ext.models.sit import SiT
+from vtok_ext.models.sit_config import SIT_PRESETS, square_input_size
 
 # Class names as they stand in config.json; a file can name nothing outside this table.
 GENERATOR_CLASSES: dict[str, type[LatentGenerator]] = {"GPT": GPT, "SiT": SiT}
@@ -76,9 +79,10 @@ def load_generator(
         ema: a checkpoint's moving averages, as the released sampler takes, or its last weights;
             a saved generator has one set of weights only.
         statistics: of the latents, which a released checkpoint of a SiT does not hold; see
-            `read_reference_log`.
+            `read_statistics`.
         trust_checkpoint: read a pickled checkpoint with torch < 2.6, which is unsafe.
-        **overrides: configuration fields by which a checkpoint deviates from `name`.
+        **overrides: configuration fields by which a checkpoint deviates from `name`; the size of
+            square planes is found in its weights.
 
     Raises:
         FileNotFoundError: there is no such folder or file.
@@ -93,7 +97,7 @@ def load_generator(
                 "to, got None"
             )
         weights = _checkpoint.read_generator_checkpoint(path, trust_checkpoint, ema)
-        model = create_generator(name, **overrides)
+        model = create_generator(name, **{**_found_in(weights, name), **overrides})
         _persistence.load_weights(model, weights, "load_generator")
         _set_statistics(model, statistics)
         return model.eval()
@@ -114,6 +118,16 @@ def load_generator(
     return model
 
 
+def _found_in(weights: dict[str, Tensor], name: str) -> dict[str, Any]:
+    """Returns the fields of a SiT's configuration that the weights of a checkpoint tell."""
+    preset = SIT_PRESETS.get(name)
+    xy, t = weights.get("pos_embed_xy"), weights.get("pos_embed_t")
+    if preset is None or xy is None or t is None or xy.dim() != 3 or t.dim() != 3:
+        return {}
+    size = square_input_size(preset.patch_size, xy.shape[1], t.shape[1])
+    return {} if size is None else {"input_size": size}
+
+
 def _set_statistics(model: LatentGenerator, statistics: LatentStatistics | None) -> None:
     if statistics is None:
         return
@@ -122,4 +136,4 @@ def _set_statistics(model: LatentGenerator, statistics: LatentStatistics | None)
             f"load_generator: statistics must be absent for a GPT, whose tokens need none, "
             f"got some for {model.name}"
         )
-    model.statistics = statistics
+    model.set_statistics(statistics, "load_generator")

@@ -8,6 +8,7 @@ the latents, in its config.json.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from abc import abstractmethod
 from collections.abc import Callable
@@ -45,10 +46,13 @@ class LatentOrigin:
     def __post_init__(self) -> None:
         """Checks every field: the values may come from a file."""
         sizes = (self.num_frames, self.height, self.width)
-        if not all(isinstance(size, int) and size >= 1 for size in sizes):
+        if not all(type(size) is int and size >= 1 for size in sizes):
             raise ValueError(f"LatentOrigin: sizes must be integers >= 1, got {sizes}")
-        if not (self.fps is None or (isinstance(self.fps, int | float) and self.fps > 0)):
-            raise ValueError(f"LatentOrigin: fps must be None or positive, got {self.fps!r}")
+        ok = isinstance(self.fps, int | float) and 0 < self.fps < math.inf
+        if self.fps is not None and (isinstance(self.fps, bool) or not ok):
+            raise ValueError(
+                f"LatentOrigin: fps must be None, or finite and positive, got {self.fps!r}"
+            )
         texts = (self.tokenizer_id, self.tokenizer or "")
         if not all(isinstance(text, str) for text in texts):
             raise ValueError(f"LatentOrigin: names must be text, got {texts}")
@@ -99,28 +103,43 @@ class LatentGenerator(nn.Module):
         if self.statistics is None:
             raise ValueError(
                 f"{op}: {self.name} must know the statistics of its latents, got none; set "
-                "`statistics`, for example from `read_reference_log`"
+                "`statistics`, for example from `read_statistics`"
             )
         return self.statistics
 
-    def checked_labels(self, labels: Tensor | None, num_samples: int) -> Tensor:
-        """Returns labels [num_samples] on the model's device, 0 by default.
+    def set_statistics(self, statistics: LatentStatistics, op: str) -> None:
+        """Returns None after taking over statistics. Raises ValueError for those of others."""
+        self.statistics = statistics
+        self.require_statistics(op)
+
+    def check_labels(self, op: str, labels: Any, count: int, num_labels: int) -> None:
+        """Raises ValueError unless labels are a tensor of `count` integers in 0 .. num_labels - 1.
+
+        Values of a GPU are looked at for `sample` only: elsewhere that would wait for it.
+        """
+        ok = isinstance(labels, Tensor) and labels.dtype in (torch.int32, torch.int64)
+        ok = ok and labels.shape == (count,)
+        is_read = op == "sample" or (type(labels) is Tensor and labels.device.type == "cpu")
+        if ok and is_read and not torch.compiler.is_compiling():
+            ok = all(0 <= label < num_labels for label in labels.tolist())
+        if not ok:
+            found = labels.tolist() if isinstance(labels, Tensor) else labels
+            raise ValueError(
+                f"{op}: labels must be {count} integers in 0..{num_labels - 1}, got {found!r}"
+            )
+
+    def checked_labels(self, op: str, labels: Tensor | None, num_samples: int) -> Tensor:
+        """Returns labels [num_samples] of classes on the model's device, 0 by default.
 
         Raises:
-            ValueError: not a tensor of integers in 0 .. num_classes - 1, or another number of them.
+            ValueError: no samples, or labels as `check_labels` has them; "none" is no class.
         """
         device = next(self.parameters()).device
         if num_samples < 1:
-            raise ValueError(f"sample: num_samples must be >= 1, got {num_samples}")
+            raise ValueError(f"{op}: num_samples must be >= 1, got {num_samples}")
         if labels is None:
             return torch.zeros(num_samples, dtype=torch.long, device=device)
-        count = self.config.num_classes
-        ok = isinstance(labels, Tensor) and labels.dtype in (torch.int32, torch.int64)
-        shown = labels.tolist() if isinstance(labels, Tensor) else labels
-        if not ok or labels.shape != (num_samples,) or not all(0 <= n < count for n in shown):
-            raise ValueError(
-                f"sample: labels must be {num_samples} integers in 0..{count - 1}, got {shown!r}"
-            )
+        self.check_labels(op, labels, num_samples, self.config.num_classes)
         return labels.long().to(device)
 
     def training_labels(
@@ -134,13 +153,9 @@ class LatentGenerator(nn.Module):
             generator: source of the choice, or one per sample.
 
         Raises:
-            ValueError: another number of labels.
+            ValueError: as `checked_labels`.
         """
-        if labels is None:
-            device = next(self.parameters()).device
-            labels = torch.zeros(batch, dtype=torch.long, device=device)
-        if labels.shape != (batch,):
-            raise ValueError(f"loss: labels must be [{batch}], got {list(labels.shape)}")
+        labels = self.checked_labels("loss", labels, batch)
         if not (self.training and self.config.has_none):
             return labels
         dropped = uniform(batch, generator).to(labels.device) < self.config.class_dropout
@@ -191,7 +206,8 @@ class LatentGenerator(nn.Module):
             self.origin = None if origin is None else LatentOrigin(**origin)
         except TypeError as error:
             raise ValueError(f"LatentOrigin: must have its fields, got {error}") from error
-        self.statistics = None if statistics is None else LatentStatistics.from_dict(statistics)
+        if statistics is not None:
+            self.set_statistics(LatentStatistics.from_dict(statistics), "from_pretrained")
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes config.json and model.safetensors; each is complete or absent. Raises OSError."""

@@ -42,7 +42,7 @@ class GPTConfig(ModelConfig):
         grid: (t, h, w) of the ids of a clip.
         factors: sizes of the digits of an id, the first one counting fastest; empty for one digit.
         hidden_size, depth, num_heads: of the transformer.
-        dropout: in training, of every residual branch.
+        dropout: of every residual branch, in training; samples have none in any mode.
         num_classes: labels 0 .. num_classes - 1; 1 for an unconditional model.
         class_dropout: share of labels that training replaces by "none", for guidance.
     """
@@ -136,7 +136,10 @@ class CausalBlock(nn.Module):
         self.mlp = Mlp(dim)
 
     def forward(self, x: Tensor, cache: _Cache | None = None) -> Tensor:
-        """Returns a tensor as x; with a cache x is the single token after those in it."""
+        """Returns a tensor as x; with a cache x is the single token after those in it.
+
+        A cache is for sampling, where nothing is dropped.
+        """
         query, key, value = (
             part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for part in self.qkv(self.norm1(x)).chunk(3, dim=-1)
@@ -144,11 +147,11 @@ class CausalBlock(nn.Module):
         if cache is not None:
             key, value = cache.append(key, value)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=cache is None)
-        x = x + self._dropped(self.proj(mixed.transpose(1, 2).flatten(2)))
-        return x + self._dropped(self.mlp(self.norm2(x)))
-
-    def _dropped(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+        drops = self.training and self.dropout > 0 and cache is None
+        mixed = self.proj(mixed.transpose(1, 2).flatten(2))
+        x = x + (F.dropout(mixed, self.dropout) if drops else mixed)
+        changed = self.mlp(self.norm2(x))
+        return x + (F.dropout(changed, self.dropout) if drops else changed)
 
 
 class GPT(LatentGenerator):
@@ -221,8 +224,8 @@ class GPT(LatentGenerator):
             labels: integers [B]; `num_classes` is "none" where there is one. Default 0.
 
         Raises:
-            ValueError: another grid, or ids outside the codebook; those of a GPU are not looked at,
-                which would wait for it.
+            ValueError: another grid or number of labels, or ids or labels out of range; those of a
+                GPU are not looked at, which would wait for it.
         """
         if ids.is_floating_point() or tuple(ids.shape[1:]) != self.config.grid:
             raise ValueError(
@@ -238,6 +241,7 @@ class GPT(LatentGenerator):
         digits = self.split(ids.flatten(1).long())
         if labels is None:
             labels = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+        self.check_labels("GPT", labels, len(ids), self.label_embed.num_embeddings)
         before = [self.label_embed(labels)[:, None], self._embedded([d[:, :-1] for d in digits])]
         x = torch.cat(before, dim=1) + self._positions()
         for block in self.blocks:
@@ -291,7 +295,8 @@ class GPT(LatentGenerator):
         Args:
             num_samples: B.
             labels: integers [B]; default 0.
-            guidance: logits become none + guidance * (label - none); 1 is no guidance.
+            guidance: logits become none + guidance * (label - none); 1 is no guidance, below 0 it
+                leads away from the label.
             temperature: divides the logits; 0 takes the likeliest digit.
             top_k: only the k likeliest values of each digit.
             top_p: only the likeliest values of each digit that have this probability together.
@@ -320,7 +325,7 @@ class GPT(LatentGenerator):
                 f"sample: temperature must be >= 0, top_p in (0, 1] and top_k >= 1, "
                 f"got {temperature}, {top_p} and {top_k}"
             )
-        labels = self.checked_labels(labels, num_samples)
+        labels = self.checked_labels("sample", labels, num_samples)
         if guidance != 1.0:
             labels = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])
         choose = _Choice(guidance, temperature, top_k, top_p, generator)
@@ -372,8 +377,8 @@ class _Choice:
         logits = logits - logits.amax(-1, keepdim=True)
         logits = logits / max(self.temperature, _LEAST_TEMPERATURE)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
-            least = logits.topk(self.top_k).values[:, -1:]
-            logits = logits.masked_fill(logits < least, -math.inf)
+            values, places = logits.topk(self.top_k)
+            logits = torch.full_like(logits, -math.inf).scatter(-1, places, values)
         probabilities = logits.softmax(-1)
         if self.top_p < 1:
             ordered, order = probabilities.sort(-1, descending=True)

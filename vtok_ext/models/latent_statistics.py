@@ -9,6 +9,7 @@ Source: CoordTok (arXiv 2411.14762), specification section 9.2.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -27,7 +28,8 @@ from vtok_ext.models.sit_config import GRID
 
 Latent = Tensor | dict[str, Tensor]
 _MAX_LOG_BYTES = 1 << 22
-_VECTOR = re.compile(r"\[([^\[\]]*)\]")
+_VECTOR = re.compile(r"(tensor\()?\[([^\[\]]*)\]")
+_LEAST_VARIATION = 1e-6
 LOG_ORDERS = ("alternating", "means_first")
 # Beside the weights in a folder of diffusers, whose config.json has no place for it.
 STATISTICS_NAME = "latent_statistics.json"
@@ -63,6 +65,7 @@ class LatentStatistics:
         """Returns {part: [B, C, ...]} of mean 0 and std 1.
 
         Raises:
+            TypeError: ids instead of latents.
             ValueError: other parts, or another number of channels.
         """
         parts = {GRID: latent} if isinstance(latent, Tensor) else latent
@@ -112,6 +115,11 @@ class LatentStatistics:
     @staticmethod
     def _shaped(values: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
         value = values[name]
+        if not like.is_floating_point():
+            raise TypeError(
+                f"LatentStatistics: {name} must be of floating point, got {like.dtype}; ids have "
+                "no statistics"
+            )
         if like.shape[1] != len(value):
             raise ValueError(
                 f"LatentStatistics: {name} must have {len(value)} channels, got {like.shape[1]}"
@@ -149,22 +157,49 @@ class StatisticsCounter:
 
     @torch.no_grad()
     def update(self, latent: Latent) -> None:
-        """Returns None after counting the latents of a batch."""
+        """Returns None after counting the latents of a batch.
+
+        Raises:
+            TypeError: ids instead of latents.
+            ValueError: other parts or channels than before.
+        """
         parts = {GRID: latent} if isinstance(latent, Tensor) else latent
+        sums: dict[str, Tensor] = {}
         for name, value in parts.items():
+            if not value.is_floating_point():
+                raise TypeError(
+                    f"StatisticsCounter: {name} must be of floating point, got {value.dtype}"
+                )
             channels = value.movedim(1 if name == GRID else -1, 0).flatten(1).double()  # [C, N]
             count = torch.full_like(channels[:, 0], channels.shape[1])
-            sums = torch.stack([count, channels.sum(1), channels.square().sum(1)]).cpu()
-            self._sums[name] = self._sums.get(name, torch.zeros_like(sums)) + sums
+            sums[name] = torch.stack([count, channels.sum(1), channels.square().sum(1)]).cpu()
+        known, found = (
+            {name: counted.shape[1] for name, counted in table.items()}
+            for table in (self._sums or sums, sums)
+        )
+        if found != known:
+            raise ValueError(f"StatisticsCounter: channels must be {known}, got {found}")
+        self._sums = {name: self._sums.get(name, 0) + counted for name, counted in sums.items()}
         self.num_samples += next(iter(parts.values())).shape[0]
 
     def result(self) -> LatentStatistics:
-        """Returns the statistics so far. Raises ValueError without latents, or of a constant."""
+        """Returns the statistics so far. Raises ValueError without latents, or of a constant.
+
+        Constant is a deviation below 1e-6 of the mean: the rounding of the sums has 1e-8 and more.
+        """
         mean = {name: s[1] / s[0] for name, s in self._sums.items()}
         std = {
             name: (s[2] / s[0] - mean[name].square()).clamp(min=0).sqrt()
             for name, s in self._sums.items()
         }
+        for name, deviations in std.items():
+            constant = (deviations <= _LEAST_VARIATION * mean[name].abs()).nonzero()
+            if len(constant):
+                channel = int(constant[0])
+                raise ValueError(
+                    f"StatisticsCounter: channel {channel} of {name} must vary, "
+                    f"got {mean[name][channel]:g} in all latents"
+                )
         single = [{k: v.float() for k, v in values.items()} for values in (mean, std)]
         return LatentStatistics(*single)
 
@@ -188,41 +223,71 @@ def read_statistics_file(folder: str | os.PathLike, op: str) -> LatentStatistics
     path = Path(folder) / STATISTICS_NAME
     if not path.is_file():
         return None
+    return _from_json(path, op)
+
+
+def _from_json(path: Path, op: str) -> LatentStatistics:
     if path.stat().st_size > _persistence.MAX_CONFIG_BYTES:
         raise ValueError(f"{op}: {str(path)!r} must be <= 1 MiB, got a larger file")
     try:
         return LatentStatistics.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{op}: {str(path)!r} must be JSON, got {error}") from error
+
+
+def read_statistics(path: str | os.PathLike, order: str | None = None) -> LatentStatistics:
+    """Returns the statistics of a `.json` file of `to_dict`, or of a log; see
+    `read_reference_log`.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, a damaged one, or an order for JSON.
+    """
+    file = Path(path)
+    if file.suffix.lower() != ".json" or not file.is_file():
+        return read_reference_log(file, order)
+    if order is not None:
+        raise ValueError(f"read_statistics: order must be None for {str(path)!r}, got {order!r}")
+    return _from_json(file, "read_statistics")
 
 
 def read_reference_log(path: str | os.PathLike, order: str | None = None) -> LatentStatistics:
     """Returns the statistics that the reference printed into its training log.
 
-    The log holds six bracketed vectors, of planes xy, yt and xt, with four decimals; vectors that
-    were wrapped over lines are read too. Standard deviations are positive, which tells the order of
-    means and deviations when some mean is negative.
+    The log holds six bracketed vectors of one length, one after the other, of planes xy, yt and xt,
+    with four decimals; vectors that were wrapped over lines are read too. Other lists are passed
+    over: those of another length, and all that are no tensor(...) where vectors are. Standard
+    deviations are positive, which tells the order of means and deviations when some mean is
+    negative.
 
     Args:
         path: the file, `log.txt` beside the released weights.
         order: "alternating" (mean, std, mean, ...) or "means_first"; default what the signs say.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, no six vectors of one length in it, or signs
-            that allow both orders.
+        FileNotFoundError, ValueError: no such file or JSON, no six vectors of one length in it,
+            other lists that cannot be told from them, or signs that allow both orders.
     """
     if order not in (None, *LOG_ORDERS):
         raise ValueError(f"read_reference_log: order must be one of {LOG_ORDERS}, got {order!r}")
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"read_reference_log: {str(path)!r} must be a file, got none")
+    if file.suffix.lower() == ".json":  # whose lists have names, in any order
+        raise ValueError(
+            f"read_reference_log: {str(path)!r} must be a log, got JSON; read_statistics takes both"
+        )
     with file.open(encoding="utf-8", errors="replace") as stream:
         text = stream.read(_MAX_LOG_BYTES)
-    vectors = [v for v in map(_numbers, _VECTOR.findall(text)) if v is not None][:6]
-    if len(vectors) < 6 or len({len(v) for v in vectors}) != 1:
+    lists = [(prefix, _numbers(inside)) for prefix, inside in _VECTOR.findall(text)]
+    tensors = [values for prefix, values in lists if prefix and values]
+    found = tensors or [values for _, values in lists if values]
+    runs = [list(run) for _, run in itertools.groupby(found, key=len)]
+    # A run that was resumed prints them again.
+    vectors = next((run[:6] for run in runs if len(run) % 6 == 0), None)
+    if vectors is None:
         raise ValueError(
-            f"read_reference_log: {str(path)!r} must hold six vectors of one length, "
-            f"got lengths {[len(v) for v in vectors]}"
+            f"read_reference_log: {str(path)!r} must hold six vectors of one length in a row, "
+            f"got lengths {[len(v) for v in found]}"
         )
     places = {"alternating": ((0, 2, 4), (1, 3, 5)), "means_first": ((0, 1, 2), (3, 4, 5))}
     possible = [

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from vtok_ext.models.failed_computation import FailedComputationError
-from vtok_ext.models.transport import Network, State, Transport, map_state, state_parts
+from vtok_ext.models.transport import (
+    Network,
+    State,
+    Transport,
+    in_dtype_of,
+    in_float32,
+    map_state,
+    state_parts,
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,7 @@ _LOWER_ORDER = (
 # Step control: how much of the step that would just do is taken, and how much one may change.
 _SAFETY, _LARGEST_GROWTH, _LARGEST_CUT = 0.9, 10.0, 0.2
 _DEFAULT_STEPS = 50  # SiT's own number
+_RTOL, _ATOL, _MAX_STEPS = 1e-3, 1e-6, 10_000
 ODE_METHODS = (*_TABLEAUS, "dopri5")
 
 
@@ -80,11 +89,14 @@ def sample_ode(
     num_steps: int = _DEFAULT_STEPS,
     start: float | None = None,
     stop: float | None = None,
-    rtol: float = 1e-3,
-    atol: float = 1e-6,
-    max_steps: int = 10_000,
+    rtol: float = _RTOL,
+    atol: float = _ATOL,
+    max_steps: int = _MAX_STEPS,
 ) -> State:
-    """Returns the state at time `stop` of the flow that is at x0 at time `start`.
+    """Returns the state at time `stop` of the flow that is at x0 at time `start`, in its dtype.
+
+    With fixed steps NaN and infinity of the network are passed on. See Note [Samplers keep 32 bits]
+    for states of 16 bits.
 
     Args:
         transport: path and prediction.
@@ -92,15 +104,15 @@ def sample_ode(
         x0: noise, or with start > stop data that the flow turns into noise.
         method: "euler", "midpoint", "heun" (order 2), "rk4" or the adaptive "dopri5".
         num_steps: of equal length; not for dopri5, which chooses its own.
-        start, stop: default the ends of `transport.time_range`.
+        start, stop: within `transport.time_range`, by default its ends.
         rtol, atol: of dopri5: a step is taken when the root mean square of
             error / (atol + rtol |x|) is at most 1 in every part of the state, over the whole batch:
             a sample depends on the others of its batch, within this tolerance.
         max_steps: of dopri5, accepted or not.
 
     Raises:
-        ValueError: an unknown method, num_steps < 1 or for dopri5, a start that is the stop, or a
-            negative tolerance.
+        ValueError: an unknown method, num_steps < 1 or for dopri5, times out of range or a start
+            that is the stop, or rtol, atol or max_steps that are negative or for fixed steps.
         RuntimeError: dopri5 does not arrive, because the network is not smooth or not finite.
     """
     first, last = transport.time_range
@@ -109,28 +121,36 @@ def sample_ode(
         raise ValueError(
             f"sample_ode: method must be one of {', '.join(ODE_METHODS)}, got {method!r}"
         )
-    if num_steps < 1 or not 0 <= min(start, stop) < max(start, stop) <= 1:
+    if num_steps < 1 or not first <= min(start, stop) < max(start, stop) <= last:
         raise ValueError(
-            f"sample_ode: num_steps must be >= 1 and start, stop two times in [0, 1], "
-            f"got {num_steps}, {start} and {stop}"
+            f"sample_ode: num_steps must be >= 1 and start, stop two times in [{first:g}, "
+            f"{last:g}], got {num_steps}, {start} and {stop}"
         )
-    field = _Field(transport, network, x0)
+    network, x = in_float32(network, x0)
+    field = _Field(transport, network, x)
     if method == "dopri5":
         if num_steps != _DEFAULT_STEPS:
             raise ValueError(
                 f"sample_ode: num_steps must be left at {_DEFAULT_STEPS} for dopri5, which chooses "
                 f"its steps by rtol and atol, got {num_steps}; method='heun' takes {num_steps}"
             )
-        if not (rtol >= 0 and atol > 0):
-            raise ValueError(f"sample_ode: rtol, atol must be >= 0 and > 0, got {rtol}, {atol}")
-        return _adaptive(field, x0, start, stop, rtol, atol, max_steps)
+        if not (rtol >= 0 and atol > 0 and max_steps >= 1):
+            raise ValueError(
+                f"sample_ode: rtol, atol and max_steps must be >= 0, > 0 and >= 1, "
+                f"got {rtol}, {atol} and {max_steps}"
+            )
+        return in_dtype_of(x0, _adaptive(field, x, start, stop, rtol, atol, max_steps))
+    if (rtol, atol, max_steps) != (_RTOL, _ATOL, _MAX_STEPS):
+        raise ValueError(
+            f"sample_ode: rtol, atol and max_steps must be left at {_RTOL:g}, {_ATOL:g} and "
+            f"{_MAX_STEPS} for {method}, whose steps are fixed, got {rtol}, {atol} and {max_steps}"
+        )
     # Times as a float32 grid, each step from one to the next: what the reference evaluates at.
     times = torch.linspace(start, stop, num_steps + 1).tolist()
-    x = x0
     for now, after in zip(times, times[1:], strict=False):
         tableau, step = _TABLEAUS[method], after - now
         x = _combined(x, step, tableau.b, _stages(field, tableau, x, now, step))
-    return x
+    return in_dtype_of(x0, x)
 
 
 class _Field:

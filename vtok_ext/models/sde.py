@@ -18,12 +18,22 @@ import torch
 from torch import Tensor
 
 from vtok_ext.layers.kl import Generators
-from vtok_ext.models.transport import Network, State, Transport, along, map_state, noise_like
+from vtok_ext.models.transport import (
+    Network,
+    State,
+    Transport,
+    along,
+    in_dtype_of,
+    in_float32,
+    map_state,
+    noise_like,
+)
 from vtok_ext.models.transport import state_parts as parts_of
 
 SDE_METHODS = ("euler", "heun")
 DIFFUSIONS = ("sigma", "linear", "decreasing", "increasing_decreasing", "constant", "sbdm")
 LAST_STEPS = ("mean", "euler", "tweedie")
+_LAST_STEP_SIZE = 0.04  # of the published recipe
 
 
 @torch.no_grad()
@@ -37,11 +47,14 @@ def sample_sde(
     diffusion: str = "sigma",
     norm: float = 1.0,
     last_step: str | None = "mean",
-    last_step_size: float = 0.04,
+    last_step_size: float = _LAST_STEP_SIZE,
     generator: Generators = None,
     noise: Sequence[State] | None = None,
 ) -> State:
     """Returns a sample at t = 1, or without a last step at the end of `transport.time_range`.
+
+    It has the dtype of x0; NaN and infinity of the network are passed on. See Note [Samplers keep
+    32 bits] for states of 16 bits.
 
     Args:
         transport: path and prediction.
@@ -58,33 +71,41 @@ def sample_sde(
         last_step: how the last `last_step_size` is gone without noise: "mean", along the drift;
             "euler", along the velocity; "tweedie", to the expected data at once; None for noisy
             steps all the way.
-        last_step_size: its length in time.
+        last_step_size: its length in time; noisy steps end within `transport.time_range`.
         generator: source of the noise, or one per sample; default torch's global one of the device
             of x0.
-        noise: instead, one state per noisy step.
+        noise: instead, one state as x0 per noisy step.
 
     Raises:
-        ValueError: an unknown choice, too few steps, a length outside (0, 1), or Heun with
-            velocities to t = 1 without a last step, where the score is infinite.
+        ValueError: an unknown choice, too few steps, a norm that is not finite, a last step without
+            length, of a length that leaves no time for noisy ones, or a length without one, or Heun
+            with velocities to t = 1 without a last step, where the score is infinite.
     """
     _check(method, num_steps, diffusion, norm, last_step, last_step_size)
     noisy = num_steps if last_step is None else num_steps - 1
-    first, end = transport.time_range
-    if last_step is not None:
-        end = 1 - last_step_size
-    elif method == "heun" and end == 1:
-        raise ValueError("sample_sde: last_step must be given for heun, got None")
+    first, last = transport.time_range
     if diffusion == "sbdm":  # infinite at noise
         first = max(first, 1e-3)
+    end = last if last_step is None else 1 - last_step_size
+    if last_step is not None and not (last_step_size > 0 and first < end <= last):
+        raise ValueError(
+            f"sample_sde: last_step_size must be > 0 and end the noisy steps in ({first:g}, "
+            f"{last:g}], got {last_step_size}"
+        )
+    if last_step is None and method == "heun" and end == 1:
+        raise ValueError("sample_sde: last_step must be given for heun, got None")
     if noise is not None and len(noise) != noisy:
         raise ValueError(f"sample_sde: noise must be {noisy} states, got {len(noise)}")
-    drift = _Drift(transport, network, x0, diffusion, norm)
+    network, x = in_float32(network, x0)
+    drift = _Drift(transport, network, x, diffusion, norm)
     times = torch.linspace(first, end, noisy + 1)
-    x, length = x0, float(times[1] - times[0])
+    length = float(times[1] - times[0])
     for i in range(noisy):
         fresh = noise_like(x, generator) if noise is None else noise[i]
         x = _step(drift, x, times[i], length, fresh, method)
-    return x if last_step is None else _finished(drift, x, end, last_step, last_step_size)
+    if last_step is not None:
+        x = _finished(drift, x, end, last_step, last_step_size)
+    return in_dtype_of(x0, x)
 
 
 def _check(
@@ -111,10 +132,12 @@ def _check(
             f"sample_sde: num_steps must be >= {least} with last_step={last_step!r}, "
             f"got {num_steps}"
         )
-    if not (norm >= 0 and 0 < last_step_size < 1):
+    if not 0 <= norm < math.inf:
+        raise ValueError(f"sample_sde: norm must be finite and >= 0, got {norm}")
+    if last_step is None and last_step_size != _LAST_STEP_SIZE:
         raise ValueError(
-            f"sample_sde: norm must be >= 0 and last_step_size in (0, 1), "
-            f"got {norm} and {last_step_size}"
+            f"sample_sde: last_step_size must be left at {_LAST_STEP_SIZE} without a last step, "
+            f"got {last_step_size}"
         )
 
 

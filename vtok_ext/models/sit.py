@@ -146,8 +146,8 @@ class SiT(LatentGenerator):
             y: integer labels [B]; `num_classes` is "none" where there is one. Default 0.
 
         Raises:
-            TypeError, ValueError: a part is missing or has another shape, or there is not one time
-                and one label for each sample.
+            TypeError, ValueError: a part is missing or has another shape, there is not one time and
+                one label for each sample, or a label is none; see `check_labels`.
         """
         parts = self._checked({GRID: x} if isinstance(x, Tensor) else x)
         if y is None:
@@ -159,6 +159,8 @@ class SiT(LatentGenerator):
                 f"SiT: t and y must be [B] for B samples, got {list(t.shape)} and {list(y.shape)} "
                 f"for {found}"
             )
+        config = self.config
+        self.check_labels("SiT", y, len(y), config.num_classes + int(config.has_none))
         condition = self.t_embedder(t) + self.y_embedder(y)
         tokens = []
         for part, value in parts.items():
@@ -171,7 +173,6 @@ class SiT(LatentGenerator):
         out: Parts = {}
         for (part, value), piece in zip(parts.items(), pieces, strict=True):
             patches = getattr(self, _named("final_layer", part))(piece, condition)
-            config = self.config
             whole = unpatchify(patches, config.part_grid(part), config.part_patch(part))
             out[part] = whole[:, : value.shape[1]]
         return out[GRID] if isinstance(x, Tensor) else out
@@ -190,21 +191,26 @@ class SiT(LatentGenerator):
         return {name: parts[name] for name in names}
 
     def network(self, labels: Tensor | None = None, guidance: float = 1.0) -> Network:
-        """Returns network(x, t) for samplers: one pass per call.
+        """Returns network(x, t) for samplers: one pass per call, in the dtype of the weights.
 
         prediction = none + guidance * (label - none), both in one batch; 1 is no guidance.
 
         Args:
             labels: [B] integers; default 0.
-            guidance: its strength.
+            guidance: its strength; below 0 it leads away from the label.
 
         Raises:
             ValueError: guidance that is not finite, or of a model without a "none".
         """
         if not math.isfinite(guidance):
             raise ValueError(f"SiT: guidance must be finite, got {guidance}")
+        dtype = self.y_embedder.embedding_table.weight.dtype
+
+        def in_own_dtype(x: Any) -> Any:
+            return map_state(lambda part: part.to(dtype), x)
+
         if guidance == 1.0:
-            return lambda x, t: self(x, t, labels)
+            return lambda x, t: self(in_own_dtype(x), t, labels)
         if not self.config.has_none:
             raise ValueError(
                 f"SiT: guidance must be 1 for a model trained without class_dropout, got {guidance}"
@@ -217,7 +223,7 @@ class SiT(LatentGenerator):
         def guided(x: Any, t: Tensor) -> Any:
             y = torch.zeros_like(t, dtype=torch.long) if labels is None else labels
             none = torch.full_like(y, self.config.num_classes)
-            double = map_state(lambda value: torch.cat([value, value]), x)
+            double = map_state(lambda value: torch.cat([value, value]), in_own_dtype(x))
             return map_state(between, self(double, torch.cat([t, t]), torch.cat([y, none])))
 
         return guided
@@ -256,6 +262,8 @@ class SiT(LatentGenerator):
     ) -> Parts | Tensor:
         """Returns latents in the layout of the tokenizer, ready for its `decode`.
 
+        They have the dtype of the weights; noise and state have 32 bits or more.
+
         Args:
             num_samples: B.
             labels: integers [B]; default 0.
@@ -280,12 +288,14 @@ class SiT(LatentGenerator):
                     f"sample: options of {sampler} must be among {', '.join(SAMPLERS[sampler])}, "
                     f"got {name!r}{closest(name, SAMPLERS[sampler])}"
                 )
-        labels = self.checked_labels(labels, num_samples)
+        labels = self.checked_labels("sample", labels, num_samples)
         statistics = self.require_statistics("sample")
         shape = (num_samples, self.config.in_channels)
         weight = self.y_embedder.embedding_table.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
         empty = {
-            p: weight.new_empty(*shape, *self.config.part_size(p)) for p in self.config.parts()
+            p: weight.new_empty(*shape, *self.config.part_size(p), dtype=dtype)
+            for p in self.config.parts()
         }
         noise = noise_like(empty, generator)
         network = self.network(labels, guidance)
@@ -298,7 +308,8 @@ class SiT(LatentGenerator):
                 f"sample: latents of {self.name} must be finite, got NaN or infinity; its weights "
                 "are damaged, or guidance, norm or steps too large for them"
             )
-        return statistics.denormalize(x)
+        made: Any = statistics.denormalize(x)
+        return map_state(lambda part: part.to(weight.dtype), made)
 
 
 def _named(stem: str, part: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from vtok_ext.models._config import ModelConfig
@@ -96,6 +97,17 @@ class SiTConfig(ModelConfig):
     def has_none(self) -> bool:
         """Whether there is a label "none" for guidance."""
         return self.class_dropout > 0
+
+
+def square_input_size(
+    patch_size: int, num_tokens_xy: int, num_positions_t: int
+) -> tuple[int, int, int] | None:
+    """Returns the `input_size` of planes with Rx = Ry that have so many tokens of plane xy and
+    positions of yt and xt; None of no such planes."""
+    side = math.isqrt(num_tokens_xy)
+    if side == 0 or side**2 != num_tokens_xy or num_positions_t % side:
+        return None
+    return num_positions_t // side * patch_size, side * patch_size, side * patch_size
 
 
 _SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}

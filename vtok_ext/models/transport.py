@@ -6,6 +6,13 @@ x0 is standard normal noise, x1 data, t = 0 noise, t = 1 data. A network predict
 the noise x0 or the score s; each gives the other two. A state is a tensor [B, ...], or a tuple or
 dict of such tensors (the planes of a clip). Samplers: `ode`, `sde`.
 Source: Albergo et al. (arXiv 2303.08797) and SiT (Ma et al., arXiv 2401.08740, section 2).
+
+Note [Samplers keep 32 bits]
+
+A step adds little to a state, and 16 bits round it away: with the exact network 1,000 Euler steps
+in bfloat16 end 3.6 from where they should, 0.002 in float32, and times next to 1 round to 1, where
+the score is infinite. Samplers therefore keep a state of 16 bits in float32; the network is still
+asked in the dtype of x0, which is that of the result too.
 """
 
 from __future__ import annotations
@@ -37,15 +44,11 @@ def map_state(function: Callable[..., Tensor], *states: State) -> State:
 
     Raises:
         TypeError: a state is neither a tensor nor a tuple or dict of tensors.
-        ValueError: the states have different forms.
+        ValueError: the states have different forms, or parts of different shapes.
     """
     first = states[0]
     parts = [state_parts(state) for state in states]
-    keys = [
-        set(s) if isinstance(s, dict) else type(s) if isinstance(s, Tensor) else len(s)
-        for s in states
-    ]
-    if any(key != keys[0] for key in keys):
+    if any(_shapes(state) != _shapes(first) for state in states[1:]):
         raise ValueError(
             f"transport: states must have one form, got {' and '.join(map(_form, states))}"
         )
@@ -69,18 +72,31 @@ def state_parts(state: State) -> list[Tensor]:
     return values
 
 
+def _shapes(state: State) -> Any:
+    """Returns the shapes of the parts of a state, in its form."""
+    if isinstance(state, dict):
+        return {name: part.shape for name, part in state.items()}
+    return state.shape if isinstance(state, Tensor) else [part.shape for part in state]
+
+
 def _form(state: Any) -> str:
     if isinstance(state, Tensor):
         return f"a tensor {list(state.shape)}"
     if isinstance(state, dict):
-        return f"a dict of {', '.join(map(str, state))}"
-    return f"a {type(state).__name__}" + (
-        f" of {len(state)}" if isinstance(state, tuple | list) else ""
-    )
+        return "a dict of " + ", ".join(f"{name}: {_form(part)}" for name, part in state.items())
+    if isinstance(state, tuple | list):
+        return f"a {type(state).__name__} of {', '.join(map(_form, state))}"
+    return f"a {type(state).__name__}"
 
 
 def along(t: Tensor, x: Tensor) -> Tensor:
-    """Returns t [B] as a tensor [B, 1, ...] of the rank and dtype of x."""
+    """Returns t [B] as a tensor [B, 1, ...] of the rank and dtype of x.
+
+    Raises:
+        ValueError: not one time for each sample.
+    """
+    if t.shape != x.shape[:1]:
+        raise ValueError(f"transport: t must be [{x.shape[0]}], got {list(t.shape)}")
     return t.to(x.device, x.dtype).view(-1, *(1,) * (x.dim() - 1))
 
 
@@ -94,6 +110,31 @@ def noise_like(state: State, generator: Generators = None) -> State:
             state's device.
     """
     return map_state(lambda x: normal_like(x, generator), state)
+
+
+def in_float32(network: Network, x0: State) -> tuple[Network, State]:
+    """Returns network and x0 for a sampler; see Note [Samplers keep 32 bits].
+
+    Raises:
+        TypeError: x0 is not of floating point.
+    """
+    dtypes = [part.dtype for part in state_parts(x0)]
+    if not all(dtype.is_floating_point for dtype in dtypes):
+        raise TypeError(f"transport: x0 must be of floating point, got {dtypes}")
+
+    def called(x: Any, t: Tensor) -> Any:
+        return map_state(_at_least_32_bits, network(in_dtype_of(x0, x), t))
+
+    return called, map_state(_at_least_32_bits, x0)
+
+
+def in_dtype_of(x0: State, x: State) -> State:
+    """Returns x with the dtype of x0."""
+    return map_state(lambda part, like: part.to(like.dtype), x, x0)
+
+
+def _at_least_32_bits(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @dataclass(frozen=True)

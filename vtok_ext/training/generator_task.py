@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from vtok_ext.models._checkpoint import is_checkpoint
 from vtok_ext.models._generators import create_generator, load_generator
 from vtok_ext.models._registry import load_model
 from vtok_ext.models.generator import LatentOrigin
@@ -95,6 +96,11 @@ class GeneratorTask(Task):
     def _build(self) -> nn.Module:
         recipe = self.recipe.model
         if recipe.weights is not None:
+            if is_checkpoint(recipe.weights):
+                raise ValueError(
+                    f"train: model.weights must be a folder, got {recipe.weights}; `vtok convert` "
+                    "with --name makes one of a released checkpoint"
+                )
             model = load_generator(recipe.weights)
             if model.origin is not None:
                 self.tokenizer.check_origin("train", model.origin.tokenizer_id)
@@ -110,14 +116,30 @@ class GeneratorTask(Task):
     def encode(self, clips: Tensor) -> Latent:
         """Returns the latents, or ids, of clips [B, 3, T, H, W] uint8."""
 
+    def facts(self) -> dict[str, Any]:
+        """Returns which tokenizer the latents, and their statistics, are of."""
+        return {"tokenizer": self.tokenizer.model_id}
+
+    def check_facts(self, facts: dict[str, Any]) -> None:
+        """Raises ValueError for a run on the latents of another tokenizer."""
+        before, now = facts.get("tokenizer"), self.tokenizer.model_id
+        if before not in (None, now):
+            raise ValueError(
+                f"train: latent.tokenizer must be {before}, with which the run began, got {now}"
+            )
+
     def data(self, warn: Callable[[str], None]) -> tuple[Any, list[Any]]:
         """Returns clips or latents to train on, and held-out ones."""
         settings = self.recipe
         if self.stored is not None:
             if self.stored.num_classes is not None:
                 self._check_classes(self.stored.num_classes, self.stored.names_classes)
+            else:
+                self._require_one_class()
             self.clips, held_out = self.stored.split()
             return self.clips, held_out
+        if settings.latent.labels == "none":
+            self._require_one_class()
         clips, held_out = super().data(warn)
         if settings.latent.labels == "folders":
             assert settings.data.folder is not None  # checked by the recipe
@@ -141,6 +163,14 @@ class GeneratorTask(Task):
             if self.stored is not None:
                 what = f"{count}{'' if is_exact else ' or more'}, as the labels of the latents have"
             raise ValueError(f"train: model.overrides.num_classes must be {what}, got {known}")
+
+    def _require_one_class(self) -> None:
+        count = self.model.config.num_classes
+        if count != 1:  # the first one alone would train
+            raise ValueError(
+                f"train: model.overrides.num_classes must be 1 without latent.labels or "
+                f"latent.label_field, got {count}"
+            )
 
     def _labelled_held_out(self, held_out: list[Any], names: list[str]) -> list[Any]:
         from vtok_ext.training.setup import held_out_clips
@@ -206,7 +236,8 @@ class GeneratorTask(Task):
     def pictures(self, samples: list[Any]) -> dict[str, Tensor]:
         """Returns as many new videos as there are samples, from the same noise every time.
 
-        None of a model that FSDP2 has divided: sampling reads weights outside of its forward pass.
+        Their classes come in turn. None of a model that FSDP2 has divided: sampling reads weights
+        outside of its forward pass.
         """
         if is_sharded(self.model):
             return {}
@@ -214,7 +245,10 @@ class GeneratorTask(Task):
         found = {}
         for i in range(len(samples)):
             generator = torch.Generator().manual_seed(_VALIDATION_SEED + i)
-            latent = self.model.sample(1, generator=generator, **self.picture_options)
+            labels = torch.tensor([i % self.model.config.num_classes])
+            latent = self.model.sample(
+                1, labels=labels, generator=generator, **self.picture_options
+            )
             found[f"sample-{i}"] = self.model.decode(self.tokenizer, latent)[0].cpu()
         return found
 

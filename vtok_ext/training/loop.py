@@ -206,6 +206,7 @@ class _Run:
 
     def _load(self, found: checkpoints.Checkpoint) -> None:
         numbers = checkpoints.read_numbers(found)
+        self.training.task.check_facts(numbers.get("facts", {}))
         for line in resume_warnings(
             (numbers["recipe"], self.recipe.to_dict()),
             (found.world_size, world_size()),

@@ -59,6 +59,7 @@ class Training:
             "averages": self.averages.num_updates if self.averages else None,
             "loss_scale": self.loss_scale.state_dict(),
             "recipe": self.recipe.to_dict(),
+            "facts": self.task.facts(),
         }
 
     def tensors(self) -> dict[str, Tensor]:

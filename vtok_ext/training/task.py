@@ -154,6 +154,17 @@ class Task(ABC):
         """Computes what must last though the step be left out; called before every step."""
         return
 
+    def facts(self) -> dict[str, Any]:
+        """Returns what a checkpoint says beside tensors, as JSON can hold it."""
+        return {}
+
+    def check_facts(self, facts: dict[str, Any]) -> None:
+        """Raises ValueError unless a run whose checkpoint has these `facts` can go on here.
+
+        Checkpoints of before there were any have none.
+        """
+        return
+
     def frozen(self) -> list[nn.Module]:
         """Returns parts that neither train nor leave evaluation mode."""
         return []
