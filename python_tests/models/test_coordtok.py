@@ -207,8 +207,8 @@ def test_points_that_training_draws(clip):
     whole = patches_to_video(video_patches(video, frames, (1, 4, 4)), (3, 4, 6), (1, 4, 4))
     for b in range(2):
         assert torch.equal(whole[b], video[b][:, frames[b, ::24, 0]])
-    with pytest.raises(ValueError, match="num_frames_drawn must be at most 3, .* got 4"):
-        random_frame_points(lengths, 4, (8, 4, 6))
+    again = random_frame_points(lengths, 5, (8, 4, 6), generator)[1, ::24, 0].tolist()
+    assert sorted(again[:3]) == [0, 1, 2] and len(set(again[3:])) == 2 and max(again) == 2
     with pytest.raises(ValueError, match="num_frames must be at least 4, .* got 3"):
         random_points(lengths, 1, (2, 4, 6), 4)
 

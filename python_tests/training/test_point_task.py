@@ -93,11 +93,12 @@ def test_the_loss_falls_on_one_batch(extra, monkeypatch):
 
 @pytest.mark.parametrize(
     "extra",
-    [[], [*FRAMES, "loss.perceptual_dropout=0.5", "data.min_frames=8"]],
+    [[], [*FRAMES, "loss.perceptual_dropout=0.5"]],
     ids=["patches", "frames"],
 )
 def test_points_and_dropout_depend_on_the_sample_alone(extra, monkeypatch):
-    """Two clips at once, and one after the other: the same points, hence the same gradient."""
+    """Two clips, one of a single frame, at once, and one after the other: the same points, hence
+    the same gradient."""
     monkeypatch.setattr("vtok_ext.training.tokenizer_task._RANDOM_LPIPS_CHANNELS", (4,) * 5)
     found = []
     for accumulate in (1, 2):
@@ -106,6 +107,7 @@ def test_points_and_dropout_depend_on_the_sample_alone(extra, monkeypatch):
         training = build_training(recipe, torch.device("cpu"))
         clips, _ = training.task.data(print)
         items = [clips[0, i] for i in range(2)]
+        items[1]["num_frames"] = torch.tensor(1)
         parts = [items] if accumulate == 1 else [[item] for item in items]
         batches = [{k: torch.stack([i[k] for i in part]) for k in items[0]} for part in parts]
         found.append(Stepper(training)(batches))

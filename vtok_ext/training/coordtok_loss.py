@@ -7,7 +7,7 @@ that the points make up. Both sums run over the clips of a batch, as the referen
 grows with the batch, and the perceptual term with the number of frames.
 
     step 1   single patches of real frames, w = 0
-    step 2   all patches of some real frames, w = 1
+    step 2   all patches of some real frames, w = 1; of a shorter clip some frames again
 
 Source: CoordTok (arXiv 2411.14762), specification section 8.
 """
@@ -36,7 +36,7 @@ class PointLossConfig:
         sampling: "patches" draws single patches with replacement; "frames" draws whole frames
             without, which needs patches of one frame.
         num_points: decoded points per clip; for "frames" a multiple of the patches per frame. A
-            batch whose shortest clip has fewer frames takes as many as that one has.
+            clip of fewer frames gives some of them again.
         perceptual_weight: of LPIPS, for "frames" only; 1 in the published second step.
         perceptual_dropout: of LPIPS' heads: 0.5 is what the reference trains with, unintended; 0
             is LPIPS as its authors use it.
@@ -97,7 +97,7 @@ def draw_points(
         ValueError: a clip is shorter than a patch.
     """
     grid, frames = model.point_grid(), model.dec_patch_size[0]
-    wanted = min(loss.num_points // (grid[1] * grid[2]), int(num_frames.min()))
+    wanted = loss.num_points // (grid[1] * grid[2])
     drawn = []
     for i, count in enumerate(num_frames.split(1)):
         generator = None if generators is None else generators[i]
