@@ -157,6 +157,16 @@ def test_padding_frames_do_not_matter():
     assert found[0] == found[1]
 
 
+def test_validation_runs_outside_autocast():
+    found = []
+    for precision in ("float32", "bfloat16"):
+        training = build_training(tiny(f"run.precision={precision}"), torch.device("cpu"))
+        _, held_out = training.task.data(print)
+        with torch.no_grad():
+            found.append(training.task.validate(held_out))
+    assert found[0] == found[1]
+
+
 def test_recomputed_encoder_gives_the_same_step():
     found = []
     for flag in ("false", "true"):
@@ -176,6 +186,7 @@ def test_published_recipes_are_readable():
     for recipe in (first, second):
         run = recipe.run
         assert run.batch_size * run.accumulate * 8 == 256
+        assert recipe.data.resize == "bicubic"
         assert recipe.optimizer.weight_decay == 1e-3 and recipe.optimizer.lr == 1e-4
 
 

@@ -231,8 +231,8 @@ class PointTask(Task):
         frames = int(sample["num_frames"])
         video = to_video(sample["video"][None, :, :frames].to(self.device))
         slices = self.recipe.loss.validation_slices
-        with self.autocast():
-            return video, self.model(video, num_slices=slices).reconstruction.float()
+        # In the precision of the weights, as published.
+        return video, self.model(video, num_slices=slices).reconstruction
 
 
 def _check_patches(recipe: PointRecipe, model: CoordTokConfig) -> None:
