@@ -196,6 +196,10 @@ def test_published_recipes_are_readable():
         ("model.name=vidtok_kl_causal_488_4chn", "model must be a CoordTok"),
         ("data.height=32", "data must have clips of 16x16 and at most 8 frames"),
         ("data.min_frames=9", r"data.min_frames must be null or in 1..8, got 9"),
+        ("data.shortest_video=3", "data.shortest_video must be null without data.folder, got 3"),
+        ("loss.perceptual_network=random", 'loss.perceptual_network must be "published" with loss'),
+        ("loss.perceptual_heads=vgg.pth", "loss.perceptual_heads must be null with loss.perceptu"),
+        ("optimizer.discriminator_lr=1", "optimizer.discriminator_lr must be null for task 'po"),
         ("data.shortest_video=9", r"data.shortest_video must be null or in 1..8, got 9"),
         (
             ["data.folder=x", "data.buckets=[[8,16,16]]"],
@@ -208,7 +212,10 @@ def test_published_recipes_are_readable():
             "loss.validation_slices must be <= 128, the patches of",
         ),
         ([PAIRS, "data.min_frames=1"], "data.min_frames must be >= 2, the frames of a decoded pa"),
-        ([PAIRS, "data.shortest_video=1"], "data.shortest_video must be >= 2, .* got 1"),
+        (
+            [PAIRS, "data.folder=x", "data.shortest_video=1"],
+            "data.shortest_video must be >= 2, .* got 1",
+        ),
         ([PAIRS, "data.min_frames=null", "data.num_frames=1"], "data.num_frames must be >= 2"),
         ("loss.num_point=3", "did you mean 'num_points'"),
     ],

@@ -5,6 +5,8 @@ Float videos are [B, 3, T, H, W] in [-1, 1]; uint8 videos become x / 127.5 - 1.
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,6 +43,11 @@ def is_finite(video: Tensor) -> bool:
     if type(video) is not Tensor or torch.compiler.is_compiling():  # such as fake tensors
         return True
     return all(torch.isfinite(part).all() for part in video.split(_FRAMES_PER_CHECK, 2))
+
+
+def is_integer(value: object) -> bool:
+    """Returns whether `value` is an integer; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_frame_rule(op: str, frames: str) -> None:

@@ -14,6 +14,7 @@ Source: CoordTok (arXiv 2411.14762), specification section 8.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtok_ext.models._video_input import is_integer
 from vtok_ext.models.coordtok_config import CoordTokConfig
 from vtok_ext.models.coordtok_points import patches_to_video
 from vtok_ext.models.coordtok_sampling import random_frame_points, random_points, video_patches
@@ -51,16 +53,22 @@ class PointLossConfig:
         """Checks every field."""
         if self.sampling not in SAMPLING:
             raise ValueError(f"loss: sampling must be one of {SAMPLING}, got {self.sampling!r}")
-        if self.num_points < 1:
-            raise ValueError(f"loss: num_points must be >= 1, got {self.num_points}")
-        if self.perceptual_weight < 0 or (self.perceptual_weight and self.sampling == "patches"):
+        if not is_integer(self.num_points) or self.num_points < 1:
+            raise ValueError(f"loss: num_points must be an integer >= 1, got {self.num_points}")
+        most = math.inf if self.sampling == "frames" else 0.0
+        if self.perceptual_weight != 0 and not 0 < self.perceptual_weight < most:
             raise ValueError(
-                "loss: perceptual_weight must be >= 0, and 0 for sampling 'patches', which make up "
-                f"no picture, got {self.perceptual_weight}"
+                "loss: perceptual_weight must be finite and >= 0, and 0 for sampling 'patches', "
+                f"which make up no picture, got {self.perceptual_weight}"
             )
         if not 0 <= self.perceptual_dropout < 1:
             raise ValueError(
                 f"loss: perceptual_dropout must be in [0, 1), got {self.perceptual_dropout}"
+            )
+        if self.perceptual_dropout and not self.perceptual_weight:
+            raise ValueError(
+                "loss: perceptual_dropout must be 0 with perceptual_weight 0, "
+                f"got {self.perceptual_dropout}"
             )
 
     def check_model(self, config: CoordTokConfig) -> None:
