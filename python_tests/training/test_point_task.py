@@ -51,6 +51,24 @@ def test_a_run_leaves_a_model_that_loads(tmp_path):
     assert model(clip).reconstruction.shape == clip.shape
 
 
+def test_second_step_goes_on_from_the_first(tmp_path, monkeypatch):
+    """The smoke recipes, shortened: the weights of the folder, a new optimizer, whole frames."""
+    monkeypatch.setattr("vtok_ext.training.tokenizer_task._RANDOM_LPIPS_CHANNELS", (4,) * 5)
+    short = ["run.steps=3", "run.validate_every=3", "data.validation_clips=1"]
+    first = train(load_recipe("smoke_coordtok", short), tmp_path / "step1")
+    recipe = load_recipe("smoke_coordtok_frames", [*short, f"model.weights={first.model}"])
+    start = build_training(recipe, torch.device("cpu"))
+    weights = load_file(first.model / "model.safetensors")
+    assert all(torch.equal(v, weights[k]) for k, v in start.task.model.state_dict().items())
+    assert not start.optimizers["model"].state
+    second = train(recipe, tmp_path / "step2")
+    line = next(line for line in read_log(tmp_path / "step2" / "log.jsonl") if "loss" in line)
+    assert line["perceptual_loss"] > 0 and second.validation["psnr"] > 0
+    trained = load_file(second.model / "model.safetensors")
+    assert all(not torch.equal(v, weights[k]) for k, v in trained.items() if v.is_floating_point())
+    assert vt.load_model(second.model).config == start.task.model.config
+
+
 @pytest.mark.parametrize(
     "extra",
     [[], [*FRAMES, "loss.perceptual_dropout=0.5"]],
@@ -144,11 +162,13 @@ def test_short_files_are_padding_that_the_model_knows_about(tmp_path):
     assert result.step == 4
 
 
-def test_padding_frames_do_not_matter():
+@pytest.mark.parametrize("mask", ["additive", "true"])
+def test_padding_frames_do_not_matter(mask):
     """What lies after the real frames changes neither loss nor gradient."""
     found = []
     for fill in (0, 200):
-        training = build_training(tiny(), torch.device("cpu"))
+        recipe = tiny(f"model.overrides.padding_mask={mask}")  # YAML reads a boolean
+        training = build_training(recipe, torch.device("cpu"))
         clips, _ = training.task.data(print)
         item = {**clips[0, 0], "num_frames": torch.tensor(5)}
         item["video"] = item["video"].clone()
