@@ -198,8 +198,8 @@ class CoordTok(VideoTokenizer):
         """Raises ValueError unless a clip of this shape fits into the model; see the base class."""
         if not self._fits(shape):
             raise ValueError(
-                f"{op}: video must have (frames, height, width) up to {self.config.video_shape}, "
-                f"got {tuple(shape)}; cut or resize it first"
+                f"{op}: video must have at least one and at most (frames, height, width) "
+                f"{self.config.video_shape}, got {tuple(shape)}; cut or resize it first"
             )
 
     def _fits(self, shape: Sequence[int]) -> bool:
@@ -391,7 +391,7 @@ class CoordTok(VideoTokenizer):
         recorded = (encoding.num_frames, *encoding.size)
         if not self._fits(recorded):
             raise ValueError(
-                f"{op}: encoding must record (frames, height, width) up to "
+                f"{op}: encoding must record at least one and at most (frames, height, width) "
                 f"{self.config.video_shape}, got {recorded}"
             )
 
