@@ -108,6 +108,9 @@ def test_planes_of_a_model_for_whole_clips(vtok, make_video, tmp_path, written):
     out = tmp_path / "again.mp4"
     assert vtok("reconstruct", video, "--model", tmp_path / "model", "-o", out).code == 0
     assert close(written, model.decode(encoding, output="uint8"))
+    written.clear()
+    assert vtok("reconstruct", video, *sliced, "-o", out).code == 0
+    assert close(written, expected)
 
 
 @torch.no_grad()
@@ -161,6 +164,8 @@ def test_files_hold_what_the_whole_clip_gives(
     back = tmp_path / "back.mp4"
     sliced = vtok("decode", out, back, "--model", saved_models[kind], "--slices", 2)
     assert sliced.code == 2 and "--slices must be given planes of CoordTok" in sliced.err
+    sliced = vtok("reconstruct", video, "--model", saved_models[kind], "-o", back, "--slices", 2)
+    assert sliced.code == 2 and "--slices must be given for a CoordTok, got" in sliced.err
     written.clear()
     result = vtok("decode", out, back, "--model", saved_models[kind], "--json")
     assert result.code == 0, result.err

@@ -274,7 +274,16 @@ def test_coordtok_takes_windows_of_its_length(vtok, make_video, tmp_path):
     assert found.json["psnr"] == pytest.approx(expected, abs=2e-3)
     jump = vt.metrics.boundary_jump(decoded, target, 4).item()
     assert found.json["boundary_jump"] == pytest.approx(jump, abs=2e-3)
+    with torch.no_grad():
+        parts = source.split(4, 2)
+        sliced = torch.cat([model(part, num_slices=3).reconstruction for part in parts], 2)
+    found = vtok("eval", video, *arguments, "--slices", 3).json
+    assert found["psnr"] == pytest.approx(vt.metrics.psnr(sliced, target).item(), abs=2e-3)
+    assert found["passes"] == "windows of 4 frames, decoded in 3 slices"
+    assert found["psnr"] != pytest.approx(expected, abs=2e-3)
     one_window = vtok("eval", video, *arguments, "--max-frames", 4).json
     assert one_window["boundary_jump"] is None and one_window["counts"]["boundary_jump"] == 0
+    refused = vtok("eval", video, "--model", "vtok_small", "--slices", 3)
+    assert refused.code == 2 and "--slices must be given for a CoordTok, got vtok_sm" in refused.err
     wide = vtok("eval", make_video("wide.mp4", width=48), *arguments)
     assert wide.code == 2 and "wide.mp4 must be at most 32x40 for coordtok_small_128" in wide.err

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from helpers import write_video
@@ -106,6 +107,19 @@ def test_fit_covers_and_crops():
     assert torch.equal(fit(video, 20, 30), video[:, :, :, 5:35])
     assert torch.equal(fit(video, 20, 30, place=(0, 1)), video[:, :, :, 10:])
     assert fit(video, 20, 40, zoom=1.5).shape == video.shape
+
+
+def test_bicubic_is_that_of_pil():
+    image = pytest.importorskip("PIL.Image")
+    video = procedural_clip(1, 40, 60)
+    picture = image.fromarray(video[:, 0].permute(1, 2, 0).numpy())
+    expected = torch.from_numpy(np.array(picture.resize((48, 32), image.Resampling.BICUBIC)))
+    ours = fit(video, 32, 48, resize="bicubic")[:, 0].permute(1, 2, 0)
+    difference = (ours.int() - expected.int()).abs().float()
+    assert difference.max() <= 2 and difference.mean() < 0.3  # PIL rounds between its two passes
+    assert not torch.equal(fit(video, 32, 48), fit(video, 32, 48, resize="bicubic"))
+    with pytest.raises(ValueError, match="resize must be one of .*, got 'area'"):
+        Augmentation(resize="area")
 
 
 def test_augmentation_is_the_same_for_all_frames():

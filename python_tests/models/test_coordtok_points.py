@@ -13,6 +13,7 @@ from vtok_ext.models.coordtok_points import (
     rows_of_points,
     slice_bounds,
 )
+from vtok_ext.models.latent_statistics import LatentStatistics
 
 SMALL = {
     "video_shape": (8, 16, 24),
@@ -104,6 +105,49 @@ def test_several_videos_at_a_time(tok, planes, monkeypatch):
     assert_close(one_by_one, together, "one video at a time", factor=5)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "batches"), [(torch.float32, [1, 1, 1]), (torch.bfloat16, [2, 1])]
+)
+def test_default_plan_stays_below_two_gibibytes(dtype, batches):
+    """Released width, 32,768 points: 12 vectors of 1,024 numbers each are 1.5 GiB in float32."""
+    with torch.device("meta"):
+        model = vt.create_model("coordtok_large_128", dec_num_layers=1, enc_num_layers=1)
+        model = model.to(dtype).requires_grad_(False)
+        planes = {
+            name: torch.empty(3, *model.config.plane_shape(name)) for name in ("xy", "yt", "xt")
+        }
+    seen = []
+    model.decoder.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    assert model.decode(planes).shape == (3, 3, 128, 128, 128) and seen == batches
+
+
+def test_parts_are_cut_by_the_recorded_rule(tok, planes):
+    """48 points of two frames in 5 slices of 9: the last 3 patches are blank."""
+    recorded = vt.Encoding(planes, 8, (16, 24), frame_rule="reference")
+    frames = tok.decode_frames(recorded, [1, 6], num_slices=5)
+    assert (frames[:, :, -1, -4:, -12:] == 0).all() and (frames[:, :, -1, -4:, :-12] != 0).all()
+    region = tok.decode_region(recorded, 0, 0, 16, 24, times=[1, 6], num_slices=5)
+    assert torch.equal(frames, region)
+    assert torch.equal(tok.decode_frames(recorded, [1, 6]), tok.decode_frames(planes, [1, 6]))
+
+
+def test_normalised_planes(planes):
+    model = small()
+    model.latent_statistics = LatentStatistics(
+        {name: torch.tensor([0.5, -1.0, 2.0]) for name in planes},
+        {name: torch.tensor([2.0, 1.0, 0.5]) for name in planes},
+    )
+    given = model.latent_statistics.normalize_as_given(planes)
+    points = all_points((1, 4, 6))
+    for decode in (
+        lambda latent, **options: model.decode(latent, **options),
+        lambda latent, **options: model.decode_frames(latent, [3, 1.5], **options),
+        lambda latent, **options: model.decode_region(latent, 2, 2, 4, 4, **options),
+        lambda latent, **options: model.decode_points(latent, points, **options),
+    ):
+        assert_close(decode(given, normalize=True), decode(planes), "restored", factor=10)
+
+
 def test_frames_see_only_each_other(tok, planes):
     """Slices of one frame equal single frames; the order of the times is that of the result."""
     each = tok.decode(planes, num_slices=8)
@@ -177,8 +221,10 @@ def test_real_rows_follow_the_reference_arithmetic():
         assert torch.equal(*recovered(size))
     rows, index = recovered(23)
     assert not torch.equal(rows, index) and set((index - rows).tolist()) == {0, 1}
-    outside = torch.tensor([[[-1.0, 2.0, 0.5]]])
-    assert rows_of_points(outside, (3, 3, 4)).tolist() == [[0 * 12 + 2 * 4 + 1]]
+    infinity = float("inf")
+    for low, high in ((-1.0, 2.0), (-1e20, 1e20), (-infinity, infinity)):
+        outside = torch.tensor([[[low, high, 0.5]]])
+        assert rows_of_points(outside, (3, 3, 4)).tolist() == [[0 * 12 + 2 * 4 + 1]]
 
 
 def test_points_are_left_as_they_are(tok, planes):
@@ -200,6 +246,11 @@ def test_errors(tok, planes):
     for region in ((0, 0, 17, 1), (-1, 0, 2, 2), (0, 24, 1, 1), (0, 0, 0, 4)):
         with pytest.raises(ValueError, match="must be integers within 16x24, got"):
             tok.decode_region(planes, *region)
+    for times in ([True, False], torch.ones(8, dtype=torch.bool), [1j], "abc", None):
+        with pytest.raises(TypeError, match="times must be a list or tensor of real numbers, got"):
+            tok.decode_frames(planes, times)
+    with pytest.raises(TypeError, match="decode_points: points must be a torch.Tensor, got list"):
+        tok.decode_points(planes, [[[0, 0, 0]]])
     short = vt.Encoding(planes, 5, (16, 24))  # what lies behind its end was never trained
     for decode in (
         lambda: tok.decode_frames(short, [4, 4.5]),
@@ -213,3 +264,48 @@ def test_errors(tok, planes):
         tok.decode({**planes, "yt": []})
     with pytest.raises(ValueError, match="num_slices must be an integer in 1..24, the points"):
         tok.decode_frames(planes, [1], num_slices=25)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_planes_of_no_real_numbers(tok, planes, dtype):
+    wrong = {**planes, "yt": planes["yt"].to(dtype)}
+    with pytest.raises(TypeError, match=f"decode: plane yt must be floating, got {dtype}"):
+        tok.decode(wrong)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_planes_that_are_not_finite(tok, planes, value):
+    wrong = {**planes, "xt": planes["xt"].clone()}
+    wrong["xt"][0, 0, 0, 0] = value
+    for decode in (
+        tok.decode,
+        lambda latent: tok.decode_frames(latent, [1]),
+        lambda latent: tok.decode_region(latent, 0, 0, 4, 4),
+        lambda latent: tok.decode_points(latent, all_points((1, 1, 1))),
+    ):
+        with pytest.raises(ValueError, match="plane xt must be finite, got NaN or infinite values"):
+            decode(wrong)
+
+
+@pytest.mark.parametrize(
+    ("decode", "message"),
+    [
+        (lambda m, p: m.decode(p, num_frames=True), "num_frames must be an integer in 1..8"),
+        (lambda m, p: m.decode(p, num_slices=True), "num_slices must be an integer in 1..192"),
+        (lambda m, p: m.decode(p, size=(4.5, 3)), r"must be within .* got \[8, 4.5, 3\]"),
+        (lambda m, p: m.decode(p, size=("4", "3")), r"must be within .* got \[8, '4', '3'\]"),
+        (lambda m, p: m.decode(p, size=(17, 3)), r"must be within .* got \[8, 17, 3\]"),
+        (lambda m, p: m.decode(p, output="int"), "decode: output must be one of"),
+        (lambda m, p: m.decode_frames(p, [1], size=(True, 3)), "must be within the decoded"),
+        (lambda m, p: m.decode_frames(p, [1], output="int"), "decode_frames: output must be"),
+        (lambda m, p: m.decode_region(p, False, 0, 4, 4), "must be integers within 16x24"),
+        (lambda m, p: m.decode_region(p, 0, 0, 4, 4, output="int"), "decode_region: output must"),
+    ],
+)
+def test_arguments_are_refused_before_anything_is_decoded(tok, planes, decode, message):
+    hook = tok.decoder.register_forward_pre_hook(lambda *_: pytest.fail("the decoder ran"))
+    try:
+        with pytest.raises(ValueError, match=message):
+            decode(tok, planes)
+    finally:
+        hook.remove()

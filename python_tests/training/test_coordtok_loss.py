@@ -55,9 +55,14 @@ def test_perceptual_term_sums_over_the_drawn_frames(video, lpips):
     torch.testing.assert_close(total, expected)
 
 
-def test_a_short_clip_shortens_what_is_drawn_for_all(video):
-    points = draw_points(FRAMES, MODEL, torch.tensor([8, 1]))
-    assert points.shape == (2, 24, 3) and (points[1, :, 0] == 0).all()
+def test_a_short_clip_gives_its_frames_again():
+    """What is drawn of a clip does not depend on the others."""
+    drawn = [
+        draw_points(FRAMES, MODEL, torch.tensor([8, other]), [torch.Generator() for _ in range(2)])
+        for other in (8, 1)
+    ]
+    assert drawn[1].shape == (2, 48, 3) and (drawn[1][1, :, 0] == 0).all()
+    assert torch.equal(drawn[0][0], drawn[1][0])
 
 
 def test_gradient_reaches_patches_through_both_terms(video, lpips):
@@ -108,8 +113,23 @@ def test_dropout_of_a_clip_comes_from_its_generator(video, lpips):
     ("config", "model", "message"),
     [
         ({"sampling": "both"}, {}, "loss: sampling must be one of"),
-        ({"num_points": 0}, {}, "loss: num_points must be >= 1, got 0"),
-        ({"perceptual_weight": 1.0}, {}, "loss: perceptual_weight must be >= 0, and 0 for samp"),
+        ({"num_points": 0}, {}, "loss: num_points must be an integer >= 1, got 0"),
+        ({"num_points": 1.5}, {}, "loss: num_points must be an integer >= 1, got 1.5"),
+        ({"num_points": True}, {}, "loss: num_points must be an integer >= 1, got True"),
+        ({"perceptual_weight": 1.0}, {}, "loss: perceptual_weight must be .* and 0 for sampling"),
+        *(
+            (
+                {"sampling": "frames", "num_points": 24, "perceptual_weight": weight},
+                {},
+                f"loss: perceptual_weight must be finite and >= 0, .* got {weight}",
+            )
+            for weight in (-1.0, float("nan"), float("inf"))
+        ),
+        (
+            {"perceptual_dropout": 0.5},
+            {},
+            "loss: perceptual_dropout must be 0 with perceptual_weight 0, got 0.5",
+        ),
         ({"perceptual_dropout": 1.0}, {}, r"loss: perceptual_dropout must be in \[0, 1\), got 1.0"),
         ({"sampling": "frames", "num_points": 30}, {}, "must be a multiple of 24, .* got 30"),
         (

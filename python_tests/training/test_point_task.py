@@ -51,6 +51,24 @@ def test_a_run_leaves_a_model_that_loads(tmp_path):
     assert model(clip).reconstruction.shape == clip.shape
 
 
+def test_second_step_goes_on_from_the_first(tmp_path, monkeypatch):
+    """The smoke recipes, shortened: the weights of the folder, a new optimizer, whole frames."""
+    monkeypatch.setattr("vtok_ext.training.tokenizer_task._RANDOM_LPIPS_CHANNELS", (4,) * 5)
+    short = ["run.steps=3", "run.validate_every=3", "data.validation_clips=1"]
+    first = train(load_recipe("smoke_coordtok", short), tmp_path / "step1")
+    recipe = load_recipe("smoke_coordtok_frames", [*short, f"model.weights={first.model}"])
+    start = build_training(recipe, torch.device("cpu"))
+    weights = load_file(first.model / "model.safetensors")
+    assert all(torch.equal(v, weights[k]) for k, v in start.task.model.state_dict().items())
+    assert not start.optimizers["model"].state
+    second = train(recipe, tmp_path / "step2")
+    line = next(line for line in read_log(tmp_path / "step2" / "log.jsonl") if "loss" in line)
+    assert line["perceptual_loss"] > 0 and second.validation["psnr"] > 0
+    trained = load_file(second.model / "model.safetensors")
+    assert all(not torch.equal(v, weights[k]) for k, v in trained.items() if v.is_floating_point())
+    assert vt.load_model(second.model).config == start.task.model.config
+
+
 @pytest.mark.parametrize(
     "extra",
     [[], [*FRAMES, "loss.perceptual_dropout=0.5"]],
@@ -93,11 +111,12 @@ def test_the_loss_falls_on_one_batch(extra, monkeypatch):
 
 @pytest.mark.parametrize(
     "extra",
-    [[], [*FRAMES, "loss.perceptual_dropout=0.5", "data.min_frames=8"]],
+    [[], [*FRAMES, "loss.perceptual_dropout=0.5"]],
     ids=["patches", "frames"],
 )
 def test_points_and_dropout_depend_on_the_sample_alone(extra, monkeypatch):
-    """Two clips at once, and one after the other: the same points, hence the same gradient."""
+    """Two clips, one of a single frame, at once, and one after the other: the same points, hence
+    the same gradient."""
     monkeypatch.setattr("vtok_ext.training.tokenizer_task._RANDOM_LPIPS_CHANNELS", (4,) * 5)
     found = []
     for accumulate in (1, 2):
@@ -106,6 +125,7 @@ def test_points_and_dropout_depend_on_the_sample_alone(extra, monkeypatch):
         training = build_training(recipe, torch.device("cpu"))
         clips, _ = training.task.data(print)
         items = [clips[0, i] for i in range(2)]
+        items[1]["num_frames"] = torch.tensor(1)
         parts = [items] if accumulate == 1 else [[item] for item in items]
         batches = [{k: torch.stack([i[k] for i in part]) for k in items[0]} for part in parts]
         found.append(Stepper(training)(batches))
@@ -142,16 +162,28 @@ def test_short_files_are_padding_that_the_model_knows_about(tmp_path):
     assert result.step == 4
 
 
-def test_padding_frames_do_not_matter():
+@pytest.mark.parametrize("mask", ["additive", "true"])
+def test_padding_frames_do_not_matter(mask):
     """What lies after the real frames changes neither loss nor gradient."""
     found = []
     for fill in (0, 200):
-        training = build_training(tiny(), torch.device("cpu"))
+        recipe = tiny(f"model.overrides.padding_mask={mask}")  # YAML reads a boolean
+        training = build_training(recipe, torch.device("cpu"))
         clips, _ = training.task.data(print)
         item = {**clips[0, 0], "num_frames": torch.tensor(5)}
         item["video"] = item["video"].clone()
         item["video"][:, 5:] = fill
         found.append(Stepper(training)([{name: value[None] for name, value in item.items()}]))
+    assert found[0] == found[1]
+
+
+def test_validation_runs_outside_autocast():
+    found = []
+    for precision in ("float32", "bfloat16"):
+        training = build_training(tiny(f"run.precision={precision}"), torch.device("cpu"))
+        _, held_out = training.task.data(print)
+        with torch.no_grad():
+            found.append(training.task.validate(held_out))
     assert found[0] == found[1]
 
 
@@ -174,6 +206,7 @@ def test_published_recipes_are_readable():
     for recipe in (first, second):
         run = recipe.run
         assert run.batch_size * run.accumulate * 8 == 256
+        assert recipe.data.resize == "bicubic"
         assert recipe.optimizer.weight_decay == 1e-3 and recipe.optimizer.lr == 1e-4
 
 
@@ -183,6 +216,10 @@ def test_published_recipes_are_readable():
         ("model.name=vidtok_kl_causal_488_4chn", "model must be a CoordTok"),
         ("data.height=32", "data must have clips of 16x16 and at most 8 frames"),
         ("data.min_frames=9", r"data.min_frames must be null or in 1..8, got 9"),
+        ("data.shortest_video=3", "data.shortest_video must be null without data.folder, got 3"),
+        ("loss.perceptual_network=random", 'loss.perceptual_network must be "published" with loss'),
+        ("loss.perceptual_heads=vgg.pth", "loss.perceptual_heads must be null with loss.perceptu"),
+        ("optimizer.discriminator_lr=1", "optimizer.discriminator_lr must be null for task 'po"),
         ("data.shortest_video=9", r"data.shortest_video must be null or in 1..8, got 9"),
         (
             ["data.folder=x", "data.buckets=[[8,16,16]]"],
@@ -195,7 +232,10 @@ def test_published_recipes_are_readable():
             "loss.validation_slices must be <= 128, the patches of",
         ),
         ([PAIRS, "data.min_frames=1"], "data.min_frames must be >= 2, the frames of a decoded pa"),
-        ([PAIRS, "data.shortest_video=1"], "data.shortest_video must be >= 2, .* got 1"),
+        (
+            [PAIRS, "data.folder=x", "data.shortest_video=1"],
+            "data.shortest_video must be >= 2, .* got 1",
+        ),
         ([PAIRS, "data.min_frames=null", "data.num_frames=1"], "data.num_frames must be >= 2"),
         ("loss.num_point=3", "did you mean 'num_points'"),
     ],

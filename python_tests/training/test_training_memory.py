@@ -6,10 +6,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vtok_ext as vt
-from vtok_ext.cli.max_batch import NUM_POINTS, training_step
+from vtok_ext.cli.max_batch import NUM_POINTS, measured_per_clip, training_step
 from vtok_ext.models.memory_rehearsal import _LiveBytes
 from vtok_ext.training.training_memory import (
     TrainingMemory,
+    cuda_autocast_on_cpu,
     predict_training_memory,
     saved_bytes,
 )
@@ -48,16 +49,62 @@ def test_prediction_equals_what_a_real_step_saves(name, precision):
     _, step, _ = training_step("coordtok_small_128" if name == "coordtok" else MODEL, 8, 32)
     memory = predict_training_memory(build, step, precision=precision)
     model = build().train()
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+    for batch in (1, 2):
+        with saved_bytes(model) as count, cuda_autocast_on_cpu(precision):
+            loss = step(model, batch)
+        assert count.total == memory.constant + batch * memory.per_clip
+        del loss
+
+
+def normed():
+    return nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4))
+
+
+def float_squares(model, batch):
+    x = torch.zeros(batch, 8, device=next(model.parameters()).device)
+    return model(x).float().square().sum()
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_layer_norms_of_half_precision_save_float32(precision):
+    """As CUDA's autocast has it: the clip, in half; what the norm gets, its mean and deviation in
+    float32; its result, in half; and what is squared in float32."""
+    memory = predict_training_memory(normed, float_squares, precision=precision)
+    assert memory.per_clip == 8 * 2 + (16 + 2) * 4 + 16 * 2 + 4 * 4
+    assert memory.constant == 16 * 4 * 2  # the second matrix in half
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_what_cuda_saves_is_what_is_predicted(precision):
+    memory = predict_training_memory(normed, float_squares, precision=precision)
+    model = normed().cuda()
+    autocast = torch.autocast("cuda", getattr(torch, precision), enabled=precision != "float32")
     for batch in (1, 2):
         with saved_bytes(model) as count, autocast:
-            loss = step(model, batch)
-        predicted = memory.constant + batch * memory.per_clip
-        if precision == "float32":
-            assert count.total == predicted
-        else:  # fake layer norms keep their statistics in the half type, real ones in float32
-            assert predicted == pytest.approx(count.total, rel=0.01)
+            loss = float_squares(model, batch)
+        assert count.total == memory.constant + batch * memory.per_clip
         del loss
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["coordtok_small_128", "vtok_small"])
+def test_measured_peaks_are_near_the_prediction(name):
+    """The peak also has the tensors of the operations at work, which are no part of it."""
+    build, step, _ = training_step(name, 64, 128)
+    memory = predict_training_memory(build, step, precision="bfloat16")
+    ratio = measured_per_clip(build, step, "bfloat16") / memory.per_clip
+    assert 0.95 <= ratio <= 1.25
+
+
+def test_frozen_weights_have_no_gradients():
+    def build():
+        model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+        model[0].requires_grad_(False)
+        return model
+
+    memory = predict_training_memory(build, squares)
+    assert memory.state == ((8 * 16 + 16) + 4 * (16 * 4 + 4)) * 4
 
 
 def test_coordtok_hardly_grows_with_the_clip():

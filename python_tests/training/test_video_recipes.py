@@ -5,7 +5,7 @@ import torch
 from helpers import write_video
 from tiny_recipe import tiny
 
-from vtok_ext.data.clips import VideoClips
+from vtok_ext.data.clips import Augmentation, VideoClips
 from vtok_ext.data.frame_sampling import FrameSampling
 from vtok_ext.data.video_list import list_videos
 from vtok_ext.training.clip_order import buckets_of
@@ -47,6 +47,7 @@ def recipe(source, *overrides):
         "data.crop=random",
         "data.zoom=1.3",
         "data.flip=true",
+        "data.resize=bicubic",
         "run.batch_size=1",
         *overrides,
     )
@@ -62,7 +63,7 @@ def test_every_option_of_the_data_reaches_the_clips(source):
     assert clips.bucket_of == [0] * 5 + [1] * 3
     assert [tuple(clips[0, i].shape) for i in (0, 7)] == [(3, 5, 16, 24), (3, 5, 24, 16)]
     assert clips.samplings[0].fps == (10.0, 30.0)
-    assert (clips.augmentation.zoom, clips.augmentation.flip) == (1.3, True)
+    assert clips.augmentation == Augmentation("random", 1.3, True, "bicubic")
     assert not torch.equal(clips[0, 0], clips[1, 0])
     assert [tuple(clip.shape) for clip in held_out] == [(3, 5, 16, 16)]
     assert "x.mp4" in warnings[0] and warnings[1] == "left out: 1 of 9 videos"

@@ -70,6 +70,7 @@ class EvalOptions:
     size: int | None = None
     max_frames: int | None = None
     seed: int = 42
+    slices: int | None = None
     device: str = "auto"
     measures: MeasureOptions = MeasureOptions()
 
@@ -92,6 +93,8 @@ def run_eval(options: EvalOptions, *, as_json: bool) -> None:
         ema=options.ema,
         trust_checkpoint=options.trust_checkpoint,
     )
+    if options.slices is not None and not isinstance(model, CoordTok):
+        raise ValueError(f"eval: --slices must be given for a CoordTok, got {model.name}")
     shared = Shared(model.codebook_size, options.measures, target)
     generator = torch.Generator().manual_seed(options.seed)
     start, rows = time.monotonic(), []
@@ -132,6 +135,7 @@ def _protocol_facts(options: EvalOptions, model: Any) -> dict[str, Any]:
         passes = "exact stream" if model.is_causal else "whole clip"
         if isinstance(model, CoordTok):
             passes = f"windows of {model.config.video_shape[0]} frames"
+            passes += "" if options.slices is None else f", decoded in {options.slices} slices"
         latents = "codes" if model.is_discrete else "mode"
         facts: dict[str, Any] = {"latents": latents, "frame_rule": "preserve", "passes": passes}
         facts |= {"sample_fps": None, "averaged_over": "videos", "seed": None}
@@ -246,7 +250,7 @@ def _evaluated(
         fps = float(reader.info.fps) or None
         interval = interval_of(reader.info, options)
     if options.protocol == "default":
-        return [_whole(path, video, fps, model, shared)], interval
+        return [_whole(path, video, fps, model, shared, options.slices)], interval
     return _published_clips(path, video, model, shared, generator), interval
 
 
@@ -273,9 +277,17 @@ def _published_clips(
     return scores
 
 
-def _whole(path: Path, video: Tensor, fps: float | None, model: Any, shared: Shared) -> _Scores:
+def _whole(
+    path: Path,
+    video: Tensor,
+    fps: float | None,
+    model: Any,
+    shared: Shared,
+    slices: int | None,  # of a CoordTok's decoder
+) -> _Scores:
     """Returns the scores of a video encoded at once, by a CoordTok in windows of its length."""
     length = video.shape[2]
+    in_slices = {} if slices is None else {"num_slices": slices}
     if isinstance(model, CoordTok):
         length, *limit = model.config.video_shape
         if any(size > most for size, most in zip(video.shape[3:], limit, strict=True)):
@@ -287,7 +299,7 @@ def _whole(path: Path, video: Tensor, fps: float | None, model: Any, shared: Sha
     for part in video.split(length, dim=2):
         encoding = model.encode(part.to(_device(model)), fps=fps)
         shared.count(encoding.indices)
-        scores.add(model.decode(encoding), part)
+        scores.add(model.decode(encoding, **in_slices), part)
     return scores
 
 

@@ -22,8 +22,13 @@ from .console import Console
 GIB = 2**30
 # As published: the points of the first training step.
 NUM_POINTS = 1024
-# One of each architecture; continuous latents, whose training step is the simplest.
-SYSTEMS = ("coordtok_large_128", "coordtok_small_128", "vidtok_kl_causal_488_4chn")
+# How to build a model, its step of (model, batch), and the frames of its clips.
+TrainingStep = tuple[Callable[[], torch.nn.Module], Callable[[Any, int], torch.Tensor], int]
+# Of every architecture; continuous latents, whose training step is the simplest.
+SYSTEMS = (
+    *("coordtok_large_128", "coordtok_small_128"),
+    *("vidtok_kl_causal_488_4chn", "promag_base_4x8x8", "vtok_base"),
+)
 
 
 def run_max_batch(
@@ -41,25 +46,31 @@ def run_max_batch(
     each length.
 
     Raises:
-        ValueError: an unknown model, a length, size or budget that is not positive, or `check`
-            without a GPU.
+        ValueError: an unknown model, a length, size or budget that is not positive or that a model
+            cannot have, `check` without a GPU, or `recompute_encoder` without a CoordTok.
     """
     for name, values in (("frames", lengths), ("size", [size]), ("memory", [memory_gib])):
         if not 0 < min(values) < math.inf:
             raise ValueError(f"bench max-batch: {name} must be positive, got {min(values)}")
     if check and not torch.cuda.is_available():
         raise ValueError("bench max-batch: --check must have a CUDA GPU, got none")
+    if recompute_encoder and not any(map(_has_points, systems)):
+        raise ValueError(
+            "bench max-batch: --recompute-encoder must have a CoordTok among the models, "
+            f"got {', '.join(systems)}"
+        )
     console = Console(as_json)
     jobs = [
-        (name, length, again)
+        (name, again, training_step(name, length, size, recompute_encoder=again))
         for name in systems
         for again in ((False, True) if recompute_encoder and _has_points(name) else (False,))
         for length in lengths
     ]
     rows = []
     with console.progress("counting", len(jobs)) as progress:
-        for done, (name, length, again) in enumerate(jobs, 1):
-            rows.append(_row(name, length, size, memory_gib, precision, again, check))
+        for done, (name, again, step) in enumerate(jobs, 1):
+            row = _row(step, memory_gib, precision, check)
+            rows.append({"model": name, "recompute_encoder": again, **row})
             progress.update(done, name)
     report = {
         "memory_gib": memory_gib,
@@ -72,29 +83,27 @@ def run_max_batch(
     console.result(report, _table(report))
 
 
-def _row(
-    name: str,
-    length: int,
-    size: int,
-    memory_gib: float,
-    precision: str,
-    recompute_encoder: bool,
-    check: bool,
-) -> dict[str, Any]:
-    build, step, frames = training_step(name, length, size, recompute_encoder=recompute_encoder)
+def _row(job: TrainingStep, memory_gib: float, precision: str, check: bool) -> dict[str, Any]:
+    build, step, frames = job
     memory = predict_training_memory(build, step, precision=precision)
     row = {
-        "model": name,
         "frames": frames,
-        "recompute_encoder": recompute_encoder,
         "state_gib": memory.state / GIB,
         "constant_gib": memory.constant / GIB,
         "per_clip_gib": memory.per_clip / GIB,
         "largest_batch": memory.largest_batch(int(memory_gib * GIB)),
     }
-    if check:
-        row["measured_per_clip_gib"] = measured_per_clip(build, step, precision) / GIB
-    return row
+    if not check:
+        return row
+    try:
+        measured = measured_per_clip(build, step, precision)
+    except torch.cuda.OutOfMemoryError:
+        measured = None
+    torch.cuda.empty_cache()
+    return row | {
+        "measured_per_clip_gib": None if measured is None else measured / GIB,
+        "measured_to_predicted": None if measured is None else measured / memory.per_clip,
+    }
 
 
 def _has_points(name: str) -> bool:
@@ -103,7 +112,7 @@ def _has_points(name: str) -> bool:
 
 def training_step(
     name: str, length: int, size: int, *, recompute_encoder: bool = False
-) -> tuple[Callable[[], torch.nn.Module], Callable[[Any, int], torch.Tensor], int]:
+) -> TrainingStep:
     """Returns how to build a model, its step of (model, batch), and the frames of its clips.
 
     Args:
@@ -113,11 +122,14 @@ def training_step(
         recompute_encoder: of a CoordTok, in the backward pass.
 
     Raises:
-        ValueError: an unknown model, or one that makes nothing of so few frames.
+        ValueError: an unknown model, or one that makes nothing of such clips.
     """
     import vtok_ext as vt
 
+    with torch.device("meta"):
+        model = vt.create_model(name)
     if _has_points(name):
+        _check_patches(name, model.config, length, size)
         overrides = {"video_shape": (length, size, size)}
 
         def build() -> torch.nn.Module:
@@ -134,8 +146,6 @@ def training_step(
             return model(video, points=points).reconstruction.float().square().mean()
 
         return build, points_step, length
-    with torch.device("meta"):
-        model = vt.create_model(name)
     f = model.temporal_factor or 1
     frames = length // f * f + 1 if model.is_causal else length // f * f
     if frames == 0:
@@ -149,6 +159,23 @@ def training_step(
     return lambda: vt.create_model(name), step, frames
 
 
+def _check_patches(name: str, config: Any, length: int, size: int) -> None:
+    """Raises ValueError for clips that are no whole patches of a CoordTok."""
+    wanted = (length, size, size)
+    for option, value, *patches in zip(
+        ("frames", "size", "size"),
+        wanted,
+        config.enc_patch_size,
+        config.dec_patch_size,
+        strict=True,
+    ):
+        factor = math.lcm(*patches)
+        if value % factor:
+            raise ValueError(
+                f"bench max-batch: {option} must be a multiple of {factor} for {name}, got {value}"
+            )
+
+
 def measured_per_clip(
     build: Callable[[], torch.nn.Module],
     step: Callable[[Any, int], torch.Tensor],
@@ -159,12 +186,10 @@ def measured_per_clip(
     peaks = []
     for batch in (1, 1, 2):  # the first one also makes the gradients
         torch.cuda.reset_peak_memory_stats()
-        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
+        with torch.autocast("cuda", getattr(torch, precision), enabled=precision != "float32"):
             loss = step(model, batch)
         loss.backward()
         peaks.append(torch.cuda.max_memory_allocated())
-    del model, loss
-    torch.cuda.empty_cache()
     return peaks[2] - peaks[1]
 
 
@@ -177,12 +202,21 @@ def _table(report: dict[str, Any]) -> list[str]:
         line = [row["model"] + again, str(row["frames"]), str(row["largest_batch"])]
         line += [f"{row[key]:.2f} GiB" for key in ("per_clip_gib", "constant_gib", "state_gib")]
         if checked:
-            line.append(f"{row['measured_per_clip_gib']:.2f} GiB")
+            line.append(_measured(row))
         lines.append(line)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["  ".join(c.ljust(w) for c, w in zip(ln, widths, strict=True)).rstrip() for ln in lines]
+    points = any(_has_points(row["model"]) for row in report["rows"])
     text.append(
         f"{report['memory_gib']:g} GiB, {report['size']}x{report['size']}, {report['precision']}; "
-        f"predicted from what autograd saves; CoordTok decodes {report['num_points']} points"
+        "predicted from what autograd saves"
+        + (f"; CoordTok decodes {report['num_points']} points" if points else "")
     )
     return text
+
+
+def _measured(row: dict[str, Any]) -> str:
+    if row["measured_per_clip_gib"] is None:
+        return "out of memory"
+    ratio = row["measured_to_predicted"]
+    return f"{row['measured_per_clip_gib']:.2f} GiB, {ratio:.2f}x predicted"

@@ -47,7 +47,7 @@ def run_models(*, as_json: bool) -> None:
     table.caption = (
         f"MACs: multiply-adds to encode and decode one clip of {CLIP_FRAMES[True]} frames "
         f"({CLIP_FRAMES[False]} without causality) of {CLIP_SIZE}x{CLIP_SIZE}, CoordTok its own "
-        "clip; FLOPs: twice that."
+        "clip; FLOPs: twice that. coordtok_base_128 and coordtok_small_128 are sizes of our own."
     )
     table.caption_justify = "left"
     # Wide enough for every column: names must never be cut, whatever the terminal or the pipe.

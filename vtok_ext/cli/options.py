@@ -56,6 +56,14 @@ StreamingOption = Annotated[
 AnyWeightsOption = Annotated[
     bool, typer.Option("--any-weights", help="Accept tokens that other weights made.")
 ]
+SlicesOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="CoordTok: calls of the decoder that a clip is cut into; less memory, and patches see "
+        "only those of their slice [default: 1].",
+    ),
+]
 TileOption = Annotated[
     str | None,
     typer.Option(

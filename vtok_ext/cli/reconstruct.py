@@ -44,9 +44,15 @@ def run_reconstruct(
     as_json: bool,
     ema: bool = False,
     trust_checkpoint: bool = False,
+    slices: int | None = None,
     memory: MemoryOptions = NO_LIMIT,
 ) -> None:
-    """Returns None after writing the reconstruction and printing its quality."""
+    """Returns None after writing the reconstruction and printing its quality.
+
+    `slices`: see `CoordTok.decode`.
+    """
+    from vtok_ext.models import CoordTok
+
     console = Console(as_json)
     output = Path(f"{video.stem}.vtok.mp4") if output is None else output
     with VideoReader(video) as reader:
@@ -69,6 +75,10 @@ def run_reconstruct(
             model, is_random = load_model_for(
                 model_source, name, target, console, ema=ema, trust_checkpoint=trust_checkpoint
             )
+            if slices is not None and not isinstance(model, CoordTok):
+                raise ValueError(
+                    f"reconstruct: --slices must be given for a CoordTok, got {model.name}"
+                )
             total = _frames_expected(info, max_frames)
             console.say(
                 f"{video.name}: {info.width}x{info.height}, "
@@ -77,7 +87,9 @@ def run_reconstruct(
             chunk_frames = frames_per_chunk(model, info.height, info.width)
             size = (info.height, info.width, total)
             prepared = prepare(model, "reconstruct", *size, memory, chunk_frames, console)
-            run = _Reconstruction(prepared.model, info, writer, side_by_side, prepared.chunk_frames)
+            run = _Reconstruction(
+                prepared.model, info, writer, side_by_side, prepared.chunk_frames, slices
+            )
             with console.progress("reconstructing", total) as progress:
                 run.process(reader, max_frames, progress)
     report = run.report(video, output, is_random, str(target)) | prepared.facts
@@ -119,6 +131,7 @@ class _Reconstruction:
     writer: VideoWriter
     side_by_side: bool
     chunk_frames: int
+    slices: int | None
     sums: _Sums = field(default_factory=_Sums)
 
     def process(self, reader: VideoReader, max_frames: int | None, progress: Progress) -> None:
@@ -165,7 +178,8 @@ class _Reconstruction:
         clip = read_whole("reconstruct", self.model, frames())[None].to(device)
         start = time.monotonic()
         encoding = self.model.encode(clip, fps=float(self.info.fps or 24))
-        decoded = self.model.decode(encoding)
+        options = {} if self.slices is None else {"num_slices": self.slices}
+        decoded = self.model.decode(encoding, **options)
         latent = encoding.indices if self.model.is_discrete else encoding.latent
         planes = list(latent.values()) if isinstance(latent, dict) else [latent]
         self._take(planes, [decoded], start)

@@ -72,14 +72,16 @@ def train(
 
 def max_batch(
     systems: Annotated[
-        list[str] | None, typer.Argument(help="Models [default: CoordTok's and a VidTok].")
+        list[str] | None, typer.Argument(help="Models [default: of every architecture].")
     ] = None,
     frames: Annotated[
         list[int] | None, typer.Option(help="Clip lengths [default: 16, 32, 64, 128].")
     ] = None,
     size: Annotated[int, typer.Option(help="Height and width of the clips.")] = 128,
     memory: Annotated[float, typer.Option(help="Memory budget in GiB.")] = 24.0,
-    precision: Annotated[str, typer.Option(help="float32, or bfloat16 for autocast.")] = "bfloat16",
+    precision: Annotated[
+        str, typer.Option(help="float32, or bfloat16 or float16 for autocast.")
+    ] = "bfloat16",
     recompute_encoder: Annotated[
         bool,
         typer.Option(
@@ -87,7 +89,10 @@ def max_batch(
         ),
     ] = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Run steps on the GPU and compare its peak.")
+        bool,
+        typer.Option(
+            "--check", help="Run steps on the GPU; how much more than predicted a clip takes."
+        ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:

@@ -18,6 +18,7 @@ from .options import (
     NameOption,
     OutputOption,
     OverrideOption,
+    SlicesOption,
     StatisticsOption,
     StatisticsOrderOption,
     StreamingOption,
@@ -66,6 +67,7 @@ def reconstruct(
     ] = None,
     ema: EmaOption = False,
     trust_checkpoint: TrustOption = False,
+    slices: SlicesOption = None,
     tile: TileOption = None,
     memory: MemoryOption = None,
     device: DeviceOption = "auto",
@@ -86,6 +88,7 @@ def reconstruct(
         max_frames=max_frames,
         ema=ema,
         trust_checkpoint=trust_checkpoint,
+        slices=slices,
         memory=MemoryOptions(tile, memory),
         device=device,
         as_json=as_json,
@@ -145,14 +148,7 @@ def decode(
     ema: EmaOption = False,
     trust_checkpoint: TrustOption = False,
     any_weights: AnyWeightsOption = False,
-    slices: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="CoordTok: calls of the decoder that a clip is cut into; less memory, and patches "
-            "see only those of their slice [default: 1].",
-        ),
-    ] = None,
+    slices: SlicesOption = None,
     tile: TileOption = None,
     memory: MemoryOption = None,
     device: DeviceOption = "auto",
@@ -307,6 +303,7 @@ def evaluate(
         str | None,
         typer.Option(help="FVD, KVD: all clips of a video, or the first one [default: all]."),
     ] = None,
+    slices: SlicesOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -333,6 +330,7 @@ def evaluate(
                 "--name": name,
                 "--ema": ema,
                 "--seed": seed,
+                "--slices": slices,
             },
         )
     elif protocol == "default":
@@ -355,6 +353,7 @@ def evaluate(
         size=size,
         max_frames=max_frames,
         seed=42 if seed is None else seed,
+        slices=slices,
         device=device,
         measures=measures,
     )

@@ -24,6 +24,7 @@ from vtok_ext.data.video_list import VideoItem
 from vtok_ext.data.video_scan import VideoFacts, VideoIndex
 
 CROPS = ("center", "random")
+RESIZES = ("bilinear", "bicubic")
 
 
 class Clips(Protocol):
@@ -81,19 +82,23 @@ class Augmentation:
         zoom: pictures are scaled by up to this factor more than needed, >= 1; a random crop then
             has room. 1 for none.
         flip: mirror every other clip left to right.
+        resize: "bilinear" or "bicubic", as `fit`.
 
     Raises:
-        ValueError: another crop, or a zoom below 1.
+        ValueError: another crop or resize, or a zoom below 1.
     """
 
     crop: str = "center"
     zoom: float = 1.0
     flip: bool = False
+    resize: str = "bilinear"
 
     def __post_init__(self) -> None:
         """Checks every field."""
-        if self.crop not in CROPS:
-            raise ValueError(f"Augmentation: crop must be one of {CROPS}, got {self.crop!r}")
+        for name, choices in (("crop", CROPS), ("resize", RESIZES)):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"Augmentation: {name} must be one of {choices}, got {value!r}")
         if not 1 <= self.zoom < 16:
             raise ValueError(f"Augmentation: zoom must be in [1, 16), got {self.zoom}")
 
@@ -115,7 +120,7 @@ class Augmentation:
         zoom = self.zoom ** generator.random()
         if self.crop == "random":
             place = (generator.random(), generator.random())
-        video = fit(video, height, width, zoom, place)
+        video = fit(video, height, width, zoom, place, self.resize)
         return video.flip(3) if self.flip and generator.random() < 0.5 else video
 
 
@@ -297,6 +302,7 @@ def fit(
     width: int,
     zoom: float = 1.0,
     place: tuple[float, float] = (0.5, 0.5),
+    resize: str = "bilinear",
 ) -> torch.Tensor:
     """Returns [3, T, height, width] uint8: scaled to cover that size, then cropped.
 
@@ -305,6 +311,8 @@ def fit(
         height, width: in pixels.
         zoom: factor by which it is scaled more than that, >= 1.
         place: where the rest is cut, 0 for the top (left), 1 for the bottom (right).
+        resize: "bilinear" or "bicubic"; both are antialiased, the latter is that of PIL up to
+            rounding.
     """
     scale = max(height / video.shape[2], width / video.shape[3]) * zoom
     if scale != 1:
@@ -313,7 +321,7 @@ def fit(
             max(width, round(video.shape[3] * scale)),
         ]
         frames = video.transpose(0, 1).float()
-        frames = F.interpolate(frames, size, mode="bilinear", antialias=True)
+        frames = F.interpolate(frames, size, mode=resize, antialias=True)
         video = frames.round().clamp(0, 255).to(torch.uint8).transpose(0, 1)
     top = int(place[0] * (video.shape[2] - height))
     left = int(place[1] * (video.shape[3] - width))

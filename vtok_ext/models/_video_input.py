@@ -5,6 +5,10 @@ Float videos are [B, 3, T, H, W] in [-1, 1]; uint8 videos become x / 127.5 - 1.
 
 from __future__ import annotations
 
+import math
+from numbers import Integral, Real
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,10 +47,22 @@ def is_finite(video: Tensor) -> bool:
     return all(torch.isfinite(part).all() for part in video.split(_FRAMES_PER_CHECK, 2))
 
 
+def is_integer(value: object) -> bool:
+    """Returns whether `value` is an integer; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def check_frame_rule(op: str, frames: str) -> None:
     """Raises ValueError unless `frames` names a frame rule."""
     if frames not in FRAME_RULES:
         raise ValueError(f"{op}: frames must be one of {FRAME_RULES}, got {frames!r}")
+
+
+def check_fps(op: str, fps: Any) -> None:
+    """Raises ValueError unless `fps` is None or a finite number > 0."""
+    number = isinstance(fps, Real) and not isinstance(fps, bool)
+    if fps is not None and not (number and 0 < float(fps) < math.inf):
+        raise ValueError(f"{op}: fps must be a number > 0 or None, got {fps!r}")
 
 
 def to_float(video: Tensor, dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vtok_ext.models import _persistence
 from vtok_ext.models._config import ModelConfig
 from vtok_ext.models._fingerprint import weights_fingerprint
-from vtok_ext.models._video_input import is_finite, to_uint8
+from vtok_ext.models._video_input import is_finite, is_integer, to_uint8
 from vtok_ext.models.encoding import Encoding, Output, Tokens
 from vtok_ext.models.failed_computation import FailedComputationError
 from vtok_ext.models.latent_statistics import Latent, LatentStatistics
@@ -336,22 +336,31 @@ class VideoTokenizer(nn.Module):
         return ValueError(f"{op}: model must be causal for an exact stream, got {self.name}")
 
     @staticmethod
-    def _finish(op: str, video: Tensor, num_frames, size, output: str) -> Tensor:
-        """Returns `video` cropped to what was recorded, in the requested form."""
+    def _wanted_shape(
+        op: str, available: tuple[int, ...], num_frames, size, output: str
+    ) -> tuple[int, ...]:
+        """Returns (T, H, W) of what is wanted of decoded frames; raises where it cannot be had."""
         if output not in OUTPUTS:
             raise ValueError(f"{op}: output must be one of {OUTPUTS}, got {output!r}")
-        available = tuple(video.shape[2:])
         if not isinstance(size, tuple | list | None):
             raise TypeError(f"{op}: size must be (H, W), got {size!r}")
         wanted = (
             available[0] if num_frames is None else num_frames,
             *(available[1:] if size is None else size),
         )
-        if len(wanted) != 3 or not all(1 <= w <= a for w, a in zip(wanted, available, strict=True)):
+        whole = len(wanted) == 3 and all(map(is_integer, wanted))
+        if not whole or not all(1 <= w <= a for w, a in zip(wanted, available, strict=True)):
             raise ValueError(
                 f"{op}: num_frames and size must be within the decoded {list(available)}, "
                 f"got {list(wanted)}"
             )
+        return wanted
+
+    @staticmethod
+    def _finish(op: str, video: Tensor, num_frames, size, output: str) -> Tensor:
+        """Returns `video` cropped to what was recorded, in the requested form."""
+        available = tuple(video.shape[2:])
+        wanted = VideoTokenizer._wanted_shape(op, available, num_frames, size, output)
         if wanted != available:
             video = video[:, :, : wanted[0], : wanted[1], : wanted[2]]
         if output == "float":

@@ -13,7 +13,6 @@ Source: Jang et al., CoordTok (arXiv 2411.14762).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from vtok_ext.models import _video_input as video_input
 from vtok_ext.models.base import VideoTokenizer
+from vtok_ext.models.coordtok_checks import check_planes, check_region, checked_num_frames
 from vtok_ext.models.coordtok_config import PLANE_AXES, PRESETS, CoordTokConfig
 from vtok_ext.models.coordtok_networks import Decoder, Encoder, Planes
 from vtok_ext.models.coordtok_points import (
@@ -97,16 +97,15 @@ class CoordTok(VideoTokenizer):
         return next(self.parameters()).dtype
 
     def token_grid(self, num_frames: int, height: int, width: int) -> tuple[int]:
-        """Returns (cells of the three planes,), the same for every clip."""
+        """Returns (cells of the three planes,), the same for every clip that the model takes."""
+        self.check_clip("token_grid", (num_frames, height, width))
         return (self.config.num_tokens,)
 
     def run_networks(self, batch: int, num_frames: int, height: int, width: int) -> None:
         """Runs encoder and decoder on clips without meaningful values, padded as by `encode`."""
-        shape, moments = self.config.video_shape, -(-num_frames // self.config.dec_patch_size[0])
-        video = next(self.parameters()).new_empty(batch, 3, *shape)
+        video = next(self.parameters()).new_empty(batch, 3, *self.config.video_shape)
         planes = self.encoder(video, self._queries())
-        lattice = self._lattice(torch.arange(moments), (0, shape[1]), (0, shape[2]))
-        self._decode_lattice("run_networks", planes, lattice, 1)
+        self._decode_clip("run_networks", planes, num_frames, 1, "preserve")
 
     # Encoding.
 
@@ -126,16 +125,22 @@ class CoordTok(VideoTokenizer):
             points: which points to decode, [B, N, 3] as in `decode_points`; then the reconstruction
                 is their patches [B, N, dt * dx * dy * 3]. Default the whole clip.
             num_frames: real frames of each clip, as in `encode`.
-            num_slices: as for `decode`, for the whole clip.
+            num_slices: as for `decode`, for the whole clip; 1 with `points`.
             **options: `fps`, `frames` of `encode`.
 
         Raises:
             TypeError, ValueError: an argument is not as described.
         """
+        if points is not None and num_slices != 1:
+            raise ValueError(f"forward: num_slices must be 1 with points, got {num_slices}")
         encoding = self.encode(video, num_frames=num_frames, **options)
-        if points is None:
-            return Output(self.decode(encoding, num_slices=num_slices), encoding)
-        return Output(self.decode_points(encoding, points), encoding)
+        # NaN is found by its loss: training then names the layer that made it.
+        planes = self._planes("forward", encoding, finite=False)
+        if points is not None:
+            return Output(self._decode_points("forward", planes, points), encoding)
+        length = encoding.num_frames
+        decoded = self._decode_clip("forward", planes, length, num_slices, encoding.frame_rule)
+        return Output(self._finish("forward", decoded, length, encoding.size, "float"), encoding)
 
     def encode(
         self,
@@ -152,7 +157,7 @@ class CoordTok(VideoTokenizer):
 
         Args:
             video: [B, 3, T, H, W], float in [-1, 1] or uint8, at most `config.video_shape`.
-            fps: frames per second, only recorded.
+            fps: frames per second, only recorded; None when unknown.
             sample, generator: without effect, the latent has no distribution.
             num_frames: integers [B] in 1..T, for clips of different length: what comes after them
                 is padding, whatever it holds. Default T for all. The Encoding records T alone:
@@ -167,6 +172,7 @@ class CoordTok(VideoTokenizer):
         """
         video_input.check_video("encode", video)
         video_input.check_frame_rule("encode", frames)
+        video_input.check_fps("encode", fps)
         shape, limit = tuple(video.shape[2:]), self.config.video_shape
         self.check_clip("encode", shape)
         if frames == "reference" and shape[1:] != limit[1:]:
@@ -179,7 +185,7 @@ class CoordTok(VideoTokenizer):
         if num_frames is None and shape[0] < limit[0]:
             num_frames = torch.full((x.shape[0],), shape[0], device=x.device)
         elif num_frames is not None:
-            num_frames = self._checked_num_frames(num_frames, video)
+            num_frames = checked_num_frames(num_frames, video)
         x = F.pad(x, (0, 0, 0, 0, 0, limit[0] - shape[0]), value=PADDING_VALUE)
         if num_frames is not None:
             real = torch.arange(limit[0], device=x.device) < num_frames[:, None]
@@ -192,32 +198,16 @@ class CoordTok(VideoTokenizer):
         """Raises ValueError unless a clip of this shape fits into the model; see the base class."""
         if not self._fits(shape):
             raise ValueError(
-                f"{op}: video must have at most (frames, height, width) {self.config.video_shape}, "
-                f"got {tuple(shape)}; cut or resize it first"
+                f"{op}: video must have at least one and at most (frames, height, width) "
+                f"{self.config.video_shape}, got {tuple(shape)}; cut or resize it first"
             )
 
     def _fits(self, shape: Sequence[int]) -> bool:
         limit = self.config.video_shape
-        return all(size <= most for size, most in zip(shape, limit, strict=True))
+        return all(1 <= size <= most for size, most in zip(shape, limit, strict=True))
 
     def _queries(self) -> Planes:
         return {plane: getattr(self, f"weight_tokens_{plane}") for plane in PLANE_AXES}
-
-    @staticmethod
-    def _checked_num_frames(num_frames: Tensor, video: Tensor) -> Tensor:
-        ok = isinstance(num_frames, Tensor) and num_frames.dtype in (torch.int32, torch.int64)
-        if not ok or num_frames.shape != video.shape[:1]:
-            shown = list(num_frames.shape) if isinstance(num_frames, Tensor) else num_frames
-            raise ValueError(
-                f"encode: num_frames must be integers [B] with B = {video.shape[0]}, got {shown}"
-            )
-        if num_frames.device.type == "cpu" and not torch.compiler.is_compiling():
-            least, most = int(num_frames.min()), int(num_frames.max())
-            if least < 1 or most > video.shape[2]:
-                raise ValueError(
-                    f"encode: num_frames must be in 1..{video.shape[2]}, got {least}..{most}"
-                )
-        return num_frames.to(video.device)
 
     # Decoding.
 
@@ -253,24 +243,21 @@ class CoordTok(VideoTokenizer):
             TypeError, ValueError: an argument is not as described, or asks for more than there is,
                 or an Encoding records another model.
         """
-        encoding = self._denormalized(encoding, normalize)  # type: ignore[assignment]
-        planes = self._planes("decode", encoding)
-        limit, known = self.config.video_shape, self._num_frames(encoding)
+        planes = self._planes("decode", encoding, normalize)
+        known = self._num_frames(encoding)
         num_frames = known if num_frames is None else num_frames
         if isinstance(encoding, Encoding):
             size = encoding.size if size is None else size
             frames = encoding.frame_rule if frames is None else frames
         frames = "preserve" if frames is None else frames
         video_input.check_frame_rule("decode", frames)
-        if not isinstance(num_frames, Integral) or not 1 <= num_frames <= known:
+        if not video_input.is_integer(num_frames) or not 1 <= num_frames <= known:
             raise ValueError(
                 f"decode: num_frames must be an integer in 1..{known}, got {num_frames}"
             )
-        moments = torch.arange(-(-num_frames // self.config.dec_patch_size[0]))
-        lattice = self._lattice(moments, (0, limit[1]), (0, limit[2]))
-        video = self._decode_lattice(
-            "decode", planes, lattice, num_slices, drop_rest=frames == "reference"
-        )
+        available = (num_frames, *self.config.video_shape[1:])
+        self._wanted_shape("decode", available, num_frames, size, output)
+        video = self._decode_clip("decode", planes, num_frames, num_slices, frames)
         return self._finish("decode", video, num_frames, size, output)
 
     def decode_frames(
@@ -281,26 +268,28 @@ class CoordTok(VideoTokenizer):
         size: tuple[int, int] | None = None,
         output: str = "float",
         num_slices: int = 1,
+        normalize: bool = False,
     ) -> Tensor:
         """Returns the pictures [B, 3, n, H, W] at some times of the clip, in the order of `times`.
 
-        Only these are computed; they see each other and no other frame, see the class.
+        Only these are computed; they see each other and no other frame, see the class. Slices are
+        of the patches that are computed, by the frame rule that the Encoding records.
 
         Args:
             encoding: as for `decode`.
             times: n numbers of frames from 0 to T - 1, such as [5, 90], with T the frames that the
                 Encoding records, and for bare planes those of the model. Numbers that are not
                 integers lie between two frames.
-            size, output, num_slices: as for `decode`.
+            size, output, num_slices, normalize: as for `decode`.
 
         Raises:
             TypeError, ValueError: as for `decode`.
         """
-        region = (0, 0, *self.config.video_shape[1:])
-        pictures = self._decode_part("decode_frames", encoding, times, region, num_slices)
+        picture = self.config.video_shape[1:]
         if size is None and isinstance(encoding, Encoding):
             size = encoding.size
-        return self._finish("decode_frames", pictures, None, size, output)
+        region, options = (0, 0, *picture), (num_slices, normalize)
+        return self._decode_part("decode_frames", encoding, times, region, size, output, *options)
 
     def decode_region(
         self,
@@ -313,16 +302,18 @@ class CoordTok(VideoTokenizer):
         times: Times | None = None,
         output: str = "float",
         num_slices: int = 1,
+        normalize: bool = False,
     ) -> Tensor:
         """Returns a rectangle of the clip, [B, 3, n, height, width].
 
-        Only the patches that it touches are computed; they see no other, see the class.
+        Only the patches that it touches are computed; they see no other, see the class. Slices as
+        for `decode_frames`.
 
         Args:
             encoding: as for `decode`.
             top, left, height, width: the rectangle, in pixels, within the clip.
             times: as for `decode_frames`; default all frames of the clip.
-            output, num_slices: as for `decode`.
+            output, num_slices, normalize: as for `decode`.
 
         Raises:
             TypeError, ValueError: as for `decode`.
@@ -334,34 +325,37 @@ class CoordTok(VideoTokenizer):
             else self.config.video_shape
         )
         region = (top, left, height, width)
-        whole = all(isinstance(value, Integral) for value in region) and min(height, width) >= 1
-        if not whole or not (0 <= top <= shape[1] - height and 0 <= left <= shape[2] - width):
-            raise ValueError(
-                f"decode_region: top, left, height, width must be integers within "
-                f"{shape[1]}x{shape[2]}, got {region}"
-            )
+        check_region("decode_region", region, shape[1:])
         times = range(shape[0]) if times is None else times
-        pictures = self._decode_part("decode_region", encoding, times, region, num_slices)
-        return self._finish("decode_region", pictures, None, None, output)
+        options = (num_slices, normalize)
+        return self._decode_part("decode_region", encoding, times, region, None, output, *options)
 
-    def decode_points(self, encoding: Encoding | Planes, points: Tensor) -> Tensor:
+    def decode_points(
+        self, encoding: Encoding | Planes, points: Tensor, *, normalize: bool = False
+    ) -> Tensor:
         """Returns the patches [B, N, dt * dx * dy * 3] of points that see each other.
 
         A patch holds its frames, rows, columns and colours in row-major order.
 
         Args:
-            encoding: as for `decode`.
+            encoding, normalize: as for `decode`.
             points: [B, N, 3] as (t, x, y): integers that count patches; or float32 coordinates in
-                [0, 1], patch k of G being k / (G - 1), with the positional vector of the patch at
-                or before them. Values outside count as the first or last patch.
+                [0, 1], patch k of G being k / (G - 1). A coordinate c has the positional vector of
+                patch floor(c * (G - 1)), a float32 product that for most G but powers of two falls
+                short of some patches; integers are exact. Values outside count as the first or last
+                patch.
 
         Raises:
             TypeError, ValueError: an argument is not as described.
         """
-        planes = self._planes("decode_points", encoding)
-        return self.decoder(
-            self.point_features(planes, points), rows_of_points(points, self.config.point_grid())
-        )
+        planes = self._planes("decode_points", encoding, normalize)
+        return self._decode_points("decode_points", planes, points)
+
+    def _decode_points(self, op: str, planes: Planes, points: Tensor) -> Tensor:
+        if not isinstance(points, Tensor):
+            raise TypeError(f"{op}: points must be a torch.Tensor, got {type(points).__name__}")
+        rows = rows_of_points(points, self.config.point_grid())
+        return self.decoder(self.point_features(planes, points), rows)
 
     def point_features(self, planes: Planes, points: Tensor) -> Tensor:
         """Returns the interpolated cells [B, N, 3 C] of points; see `triplane_gather`."""
@@ -375,24 +369,21 @@ class CoordTok(VideoTokenizer):
         known = isinstance(encoding, Encoding)
         return encoding.num_frames if known else self.config.video_shape[0]  # type: ignore[union-attr]
 
-    def _planes(self, op: str, encoding: Encoding | Planes) -> Planes:
+    def _planes(
+        self,
+        op: str,
+        encoding: Encoding | Planes,
+        normalize: bool = False,
+        *,
+        finite: bool = True,
+    ) -> Planes:
         """Returns the planes of `encoding`, checked, in the model's dtype."""
-        encoding = self._denormalized(encoding, False)  # type: ignore[assignment]
+        encoding = self._denormalized(encoding, normalize)  # type: ignore[assignment]
         if isinstance(encoding, Encoding):
             self.check_origin(op, encoding.model_id)
             self._check_recorded(op, encoding)
-        planes = encoding.latent if isinstance(encoding, Encoding) else encoding
-        if not isinstance(planes, dict) or set(planes) != set(PLANE_AXES):
-            found = sorted(planes) if isinstance(planes, dict) else type(planes).__name__
-            raise TypeError(f"{op}: latent must be a dict of planes xy, yt and xt, got {found}")
-        batch = getattr(planes["xy"], "shape", ())[:1]
-        for name, plane in planes.items():
-            if not isinstance(plane, Tensor):
-                raise TypeError(f"{op}: plane {name} must be a tensor, got {type(plane).__name__}")
-            shape = self.config.plane_shape(name)
-            if plane.shape[1:] != shape or plane.shape[:1] != batch or 0 in batch:
-                form = ", ".join(map(str, shape))
-                raise ValueError(f"{op}: plane {name} must be [B, {form}], got {list(plane.shape)}")
+        planes: Any = encoding.latent if isinstance(encoding, Encoding) else encoding
+        check_planes(op, planes, self.config, finite=finite)
         return {name: planes[name].to(self.dtype) for name in PLANE_AXES}
 
     def _check_recorded(self, op: str, encoding: Encoding) -> None:
@@ -400,7 +391,7 @@ class CoordTok(VideoTokenizer):
         recorded = (encoding.num_frames, *encoding.size)
         if not self._fits(recorded):
             raise ValueError(
-                f"{op}: encoding must record at most (frames, height, width) "
+                f"{op}: encoding must record at least one and at most (frames, height, width) "
                 f"{self.config.video_shape}, got {recorded}"
             )
 
@@ -420,25 +411,40 @@ class CoordTok(VideoTokenizer):
         encoding: Encoding | Planes,
         times: Times,
         region: tuple[int, ...],  # top, left, height, width
+        size: tuple[int, int] | None,
+        output: str,
         num_slices: int,
+        normalize: bool,
     ) -> Tensor:
+        """Returns the region at `times`, cropped to `size`; slices as the Encoding records."""
         top, left, height, width = region
         patch_frames, size_x, size_y = self.config.dec_patch_size
-        planes = self._planes(op, encoding)
+        planes = self._planes(op, encoding, normalize)
+        self._wanted_shape(op, (1, height, width), None, size, output)
+        rule = encoding.frame_rule if isinstance(encoding, Encoding) else "preserve"
         # What a model makes of times after the end of a clip, no training has looked at.
         limit, known = self.config.video_shape[0], self._num_frames(encoding)
         moments, wanted = locate_times(op, times, limit, patch_frames, known)
         lattice = self._lattice(moments, (top, top + height), (left, left + width))
-        video = self._decode_lattice(op, planes, lattice, num_slices)
+        video = self._decode_lattice(op, planes, lattice, num_slices, rule)
         top, left = top % size_x, left % size_y
         video = video[:, :, :, top : top + height, left : left + width]
-        return video[:, :, wanted.to(video.device)]
+        return self._finish(op, video[:, :, wanted.to(video.device)], None, size, output)
+
+    def _decode_clip(
+        self, op: str, planes: Planes, num_frames: int, num_slices: int, frames: str
+    ) -> Tensor:
+        """Returns the video of the patches that hold the first `num_frames`."""
+        _, height, width = self.config.video_shape
+        moments = torch.arange(-(-num_frames // self.config.dec_patch_size[0]))
+        lattice = self._lattice(moments, (0, height), (0, width))
+        return self._decode_lattice(op, planes, lattice, num_slices, frames)
 
     def _decode_lattice(
-        self, op: str, planes: Planes, lattice: Lattice, num_slices: int, drop_rest: bool = False
+        self, op: str, planes: Planes, lattice: Lattice, num_slices: int, frames: str = "preserve"
     ) -> Tensor:
         """Returns the video [B, 3, Nt * dt, Nx * dx, Ny * dy] of a lattice of patches."""
-        if not isinstance(num_slices, Integral) or not 1 <= num_slices <= lattice.num_points:
+        if not video_input.is_integer(num_slices) or not 1 <= num_slices <= lattice.num_points:
             raise ValueError(
                 f"{op}: num_slices must be an integer in 1..{lattice.num_points}, the points, "
                 f"got {num_slices}"
@@ -448,7 +454,7 @@ class CoordTok(VideoTokenizer):
             real = torch.float64
         axes, grid = lattice.coords(real, device)
         rows = lattice.rows(device)
-        bounds = slice_bounds(lattice.num_points, num_slices, drop_rest=drop_rest)
+        bounds = slice_bounds(lattice.num_points, num_slices, drop_rest=frames == "reference")
         longest = bounds[0][1] - bounds[0][0]
         bytes_per_point = _VECTORS_PER_POINT * self.config.dec_embed_dim * self.dtype.itemsize
         videos = max(1, _DECODE_BYTES // (bytes_per_point * longest))

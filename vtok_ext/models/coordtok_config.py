@@ -33,7 +33,8 @@ class CoordTokConfig(ModelConfig):
         dec_embed_dim, dec_num_layers, dec_num_heads: the decoder.
         dec_patch_size: frames, rows and columns that one point decodes to.
         padding_mask: "additive" adds 1 to every logit of a padded token, as the released weights
-            were trained with (it favours padding); "true" hides padded tokens everywhere.
+            were trained with (it favours padding); "true", also as a boolean, hides padded tokens
+            everywhere.
         unpatchify: "grid" puts the query tokens of a plane on their own grid; "square_root" on a
             square one and reinterprets the result, as the reference does: the same for square
             grids, scrambled cells for others.
@@ -57,6 +58,8 @@ class CoordTokConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         """Checks every field."""
+        if self.padding_mask is True:  # how YAML reads it
+            object.__setattr__(self, "padding_mask", "true")
         counts = ("embed_dim", "num_layers", "num_heads")
         for name in (*(f"{part}_{count}" for part in ("enc", "dec") for count in counts),):
             self._require_int(name, 1)

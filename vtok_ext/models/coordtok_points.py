@@ -73,12 +73,12 @@ def rows_of_points(
 
     Integer points are exact. Real ones follow the reference, whose float32 product c * (G - 1) is
     truncated: for G in 4, 8, ..., 256 it recovers k from k / (G - 1); for most others it falls
-    short of some k, and then the row is k - 1.
+    short of some k, and then the row is k - 1. Values outside count as the first or last patch.
     """
     last = torch.tensor([size - 1 for size in grid], device=points.device)
     indices = points.detach()
     if indices.is_floating_point():
-        indices = (indices * last).long()
+        indices = (indices.clamp(0, 1) * last).long()  # infinity and 1e20 are no integers
     t, x, y = indices.long().clamp(min=0).minimum(last).unbind(-1)
     return _flat_rows(t, x, y, grid)
 
@@ -104,9 +104,17 @@ def locate_times(
         clip_frames: T of the clip; default that of the model.
 
     Raises:
+        TypeError: no real numbers; True and False are none, such as those of a mask.
         ValueError: no time, or one outside the clip.
     """
     clip_frames = num_frames if clip_frames is None else clip_frames
+    must = f"{op}: times must be a list or tensor of real numbers"
+    try:
+        given = torch.as_tensor(times)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{must}, got {times!r}") from error
+    if given.dtype == torch.bool or given.is_complex():
+        raise TypeError(f"{must}, got {given.dtype}")
     moments = torch.as_tensor(times, dtype=torch.float64).cpu()
     inside = moments.dim() == 1 and moments.numel() and bool(torch.isfinite(moments).all())
     if not inside or moments.min() < 0 or moments.max() > clip_frames - 1:

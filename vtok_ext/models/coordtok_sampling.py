@@ -57,23 +57,20 @@ def random_frame_points(
     """Returns all patches [B, num_frames_drawn * Gx * Gy, 3] of some frames, drawn without
     replacement: the second step of the published training, for patches of one frame.
 
-    Args:
-        num_frames: real frames of each clip.
-        num_frames_drawn: frames per clip, at most the shortest one has.
-        grid, generator: as in `random_points`.
+    A clip of fewer frames gives all of them, and then some again, so that what is drawn of it does
+    not depend on the others; the reference cannot batch such clips.
 
-    Raises:
-        ValueError: a clip has fewer frames.
+    Args:
+        num_frames: real frames of each clip, at least one.
+        num_frames_drawn: frames per clip.
+        grid, generator: as in `random_points`.
     """
-    if int(num_frames.min()) < num_frames_drawn:
-        raise ValueError(
-            f"random_frame_points: num_frames_drawn must be at most {int(num_frames.min())}, the "
-            f"frames of the shortest clip, got {num_frames_drawn}"
-        )
     x, y = torch.arange(grid[1]), torch.arange(grid[2])
 
     def draw(count: int) -> Tensor:
-        t = torch.randperm(count, generator=generator)[:num_frames_drawn]
+        rounds = -(-num_frames_drawn // count)
+        orders = [torch.randperm(count, generator=generator) for _ in range(rounds)]
+        t = torch.cat(orders)[:num_frames_drawn]
         return torch.stack(torch.meshgrid(t, x, y, indexing="ij"), dim=-1).flatten(0, 2)
 
     points = [draw(count) for count in num_frames.tolist()]

@@ -168,6 +168,7 @@ class GridTokenizer(VideoTokenizer):
             return self._normalized(encoding, normalize)
         video_input.check_video("encode", video, self.video_channels)
         video_input.check_frame_rule("encode", frames)
+        video_input.check_fps("encode", fps)
         s, unit = self.spatial_factor, self.temporal_factor * self.latents_per_unit
         num_frames, height, width = video.shape[2:]
         x = video_input.to_float(video, self.dtype)

@@ -7,13 +7,14 @@ that the points make up. Both sums run over the clips of a batch, as the referen
 grows with the batch, and the perceptual term with the number of frames.
 
     step 1   single patches of real frames, w = 0
-    step 2   all patches of some real frames, w = 1
+    step 2   all patches of some real frames, w = 1; of a shorter clip some frames again
 
 Source: CoordTok (arXiv 2411.14762), specification section 8.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtok_ext.models._video_input import is_integer
 from vtok_ext.models.coordtok_config import CoordTokConfig
 from vtok_ext.models.coordtok_points import patches_to_video
 from vtok_ext.models.coordtok_sampling import random_frame_points, random_points, video_patches
@@ -36,7 +38,7 @@ class PointLossConfig:
         sampling: "patches" draws single patches with replacement; "frames" draws whole frames
             without, which needs patches of one frame.
         num_points: decoded points per clip; for "frames" a multiple of the patches per frame. A
-            batch whose shortest clip has fewer frames takes as many as that one has.
+            clip of fewer frames gives some of them again.
         perceptual_weight: of LPIPS, for "frames" only; 1 in the published second step.
         perceptual_dropout: of LPIPS' heads: 0.5 is what the reference trains with, unintended; 0
             is LPIPS as its authors use it.
@@ -51,16 +53,22 @@ class PointLossConfig:
         """Checks every field."""
         if self.sampling not in SAMPLING:
             raise ValueError(f"loss: sampling must be one of {SAMPLING}, got {self.sampling!r}")
-        if self.num_points < 1:
-            raise ValueError(f"loss: num_points must be >= 1, got {self.num_points}")
-        if self.perceptual_weight < 0 or (self.perceptual_weight and self.sampling == "patches"):
+        if not is_integer(self.num_points) or self.num_points < 1:
+            raise ValueError(f"loss: num_points must be an integer >= 1, got {self.num_points}")
+        most = math.inf if self.sampling == "frames" else 0.0
+        if self.perceptual_weight != 0 and not 0 < self.perceptual_weight < most:
             raise ValueError(
-                "loss: perceptual_weight must be >= 0, and 0 for sampling 'patches', which make up "
-                f"no picture, got {self.perceptual_weight}"
+                "loss: perceptual_weight must be finite and >= 0, and 0 for sampling 'patches', "
+                f"which make up no picture, got {self.perceptual_weight}"
             )
         if not 0 <= self.perceptual_dropout < 1:
             raise ValueError(
                 f"loss: perceptual_dropout must be in [0, 1), got {self.perceptual_dropout}"
+            )
+        if self.perceptual_dropout and not self.perceptual_weight:
+            raise ValueError(
+                "loss: perceptual_dropout must be 0 with perceptual_weight 0, "
+                f"got {self.perceptual_dropout}"
             )
 
     def check_model(self, config: CoordTokConfig) -> None:
@@ -97,7 +105,7 @@ def draw_points(
         ValueError: a clip is shorter than a patch.
     """
     grid, frames = model.point_grid(), model.dec_patch_size[0]
-    wanted = min(loss.num_points // (grid[1] * grid[2]), int(num_frames.min()))
+    wanted = loss.num_points // (grid[1] * grid[2])
     drawn = []
     for i, count in enumerate(num_frames.split(1)):
         generator = None if generators is None else generators[i]

@@ -12,6 +12,7 @@ of the gradient, trains the same. Source: CoordTok (arXiv 2411.14762), specifica
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -61,6 +62,13 @@ class PointLossRecipe(PerceptualRecipe, PointLossConfig):
         """Checks every field."""
         PointLossConfig.__post_init__(self)
         PerceptualRecipe.__post_init__(self)
+        for name in ("perceptual_network", "perceptual_backbone", "perceptual_heads"):
+            value, default = getattr(self, name), getattr(PerceptualRecipe, name)
+            if value != default and not self.perceptual_weight:
+                raise ValueError(
+                    f"recipe: loss.{name} must be {json.dumps(default)} with "
+                    f"loss.perceptual_weight 0, got {value!r}"
+                )
         if self.validation_slices < 1:
             raise ValueError(
                 f"recipe: loss.validation_slices must be >= 1, got {self.validation_slices}"
@@ -94,6 +102,11 @@ class PointDataRecipe(DataRecipe):
         if self.shortest_video is not None and not 1 <= self.shortest_video <= self.num_frames:
             raise ValueError(
                 f"recipe: data.shortest_video must be null or in 1..{self.num_frames}, "
+                f"got {self.shortest_video}"
+            )
+        if self.shortest_video is not None and self.folder is None:
+            raise ValueError(
+                "recipe: data.shortest_video must be null without data.folder, "
                 f"got {self.shortest_video}"
             )
         if self.buckets:
@@ -137,6 +150,11 @@ class PointTask(Task):
         if recipe.model.freeze:
             raise ValueError(
                 f"recipe: model.freeze must be empty for task 'points', got {recipe.model.freeze}"
+            )
+        if recipe.optimizer.discriminator_lr is not None:
+            raise ValueError(
+                "recipe: optimizer.discriminator_lr must be null for task 'points', "
+                f"got {recipe.optimizer.discriminator_lr}"
             )
         model: Any = build_model(recipe.model)
         if not isinstance(model, CoordTok):
@@ -231,8 +249,8 @@ class PointTask(Task):
         frames = int(sample["num_frames"])
         video = to_video(sample["video"][None, :, :frames].to(self.device))
         slices = self.recipe.loss.validation_slices
-        with self.autocast():
-            return video, self.model(video, num_slices=slices).reconstruction.float()
+        # In the precision of the weights, as published.
+        return video, self.model(video, num_slices=slices).reconstruction
 
 
 def _check_patches(recipe: PointRecipe, model: CoordTokConfig) -> None:

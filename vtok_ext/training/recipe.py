@@ -13,7 +13,7 @@ import math
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
-from vtok_ext.data.clips import CROPS
+from vtok_ext.data.clips import CROPS, RESIZES
 from vtok_ext.data.frame_sampling import RULES
 from vtok_ext.training.log_sinks import LOGGERS
 from vtok_ext.training.losses import LossConfig
@@ -26,7 +26,7 @@ FREEZABLE = ("encoder",)
 STARTS = ("published", "scaled")
 # Of section data, what says nothing of procedural clips.
 _OF_FILES = (
-    *("root", "fraction", "buckets", "fps", "sampling", "crop", "zoom", "flip", "scan"),
+    *("root", "fraction", "buckets", "fps", "sampling", "crop", "zoom", "flip", "resize", "scan"),
     *("validation_folder", "validation_root", "validation_size", "validation_fps"),
 )
 
@@ -92,7 +92,7 @@ class DataRecipe:
         fps: [] for a video's own frames, [rate], or [low, high] for a random rate between them;
             the published training has [3].
         sampling: "timestamps", or "reference" for the published rule (needs one rate).
-        crop, zoom, flip: see `Augmentation`.
+        crop, zoom, flip, resize: see `Augmentation`; `resize` is that of held-out clips too.
         scan: read every video's index at the start, so that unusable ones are named at once.
         damage_log: file that gets a line for every video found damaged while training; null for
             damaged.txt in the folder of the run.
@@ -118,6 +118,7 @@ class DataRecipe:
     crop: str = "center"
     zoom: float = 1.0
     flip: bool = False
+    resize: str = "bilinear"
     scan: bool = True
     damage_log: str | None = None
     validation_folder: str | None = None
@@ -141,7 +142,7 @@ class DataRecipe:
         _require(ok, "data.validation_size", "[], or [H, W] with data.validation_folder", size)
         _require(len(self.fps) <= 2, "data.fps", "[], [rate] or [low, high]", self.fps)
         _require(0 < self.fraction <= 1, "data.fraction", "in (0, 1]", self.fraction)
-        for name, choices in (("crop", CROPS), ("sampling", RULES)):
+        for name, choices in (("crop", CROPS), ("resize", RESIZES), ("sampling", RULES)):
             value = getattr(self, name)
             _require(value in choices, f"data.{name}", f"one of {choices}", value)
 

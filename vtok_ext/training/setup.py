@@ -141,7 +141,7 @@ def _video_clips(recipe: DataRecipe, seed: int, warn: Callable[[str], None]) -> 
             shortest=recipe.least_frames,
         ),
         recipe.all_buckets(),
-        augmentation=Augmentation(recipe.crop, recipe.zoom, recipe.flip),
+        augmentation=Augmentation(recipe.crop, recipe.zoom, recipe.flip, recipe.resize),
         seed=seed,
         scan=recipe.scan,
         facts=facts,
@@ -156,4 +156,10 @@ def held_out_clips(recipe: DataRecipe, warn: Callable[[str], None]) -> VideoClip
     root = recipe.root if recipe.validation_root is None else recipe.validation_root
     videos, facts = _listed(str(recipe.validation_folder), warn, root=root)
     height, width = recipe.validation_size or (recipe.height, recipe.width)
-    return VideoClips(videos, sampling, [(recipe.num_frames, height, width)], facts=facts)
+    return VideoClips(
+        videos,
+        sampling,
+        [(recipe.num_frames, height, width)],
+        augmentation=Augmentation(resize=recipe.resize),
+        facts=facts,
+    )
