@@ -53,6 +53,11 @@ def test_stages_2_and_3(tmp_path):
         assert not torch.equal(unlocked.decode(latent), grown.decode(latent))
 
 
+def test_a_frozen_encoder_means_nothing_where_things_grow():
+    with pytest.raises(ValueError, match="model.freeze must be empty to grow"):
+        load_recipe("promag_grow", ["model.freeze=[encoder]"])
+
+
 def test_the_loss_counts_kl_per_pixel():
     video = torch.rand(2, 3, 5, 16, 16) * 2 - 1
     output = base()(video)

@@ -13,7 +13,7 @@ from tiny_recipe import tiny
 import vtok_ext as vt
 from vtok_ext.layers import FSQ
 from vtok_ext.models.failed_computation import FailedComputationError
-from vtok_ext.training import loop
+from vtok_ext.training import checkpoint_storage, loop
 from vtok_ext.training.blocks import BLOCKS, blocks, compile_blocks, recompute_activations
 from vtok_ext.training.checkpoint import latest_checkpoint, read_shapes, read_tensors
 from vtok_ext.training.gradients import clip_gradients
@@ -108,6 +108,82 @@ def test_a_rescue_that_fails_hides_nothing(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="out of memory"):
         train(tiny(*PLAIN), tmp_path, warn=warnings.append)
     assert any("could not be saved: disk full" in line for line in warnings)
+
+
+@pytest.mark.parametrize("where", ["step", "on_step", "clips"])
+def test_an_error_loses_no_steps(where, tmp_path, monkeypatch):
+    """Of the step that it comes in nothing is left, whatever that had drawn or changed by then."""
+    accumulate, collate = TokenizerTask.accumulate, loop.step_batches
+
+    def fail_in_a_step(task, batch, backward):
+        terms = accumulate(task, batch, backward)
+        if batch.step == 3:
+            torch.rand(5)
+            raise RuntimeError("out of memory")
+        return terms
+
+    def fail_while_reading(*arguments):
+        for number, clips in enumerate(collate(*arguments)):
+            if number == 3:
+                raise RuntimeError("out of memory")
+            yield clips
+
+    def fail_while_showing(now):
+        if now.step == 3:
+            raise RuntimeError("out of memory")
+
+    if where == "step":
+        monkeypatch.setattr(TokenizerTask, "accumulate", fail_in_a_step)
+    elif where == "clips":
+        monkeypatch.setattr(loop, "step_batches", fail_while_reading)
+    recipe = tiny("run.checkpoint_every=6", "run.log_every=1", "run.validate_every=6")
+    shown = fail_while_showing if where == "on_step" else None
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(recipe, tmp_path, on_step=shown)
+    assert latest_checkpoint(tmp_path / "checkpoints", pytest.fail).step == 3
+    monkeypatch.undo()
+    assert train(recipe, tmp_path, resume="auto", warn=lambda line: None).resumed_from == 3
+    train(recipe, tmp_path / "whole")
+    assert log_of(tmp_path) == log_of(tmp_path / "whole")
+
+
+def test_an_error_while_weights_move_saves_nothing(tmp_path, monkeypatch):
+    """What is half moved is the state of no step."""
+
+    def fail(stepper, num_samples):
+        next(iter(stepper.training.optimizers.values())).step()
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(Stepper, "_apply", fail)
+    with pytest.raises(RuntimeError, match="device lost"):
+        train(tiny(*PLAIN), tmp_path)
+    assert latest_checkpoint(tmp_path / "checkpoints", pytest.fail) is None
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_failed_background_checkpoint_does_not_cost_the_next(stopped, tmp_path, monkeypatch):
+    """That of step 2 fails; that of step 4, or of a signal after step 3, is written."""
+    write, calls = checkpoint_storage.write_part, []
+
+    def fail_once(tensors, path):
+        calls.append(path)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        return write(tensors, path)
+
+    monkeypatch.setattr(checkpoint_storage, "write_part", fail_once)
+
+    def stop(now):
+        if stopped and now.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    warnings = []
+    options = ["run.background_checkpoints=true", "run.log_every=1", "run.keep_last=9"]
+    result = train(tiny(*PLAIN, *options), tmp_path, warn=warnings.append, on_step=stop)
+    assert sum("No space left" in line for line in warnings) == 1
+    folders = sorted(path.name[-1] for path in (tmp_path / "checkpoints").glob("step-*"))
+    assert folders == (["3"] if stopped else ["4", "6"])
+    assert result.step == (3 if stopped else 6) and result.checkpoint.is_dir()
 
 
 def test_another_run_is_not_overwritten(finished):

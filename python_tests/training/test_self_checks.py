@@ -101,6 +101,8 @@ def test_dry_run_counts():
     assert found.memory["gradients"] == 4 * sum(trained for _, trained in parts.values())
     assert found.memory["optimizer"] == 2 * found.memory["gradients"]
     assert found.picture.shape == (3, 2 * 16, 5 * 16) and found.samples_per_step == 2
+    muon = dry_run(tiny("run.batch_size=2", "optimizer.muon_lr=0.01", *small), CPU)
+    assert 1 < muon.memory["optimizer"] / found.memory["gradients"] < 1.9  # most are matrices
     larger = dry_run(tiny("run.batch_size=4", *small), CPU)
     growth = larger.memory["activations"] / found.memory["activations"]
     assert 1.8 < growth <= 2.01

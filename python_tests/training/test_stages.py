@@ -217,6 +217,23 @@ def test_a_scaled_start_is_that_of_the_first_stage(tmp_path):
     assert folder == tmp_path / "stage-2"
 
 
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        ("model.overrides={ch: 64}", "model.overrides"),
+        ("model.name=vidtok_kl_causal_488_4chn", "model.name"),
+        ("model.start=scaled", "model.start"),
+        ("loss.continue_from=elsewhere", "loss.continue_from"),
+        ("loss.discriminator=none", "loss.discriminator"),
+        ("data.folder=absent", "data.folder"),
+    ],
+)
+def test_a_later_stage_cannot_have_what_it_takes_from_the_first(setting, name, tmp_path):
+    stages = load_stages("smoke_two_stage", [f"stages.1.{setting}"])
+    with pytest.raises(ValueError, match=f"{name} of stage 2 must"):
+        stage_recipes(stages, tmp_path)
+
+
 def test_a_resumed_stage_needs_no_checkpoints_of_the_one_before(tmp_path):
     """What it took over is in its own: log variance, LeCam averages and discriminator."""
     recipes = load_stages("smoke_two_stage", [*OVERRIDES, "run.steps=1", "run.sample_every=0"])

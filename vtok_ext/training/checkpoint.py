@@ -238,6 +238,11 @@ def has_checkpoints(root: Path) -> bool:
     return bool(_folders(root) or _set_aside(root))
 
 
+def newest_checkpoint(root: Path) -> Path | None:
+    """Returns the folder of the newest complete checkpoint, which may be damaged, None for none."""
+    return max(_folders(root), default=(0, None))[1]
+
+
 def verify_checkpoint(folder: Path) -> Checkpoint:
     """Returns the checkpoint in `folder` after comparing the hash of every file.
 

@@ -1,9 +1,9 @@
 """What a recipe asks for, before anything is trained: parameters, memory, one batch.
 
-Memory is counted, not measured: weights, gradients, moments of Adam and moving averages from the
-parameters; what autograd keeps for the backward pass from one step on fake tensors, which have
-shapes and no content. Transient tensors of single operations are not part of it, nor is what an
-allocator loses.
+Memory is counted, not measured: weights, gradients, moments of the optimisers and moving averages
+from the parameters; what autograd keeps for the backward pass from one step on fake tensors, which
+have shapes and no content. Transient tensors of single operations are not part of it, nor is what
+an allocator loses.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from vtok_ext.training.clip_checks import check_first_step, clips_of
 from vtok_ext.training.clip_order import ClipOrder, buckets_of, small_buckets, step_batches
 from vtok_ext.training.distributed import rank, world_size
+from vtok_ext.training.muon import Muon
 from vtok_ext.training.setup import build_task
 from vtok_ext.training.step import to_device
 from vtok_ext.training.task import MicroBatch, Task
 from vtok_ext.training.training_memory import SavedBytes
 
 _CLIPS, _MOMENTS = 8, 5
-# Adam keeps two moments of the size of a weight.
-_MOMENTS_OF_ADAM = 2
+# What an optimiser keeps of the size of a weight: Adam two moments, Muon one.
+_MOMENTS_OF_ADAM, _MOMENTS_OF_MUON = 2, 1
 
 
 @dataclass(frozen=True)
@@ -115,12 +116,17 @@ def _weights_memory(task: Task) -> dict[str, int]:
     memory = {
         "weights": _bytes(every),
         "gradients": _bytes(trained),
-        "optimizer": _MOMENTS_OF_ADAM * _bytes(trained),
+        "optimizer": sum(map(_moments, task.optimizers().values())),
     }
     if task.recipe.optimizer.ema_decay is not None:
         exported = task.networks[task.exported].parameters()
         memory["averages"] = _bytes(p for p in exported if p.requires_grad)
     return memory
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> int:
+    kept = _MOMENTS_OF_MUON if isinstance(optimizer, Muon) else _MOMENTS_OF_ADAM
+    return kept * _bytes(p for group in optimizer.param_groups for p in group["params"])
 
 
 def _bytes(tensors: Any) -> int:

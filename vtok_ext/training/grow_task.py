@@ -53,6 +53,15 @@ class GrowRecipe(Recipe):
 
     grow: GrowSection = field(default_factory=GrowSection)
 
+    def __post_init__(self) -> None:
+        """Checks what the sections do not know of each other."""
+        super().__post_init__()
+        if self.model.freeze:
+            raise ValueError(
+                f"recipe: model.freeze must be empty to grow, where the base is frozen anyway, "
+                f"got {self.model.freeze}"
+            )
+
 
 class GrowTask(Task):
     """Grows the recipe's model and trains what is new.

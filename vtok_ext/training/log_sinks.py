@@ -34,7 +34,8 @@ def open_sinks(
     Args:
         names: among `LOGGERS`.
         out: folder of the run.
-        first_step: steps that were done before; what was logged of later ones is replaced.
+        first_step: steps that were done before; TensorBoard drops what it has of later ones, W&B
+            keeps that and takes no second value of a step.
         recipe: the settings, shown beside the curves.
 
     Raises:

@@ -163,6 +163,7 @@ class _Run:
             self.files.damage_log = out / "damaged.txt"
         self.videos = self._videos()  # now: what turns out damaged later stays in the order
         self.validation: dict[str, float] = {}
+        self.metric: float | None = None  # of the present step
         self.saved: Path | None = None
         if found is None:
             self.training.task.begin()
@@ -242,7 +243,20 @@ class _Run:
     def loop(
         self, request: StopRequest, on_step: Callable[[TrainProgress], None] | None
     ) -> TrainResult:
-        """Returns how the run ended."""
+        """Returns how the run ended; an error, of a single process, loses no complete step."""
+        try:
+            return self._take_steps(request, on_step)
+        except NonFiniteLossError:  # has saved what is good
+            raise
+        except Exception:
+            # Saving takes all processes, of which others may go on.
+            if world_size() == 1 and self.step.is_whole:
+                self._rescue()
+            raise
+
+    def _take_steps(
+        self, request: StopRequest, on_step: Callable[[TrainProgress], None] | None
+    ) -> TrainResult:
         settings = self.recipe.run
         order = ClipOrder(
             len(self.clips),
@@ -268,6 +282,7 @@ class _Run:
                 for line in check_first_step(clips, resumed=self.first_step > 0):
                     self.warn(line)
             terms = self._take(clips)
+            self.metric = None
             step = self.training.step
             if step % settings.log_every == 0 or step == settings.steps:
                 now = time.monotonic()
@@ -339,28 +354,37 @@ class _Run:
         settings = self.recipe.run
         last = step == settings.steps
         saving = last or stopped or step % settings.checkpoint_every == 0
-        metric = None
-        try:
-            # A process that was told to stop may have seconds only.
-            if self.held_out and not (stopped and not last):
-                if saving or step % settings.validate_every == 0:
-                    metric = self._validate(step)
-                if settings.sample_every and (last or step % settings.sample_every == 0):
-                    self._show(step)
-        except Exception:
-            # The steps are not lost with it. Saving takes all processes, of which others may go on.
-            if world_size() == 1:
-                self._rescue(metric)
-            raise
+        # A process that was told to stop may have seconds only.
+        if self.held_out and not (stopped and not last):
+            if saving or step % settings.validate_every == 0:
+                self.metric = self._validate(step)
+            if settings.sample_every and (last or step % settings.sample_every == 0):
+                self._show(step)
         if saving:
-            self._save(metric, last or stopped)
+            self._save(last or stopped)
 
-    def _rescue(self, metric: float | None) -> None:
+    def _rescue(self) -> None:
         """Saves on the way out; what hinders that must not hide why."""
+        if self.training.step == self.first_step or self._is_saved():
+            return
         try:
-            self._save(metric, last=True)
+            self._save(last=True)
         except (OSError, ValueError) as error:
             self.warn(f"the steps since the last checkpoint could not be saved: {error}")
+
+    def _is_saved(self) -> bool:
+        """Returns whether the present step has a checkpoint."""
+        return self.saved is not None and self.saved.name == f"step-{self.training.step:08d}"
+
+    def _settle(self) -> bool:
+        """Returns whether the checkpoint before was written, once that has ended."""
+        try:
+            self.writer.wait()
+        except (OSError, ValueError) as error:
+            self.saved = checkpoints.newest_checkpoint(self.folder)
+            self.warn(f"a checkpoint could not be written, the next one is tried: {error}")
+            return False
+        return True
 
     def _validate(self, step: int) -> float | None:
         """Returns the metric of a validation, None if it is not finite."""
@@ -373,14 +397,16 @@ class _Run:
         self.warn(f"{name} of the held-out clips is {metric} after step {step}; training goes on")
         return None
 
-    def _save(self, metric: float | None, last: bool) -> None:
+    def _save(self, last: bool) -> None:
+        # After a failure not in the background: a second one ends the run here and now.
+        settled = self._settle()
         self.saved = self.writer.save(
             self.training.step,
             self.training.tensors(),
             self._numbers(),
-            metric=metric,
+            metric=self.metric,
             keep_last=self.recipe.run.keep_last,
-            background=self.recipe.run.background_checkpoints and not last,
+            background=self.recipe.run.background_checkpoints and settled and not last,
         )
         self.log.write("checkpoint", self.training.step, folder=self.saved.name)
 
@@ -405,10 +431,13 @@ class _Run:
             good = is_finite(torch.tensor(list(validate(self.training, self.held_out).values())))
             checkpoints.set_random_generators(generators, self.device)
         good = not any_rank(not good, self.device)
-        if good and (self.saved is None or self.saved.name != f"step-{number:08d}"):
+        self._settle()
+        if good and not self._is_saved():
             # Nothing is removed for it: older states may be wanted now.
-            self.saved = self.writer.save(number, state, self._numbers())
-        self.writer.wait()
+            try:
+                self.saved = self.writer.save(number, state, self._numbers())
+            except (OSError, ValueError) as error:
+                self.warn(f"the state before the bad step could not be saved: {error}")
         wait_for_all()
         kept = f"is in {self.saved}" if self.saved else "is none: no checkpoint was written before"
         self.log.write("non_finite", number, where=where)

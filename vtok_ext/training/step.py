@@ -36,10 +36,15 @@ class Stepper:
 
     Args:
         training: what is trained; changed in place.
+
+    Attributes:
+        is_whole: whether the state is that after the last step. An error leaves it so, but for one
+            while the optimisers were moving.
     """
 
     def __init__(self, training: Training) -> None:
         self.training, self.task = training, training.task
+        self.is_whole = True
         wrapped = {p for n in self.task.networks.values() for p in n.parameters()}
         # Such as a log variance: what neither DDP nor FSDP2 takes care of.
         self._loose = [p for p in self._parameters() if p not in wrapped]
@@ -52,13 +57,31 @@ class Stepper:
 
         Raises:
             NonFiniteStep: something was NaN or infinite. Weights, optimisers, buffers and random
-                generators are as they were before the step.
+                generators are as they were before the step, as after any other error before the
+                optimisers move.
         """
-        training, task = self.training, self.task
+        task = self.task
         task.prepare()
         task.train_mode()
-        generators = random_generators(training.device)
+        generators = random_generators(self.training.device)
         remembered = [(t, t.detach().clone()) for t in self._remembered()]
+        try:
+            return self._take(parts, generators, remembered)
+        except Exception:
+            if self.is_whole:
+                _restore(remembered)
+                set_random_generators(generators, self.training.device)
+                self._zero_gradients()
+            raise
+
+    def _take(
+        self,
+        parts: list[Any],
+        generators: dict[str, Any],
+        remembered: list[tuple[Tensor, Tensor]],
+    ) -> dict[str, float]:
+        """Returns the loss terms, as `__call__`, which puts things right after an error."""
+        training, task = self.training, self.task
         self._set_learning_rates()
         self._zero_gradients()
         batches = [self._batch(i, part, len(parts)) for i, part in enumerate(parts)]
@@ -80,11 +103,10 @@ class Stepper:
         if names:
             _restore(remembered)
             where = _most_exact(gathered(self._search(batches, generators, names)))
-            _restore(remembered)
-            set_random_generators(generators, training.device)
-            self._zero_gradients()
             raise NonFiniteStep(where)
+        self.is_whole = False
         self._apply(num_samples)
+        self.is_whole = True
         return dict(zip(mean, values, strict=True))
 
     def _batch(self, part: int, data: Any, num_parts: int) -> MicroBatch:
