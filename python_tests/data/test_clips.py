@@ -100,6 +100,28 @@ def test_buckets(tmp_path):
         check_buckets([(1, 2, 3), (1, 2, 3)])
 
 
+def test_buckets_by_the_reference_rule(tmp_path):
+    """It takes videos of any length, but only those that fill a longer bucket go there."""
+    for count in (2, 8, 9, 21):
+        write_video(tmp_path / f"{count:02}.mp4", count)
+    buckets = [(9, 16, 16), (5, 16, 16)]
+    videos = list_videos(tmp_path)
+    every = VideoClips(videos, FrameSampling(1, 30.0, "reference"), buckets)
+    assert every.bucket_of == [1, 1, 0, 0]
+    second = VideoClips(videos, FrameSampling(1, 15.0, "reference"), buckets)
+    assert second.bucket_of == [1, 1, 1, 0]
+    assert second[0, 0].shape == (3, 5, 16, 16) and not second.unreadable
+
+
+def test_a_damage_log_that_cannot_be_written_ends_nothing(folder, tmp_path):
+    clips = clips_of(folder, 5, 32, 48, damage_log=tmp_path / "nowhere" / "damaged.txt")
+    (folder / "a.mp4").write_bytes(b"gone")
+    with pytest.warns(UserWarning, match="damage_log must be writable.*not listed there: a.mp4: "):
+        clip = clips[3, 0]
+    assert torch.equal(clip, read_clip(folder / "inner" / "b.mp4")[0])
+    assert clips.unreadable[-1].startswith("a.mp4: ")
+
+
 def test_fit_covers_and_crops():
     video = procedural_clip(2, 20, 40)
     assert fit(video, 10, 10).shape == (3, 2, 10, 10)

@@ -72,6 +72,19 @@ def test_published_rule_has_its_off_by_one():
     assert rule.fits([0.0])
 
 
+def test_videos_that_fill_a_clip():
+    """By the published rule a short video gives a clip, but does not fill it."""
+    rule = FrameSampling(17, 3.0, "reference")
+    assert rule.fits_length(1, 0.0) and rule.fits_length(160, 159 / 30)
+    assert [rule.fills_length(n, (n - 1) / 30, 30.0) for n in (1, 17, 160, 161)] == [0, 0, 0, 1]
+    fast = FrameSampling(17, 30.0, "reference")  # interval 0 at 10 frames per second
+    assert [fast.fills_length(n, (n - 1) / 10, 10.0) for n in (1, 16, 17)] == [0, 0, 1]
+    short = first(8, None, shortest=3)
+    assert [short.fills_length(n, (n - 1) / 30, 30.0) for n in (3, 7, 8)] == [0, 0, 1]
+    slow = first(5, 3.0)
+    assert [slow.fills_length(n, (n - 1) / 30, 30.0) for n in (40, 41)] == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

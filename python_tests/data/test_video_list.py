@@ -42,6 +42,14 @@ def test_published_csv(folder):
         list_videos(folder / "bad.csv")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_csv_in_utf_8(folder, encoding):
+    text = "videos,caption\nv/caf\xe9.mp4,na\xefve\n"
+    (folder / "t.csv").write_bytes(text.encode(encoding))
+    items = list_videos(folder / "t.csv")
+    assert [(i.name, i.fields) for i in items] == [("v/caf\xe9.mp4", {"caption": "na\xefve"})]
+
+
 def test_json_lines(folder):
     rows = ['{"video": "v/a.mp4", "label": 3}', "[1]", "", '{"path": "v/b.mp4"}', "{"]
     (folder / "t.jsonl").write_text("\n".join(rows))
@@ -81,6 +89,41 @@ def test_tars_are_read_in_place(folder):
     clips = VideoClips(items, FrameSampling(7), [(7, 32, 48)])
     assert len(clips) == 3 and "01.tar/004.mp4" in clips.unreadable[0]
     assert torch.equal(clips[0, 0], read_clip(folder / "v" / "a.mp4")[0])
+
+
+def test_members_that_are_left_out_are_named(tmp_path):
+    large = b'"' + b"x" * (1 << 20) + b'"'
+    members = [("1.mp4", b"a"), ("1.webm", b"b"), ("2.MP4", b"c"), ("2.json", large)]
+    members += [("3.mp4", b"d"), ("3.JSON", b'{"label": 3}'), ("3.Txt", b"x"), ("3.txt", b"cat")]
+    members += [("4.right.mp4", b"e" * (1 << 21)), ("4.mp4", b"f"), ("4.jpg", b"\xff"), ("5", b"")]
+    path = tmp_path / "x.tar"
+    make_tar(path, members)
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("6.mp4")
+        link.type, link.linkname = tarfile.SYMTYPE, "1.mp4"
+        tar.addfile(link)
+    lines = []
+    items = list_videos(path, warn=lines.append)
+    names = ["x.tar/1.webm", "x.tar/2.MP4", "x.tar/3.mp4", "x.tar/4.mp4"]
+    assert [item.name for item in items] == names
+    assert [item.content() for item in items] == [b"b", b"c", b"d", b"f"]
+    assert [item.fields for item in items] == [{}, {}, {"label": 3, "caption": "cat"}, {}]
+    assert lines == [
+        f"{path}: sample 1 must have one video, 1.mp4 is left out",
+        f"{path}: 2.json must be <= 1 MiB, got {len(large)} bytes; it is left out",
+        f"{path}: sample 3 must have one .txt, 3.Txt is left out",
+        f"{path}: 4.right.mp4 must have one dot, that of its kind; it is left out",
+        f"{path}: 3 members are no video or field, the first 4.jpg",
+    ]
+
+
+def test_names_in_tars_of_one_name_differ(tmp_path):
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        make_tar(tmp_path / place / "0.tar", [("1.mp4", place.encode())])
+    items = list_videos(tmp_path)
+    assert [item.name for item in items] == ["a/0.tar/1.mp4", "b/0.tar/1.mp4"]
+    assert [item.content() for item in items] == [b"a", b"b"]
 
 
 def test_what_is_no_tar_is_named(folder):

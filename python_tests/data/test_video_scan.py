@@ -41,7 +41,8 @@ def test_only_what_has_changed_is_opened_again(videos, opened, tmp_path):
     path = tmp_path / "run" / "index.json"
     first = VideoIndex(path)
     found = first.scan(list_videos(videos))
-    assert found[:2] == [VideoFacts(9, found[0].duration, 32, 48), VideoFacts(5, 4 / 30, 48, 32)]
+    b = VideoFacts(5, 4 / 30, 48, 32, 30.0)
+    assert found[:2] == [VideoFacts(9, found[0].duration, 32, 48, 30.0), b]
     assert found[0].duration == pytest.approx(8 / 30) and "must be a video" in found[2]
     first.save()
     assert sorted(opened) == ["a.mp4", "b.mp4", "c.mp4"] and os.listdir(path.parent) == [path.name]
@@ -70,6 +71,18 @@ def test_what_is_no_index_counts_as_nothing(content, videos, opened, tmp_path):
     assert len(opened) == 3 and len(json.loads(path.read_text())["videos"]) == 3
 
 
+def test_entries_of_other_facts_are_opened_again(videos, opened, tmp_path):
+    """Such as those of an index from before `fps` was one."""
+    index = VideoIndex(tmp_path / "index.json")
+    found = index.scan(list_videos(videos))
+    index.save()
+    values = json.loads(index.path.read_text())
+    del values["videos"][str(videos / "a.mp4")]["facts"]["fps"]
+    index.path.write_text(json.dumps(values))
+    opened.clear()
+    assert VideoIndex(index.path).scan(list_videos(videos)) == found and opened == ["a.mp4"]
+
+
 def test_a_file_that_is_gone_is_not_remembered(videos, opened, tmp_path):
     path = tmp_path / "index.json"
     items = list_videos(videos)
@@ -83,7 +96,7 @@ def test_a_file_that_is_gone_is_not_remembered(videos, opened, tmp_path):
 
 def test_clips_of_known_facts_open_nothing(videos, opened):
     items = list_videos(videos)
-    facts = [VideoFacts(9, 8 / 30, 32, 48), "damaged", VideoFacts(3, 2 / 30, 32, 48)]
+    facts = [VideoFacts(9, 8 / 30, 32, 48, 30), "damaged", VideoFacts(3, 2 / 30, 32, 48, 30)]
     clips = VideoClips(items, FrameSampling(5), [(5, 16, 16)], facts=facts)
     assert [video.name for video in clips.videos] == ["a.mp4"] and not opened
     assert clips.unreadable == ["b.mp4: damaged", "c.mp4 has 3 of 5 frames, too few"]

@@ -23,6 +23,20 @@ def test_every_epoch_is_a_shuffle_of_all_clips():
     assert places != [p for s in range(7) for p in ClipOrder(7, 3, seed=1).places(s, 0)]
 
 
+@pytest.mark.parametrize("seed", [20_000_000_000_000, 2**63 - 1])
+def test_large_seeds(seed):
+    """Their product with a constant is beyond 64 bits."""
+    assert sorted(ClipOrder(7, 7, seed=seed).places(0, 0)) == [(0, i) for i in range(7)]
+    bucketed = ClipOrder(4, 2, seed=seed, bucket_of=[0, 1, 0, 1]).places(0, 0)
+    assert bucketed != ClipOrder(4, 2, seed=seed, bucket_of=[0, 1, 0, 1]).places(1, 0)
+
+
+def test_orders_stay_what_they_were():
+    generator = torch.Generator().manual_seed(3 * 1_000_003 + 2)
+    expected = torch.randperm(7, generator=generator).tolist()
+    assert ClipOrder(7, 7, seed=3).places(2, 0) == [(2, index) for index in expected]
+
+
 @pytest.mark.parametrize(("world_size", "accumulate"), [(1, 4), (2, 2), (4, 1)])
 def test_a_step_has_the_same_clips_however_it_is_divided(world_size, accumulate):
     whole = ClipOrder(10, 8).places(5, 0)

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from helpers import torchrun, write_video
@@ -99,6 +100,14 @@ def test_two_processes_see_the_samples_of_one(made, tmp_path):
     done = torchrun("-m", "vtok_ext.cli", *call)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+def test_indices_of_any_integer_type(made):
+    latents = LatentDataset(made / "sit-latents")
+    for index in (np.int64(3), torch.tensor(3), (0, 3), [0, np.int32(3)], (1, torch.tensor(3)), -3):
+        assert torch.equal(latents[index], latents[3])
+    with pytest.raises(TypeError, match="'float' object cannot be interpreted as an integer"):
+        latents[3.0]
 
 
 def test_held_out_latents_are_of_other_videos(made, tmp_path):

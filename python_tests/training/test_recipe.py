@@ -38,6 +38,8 @@ def test_file_and_overrides(tmp_path):
         ("losses.pixel=l1", r"got 'losses'; did you mean 'loss'"),
         ("run.steps=many", r"run.steps must be an integer, got 'many'"),
         ("run.steps=0", r"run.steps must be >= 1, got 0"),
+        ("run.seed=-1", r"run.seed must be >= 0, got -1"),
+        ("run.seed=9223372036854775808", r"run.seed must be < 2\*\*63, got 9223372036854775808"),
         ("run.compile=1", r"run.compile must be true or false, got 1"),
         ("loss.pixel=l3", r"loss: pixel must be one of .*, got 'l3'"),
         ("model.freeze=[decoder]", r"model.freeze must be among \('encoder',\), got 'decoder'"),

@@ -127,6 +127,23 @@ def test_files_that_break_while_training_are_counted_and_listed(source):
     assert str(source / "run" / "damaged.txt") in warnings[-1]
 
 
+def test_a_damage_log_that_cannot_be_written_is_refused(source, monkeypatch):
+    """At the start, before any video is opened, and without leaving an empty file."""
+    log = source / "log.txt"
+    for path, message in (
+        (source / "nowhere" / "log.txt", "data.damage_log must lie in an existing folder, got"),
+        (source / "train", "data.damage_log must be a file, got the folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_clips(recipe(source, f"data.damage_log={path}").data, 0, print)
+    build_clips(recipe(source, f"data.damage_log={log}").data, 0, lambda line: None)
+    assert not log.exists()
+    log.touch()
+    monkeypatch.setattr("os.access", lambda path, mode: path != log)  # root may write anything
+    with pytest.raises(ValueError, match="data.damage_log must be a writable file, got"):
+        build_clips(recipe(source, f"data.damage_log={log}").data, 0, print)
+
+
 class Wrapped:
     """As tasks wrap clips: to add a label, a length, or to keep latents."""
 

@@ -33,22 +33,23 @@ def remove_partials(path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def check_output_file(path: Path, op: str) -> None:
+def check_output_file(path: Path, op: str, name: str = "output") -> None:
     """Returns None if a file can be created at `path`; checked before hours of work, not after.
 
     Args:
         path: the file to be written; an existing regular file will be replaced.
         op: name used in front of the error.
+        name: what the error calls the file.
 
     Raises:
         ValueError: `path` is a folder, its parent is not a folder, or the parent is read-only.
     """
     if path.is_dir():
-        raise ValueError(f"{op}: output must be a file, got the folder {path}")
+        raise ValueError(f"{op}: {name} must be a file, got the folder {path}")
     if not path.parent.is_dir():
-        raise ValueError(f"{op}: output must lie in an existing folder, got {path}")
+        raise ValueError(f"{op}: {name} must lie in an existing folder, got {path}")
     if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"{op}: output must lie in a writable folder, got {path}")
+        raise ValueError(f"{op}: {name} must lie in a writable folder, got {path}")
 
 
 @contextmanager

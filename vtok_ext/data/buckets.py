@@ -1,7 +1,8 @@
 """Buckets: videos of like aspect ratio and length share a batch, so that little is cropped away.
 
-A bucket is (T, H, W). A video goes to the longest T that it fills, and there to the bucket whose
-H / W is nearest, on a logarithmic scale, to its own.
+A bucket is (T, H, W). A video goes to the longest T that it fills, or to the shortest one if it
+fills none and is taken nevertheless, and there to the bucket whose H / W is nearest, on a
+logarithmic scale, to its own.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -142,7 +143,7 @@ class VideoClips:
             starts faster, needs a single bucket, and finds them on the way.
         facts: what a scan has found of each video (`VideoIndex.scan`), instead of one now.
         damage_log: a file that gets one line for every video found damaged later, from whichever
-            worker or rank meets it.
+            worker or rank meets it; a warning has the line where that fails.
 
     Attributes:
         videos: those in use.
@@ -199,12 +200,15 @@ class VideoClips:
             return None
         count, duration = facts.num_frames, facts.duration
         lengths = {s.num_frames: s for s in self.samplings}
-        found = choose_bucket(
-            self.buckets,
-            facts.height,
-            facts.width,
-            lambda t: lengths[t].fits_length(count, duration),
-        )
+        shortest = min(lengths)
+
+        def fits(length: int) -> bool:
+            sampling = lengths[length]
+            return sampling.fills_length(count, duration, facts.fps) or (
+                length == shortest and sampling.fits_length(count, duration)
+            )
+
+        found = choose_bucket(self.buckets, facts.height, facts.width, fits)
         if found is None:
             rate = self.samplings[0].fps
             at = "" if rate is None else f" for clips at {rate} fps"
@@ -271,9 +275,16 @@ class VideoClips:
         if line in self.unreadable:
             return
         self.unreadable.append(line)
-        if self.damage_log is not None:
+        if self.damage_log is None:
+            return
+        try:
             with self.damage_log.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")  # one short write: lines of several processes stay whole
+        except OSError as error:  # no reason to end a run that has another video
+            warnings.warn(
+                f"VideoClips: damage_log must be writable, got {error}; not listed there: {line}",
+                stacklevel=2,
+            )
 
     def _clip(self, epoch: int, index: int) -> tuple[torch.Tensor, int]:
         video, bucket = self.videos[index], self.bucket_of[index]

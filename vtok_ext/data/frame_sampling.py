@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 RULES = ("timestamps", "reference")
 # Times that differ by less than this many seconds are one moment: timestamps are rounded.
@@ -86,6 +86,22 @@ class FrameSampling:
         fastest = max(self.fps) if isinstance(self.fps, tuple) else self.fps
         return self._span(fastest, self.least) <= duration + _TOLERANCE_S
 
+    def fills_length(self, num_frames: int, duration: float, declared_fps: float) -> bool:
+        """Returns whether a video has T frames for a clip; one that `fits_length` may have fewer.
+
+        By the reference's rule it does if (T - 1) * interval + 1 <= num_frames, the interval being
+        at least 1, since one of 0 repeats frames.
+
+        Args:
+            num_frames, duration: as of `fits_length`.
+            declared_fps: rate that the file declares; only the reference's rule uses it.
+        """
+        if self.rule != "reference":
+            return replace(self, shortest=None).fits_length(num_frames, duration)
+        assert isinstance(self.fps, int | float)  # checked above
+        interval = max(1, _reference_interval(declared_fps, self.fps))
+        return (self.num_frames - 1) * interval + 1 <= num_frames
+
     def indices(
         self, seconds: Sequence[float], declared_fps: float, generator: random.Random
     ) -> list[int]:
@@ -143,6 +159,10 @@ def _duration(seconds: Sequence[float]) -> float:
     return seconds[-1] - seconds[0] if seconds else 0.0
 
 
+def _reference_interval(video_fps: float, sample_fps: float) -> int:
+    return round(video_fps / sample_fps)
+
+
 def nearest(seconds: Sequence[float], time: float) -> int:
     """Returns the index of the frame whose time is nearest; of two as near, the earlier one."""
     after = bisect.bisect_left(seconds, time)
@@ -181,7 +201,7 @@ def reference_indices(
     Source: VidTok's data set (specification section 9).
     """
     count = min(num_frames, num_available)
-    interval = round(video_fps / sample_fps)
+    interval = _reference_interval(video_fps, sample_fps)
     span = (count - 1) * interval + 1
     if start is None:
         start = generator.randint(0, num_available - span - 1) if num_available > span else 0

@@ -11,9 +11,10 @@ Everything is a function of model, videos and settings: made again, a shard has 
 from __future__ import annotations
 
 import json
+import operator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 from torch import Tensor
 
@@ -199,9 +200,9 @@ class LatentDataset:
         """Number of latents."""
         return len(self.entries)
 
-    def __getitem__(self, place: int | tuple[int, int]) -> Any:
+    def __getitem__(self, place: SupportsIndex | tuple[int, int]) -> Any:
         """Returns the latent, or (latent, label), at an index."""
-        index = place if isinstance(place, int) else place[1]
+        index = operator.index(place[1] if isinstance(place, tuple | list) else place)
         latent = self._normalized(self._read(index, slice(None)))
         if self.label is None:
             return latent

@@ -1,7 +1,7 @@
 """Where videos are: a folder, VidTok's CSV, JSON lines, or WebDataset tars; as one sorted list.
 
     folder       all video files in it and below; if it has none, all its .tar files
-    *.csv        a column `videos` with paths below `root`, ISO-8859-1 as published
+    *.csv        a column `videos` with paths below `root`, UTF-8 or else ISO-8859-1 as published
     *.jsonl      an object per line: "video" (or "path"), and anything else as fields
     *.tar        WebDataset: files of one name before the first dot are one sample
 
@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
+_FIELD_KINDS = ("json", "txt", "cls")
 _MAX_FIELD_BYTES = 1 << 20
 
 
@@ -106,12 +107,15 @@ def _of_folder(folder: Path, warn: Callable[[str], None]) -> list[VideoItem]:
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
     if files:
         return [VideoItem(p.relative_to(folder).as_posix(), p) for p in files]
-    return [item for tar in sorted(folder.rglob("*.tar")) for item in _of_tar(tar, warn)]
+    return [
+        item
+        for tar in sorted(folder.rglob("*.tar"))
+        for item in _of_tar(tar, warn, tar.relative_to(folder).as_posix())
+    ]
 
 
 def _of_csv(path: Path, root: Path, warn: Callable[[str], None]) -> Iterator[VideoItem]:
-    # ISO-8859-1 and skipping bad lines are the published reader's.
-    with path.open(encoding="iso-8859-1", newline="") as file:
+    with path.open(encoding=_encoding_of(path), newline="") as file:
         rows = csv.reader(file)
         header = next(rows, [])
         if "videos" not in header:
@@ -128,6 +132,21 @@ def _of_csv(path: Path, root: Path, warn: Callable[[str], None]) -> Iterator[Vid
                 if i != column
             }
             yield VideoItem(row[column], root / row[column], fields=others)
+
+
+def _encoding_of(path: Path) -> str:
+    """Returns UTF-8, with or without a mark in front, if all of a file is; else ISO-8859-1.
+
+    The latter, and to skip bad lines, is the published reader's way. It takes any bytes, and its
+    accented letters are hardly ever UTF-8 by chance.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for _ in file:
+                pass
+    except UnicodeDecodeError:
+        return "iso-8859-1"
+    return "utf-8-sig"
 
 
 def _rows(path: Path, rows: Any, warn: Callable[[str], None]) -> Iterator[list[str]]:
@@ -162,43 +181,81 @@ def _of_json_lines(path: Path, root: Path, warn: Callable[[str], None]) -> Itera
                 warn(f"{path}, line {number}: no object with a video, got {shown!r}")
 
 
-def _of_tar(path: Path, warn: Callable[[str], None]) -> Iterator[VideoItem]:
-    """Yields the samples of an uncompressed tar, sorted by name."""
-    samples: dict[str, dict[str, Any]] = {}
+def _of_tar(
+    path: Path, warn: Callable[[str], None], source: str | None = None
+) -> Iterator[VideoItem]:
+    """Yields the samples of an uncompressed tar, sorted by name.
+
+    Args:
+        path: the tar.
+        warn: called with one line for every member of a sample that is left out, and one for all
+            members that are neither video nor field.
+        source: what names of videos begin with; None for the name of the tar.
+    """
+    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+    others: list[str] = []
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if not member.isfile():
-                    continue
-                name = PurePosixPath(member.name)
-                key, _, kind = name.name.partition(".")
-                sample = samples.setdefault(str(name.parent / key), {})
-                if f".{kind.lower()}" in VIDEO_SUFFIXES:
-                    sample["video"] = (member.name, member.offset_data, member.size)
-                elif member.size <= _MAX_FIELD_BYTES:
-                    sample[kind] = (member.offset_data, member.size)
+                if not member.isdir() and not _add(samples, member, path, warn):
+                    others.append(member.name)
     except tarfile.TarError as error:
         warn(f"{path} must be an uncompressed tar, got {error}")
+    if others:
+        warn(f"{path}: {len(others)} members are no video or field, the first {others[0]}")
     for key in sorted(samples):
         sample = samples[key]
         if "video" not in sample:
             warn(f"{path}: sample {key} has no video")
             continue
-        name, offset, size = sample.pop("video")
+        video = sample.pop("video")
+        name = f"{path.name if source is None else source}/{video.name}"
         fields = _read_fields(path, key, sample, warn)
-        yield VideoItem(f"{path.name}/{name}", path, offset, size, fields)
+        yield VideoItem(name, path, video.offset_data, video.size, fields)
+
+
+def _add(
+    samples: dict[str, dict[str, tarfile.TarInfo]],
+    member: tarfile.TarInfo,
+    path: Path,
+    warn: Callable[[str], None],
+) -> bool:
+    """Returns whether a member is a video or field; it is put in its sample, or named if left out.
+
+    Of two for one place the later counts, as the later of one name does within any tar.
+    """
+    name = PurePosixPath(member.name)
+    stem, _, kind = name.name.partition(".")
+    kind, key = kind.lower(), str(name.parent / stem)
+    is_video = f".{kind}" in VIDEO_SUFFIXES
+    if not member.isfile():
+        return False
+    if not is_video and kind not in _FIELD_KINDS:
+        if name.suffix.lower() not in VIDEO_SUFFIXES:
+            return False
+        warn(f"{path}: {member.name} must have one dot, that of its kind; it is left out")
+        return True
+    if not is_video and member.size > _MAX_FIELD_BYTES:
+        warn(f"{path}: {member.name} must be <= 1 MiB, got {member.size} bytes; it is left out")
+        return True
+    sample, place = samples.setdefault(key, {}), "video" if is_video else kind
+    if place in sample:
+        what = "video" if is_video else f".{kind}"
+        warn(f"{path}: sample {key} must have one {what}, {sample[place].name} is left out")
+    sample[place] = member
+    return True
 
 
 def _read_fields(
-    path: Path, key: str, places: dict[str, tuple[int, int]], warn: Callable[[str], None]
+    path: Path, key: str, members: dict[str, tarfile.TarInfo], warn: Callable[[str], None]
 ) -> dict[str, Any]:
     """Returns the text and JSON members of a sample: .json is merged, .txt is the caption, ..."""
     found: dict[str, Any] = {}
     with path.open("rb") as file:
-        for kind, (offset, size) in places.items():
-            file.seek(offset)
+        for kind, member in members.items():
+            file.seek(member.offset_data)
             try:
-                text = file.read(size).decode("utf-8")
+                text = file.read(member.size).decode("utf-8")
                 if kind == "json":
                     values = json.loads(text)
                     found |= values if isinstance(values, dict) else {"json": values}

@@ -35,12 +35,14 @@ class VideoFacts:
         num_frames: that its index lists.
         duration: from the first to the last of them, in seconds.
         height, width: as shown.
+        fps: rate that the file declares, 0 if it does not.
     """
 
     num_frames: int
     duration: float
     height: int
     width: int
+    fps: float
 
 
 class VideoIndex:
@@ -106,7 +108,8 @@ class VideoIndex:
 def _facts(video: VideoItem) -> VideoFacts:
     times = read_times(video.path, video.content(), decode_first=True)
     seconds = times.seconds()
-    return VideoFacts(len(seconds), seconds[-1] - seconds[0], times.height, times.width)
+    duration, fps = seconds[-1] - seconds[0], float(times.fps)
+    return VideoFacts(len(seconds), duration, times.height, times.width, fps)
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

@@ -62,10 +62,13 @@ class ClipOrder:
     def _shuffled(self, epoch: int) -> list[int]:
         if epoch not in self._shuffles:
             self._shuffles = {e: s for e, s in self._shuffles.items() if e == epoch - 1}
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            generator = self._generator(epoch)
             order = torch.randperm(self.num_clips, generator=generator)
             self._shuffles[epoch] = order.tolist()
         return self._shuffles[epoch]
+
+    def _generator(self, epoch: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
 
     def __post_init__(self) -> None:
         """Groups the clips by bucket."""
@@ -90,7 +93,7 @@ class ClipOrder:
         per_epoch = sum(len(members) // size for members in self._members)
         epoch, position = divmod(number, per_epoch)
         if epoch not in self._shuffles:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            generator = self._generator(epoch)
             batches = []
             for members in self._members:
                 order = torch.randperm(len(members), generator=generator).tolist()

@@ -274,7 +274,7 @@ class RunRecipe:
         loggers: beside log.jsonl, "tensorboard" and "wandb".
         keep_last: newest checkpoints that stay, beside the best.
         background_checkpoints: train on while a copy of everything is written.
-        seed: of weights, order of clips and noise.
+        seed: of weights, order of clips and noise; in 0 .. 2^63 - 1.
     """
 
     steps: int = 50_000
@@ -299,6 +299,7 @@ class RunRecipe:
         _at_least("run", self, 1, "steps", "batch_size", "accumulate", "log_every")
         _at_least("run", self, 1, "validate_every", "checkpoint_every", "keep_last")
         _at_least("run", self, 0, "seed", "sample_every", "sample_clips")
+        _require(self.seed < 2**63, "run.seed", "< 2**63", self.seed)
         for name in self.loggers:
             _require(name in LOGGERS, "run.loggers", f"among {LOGGERS}", name)
         for name, choices in (("precision", PRECISIONS), ("parallel", PARALLEL)):

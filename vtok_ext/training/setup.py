@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from vtok_ext.data.atomic_output import check_output_file
 from vtok_ext.data.clips import Augmentation, Clips, ProceduralClips, VideoClips
 from vtok_ext.data.frame_sampling import FrameSampling
 from vtok_ext.data.video_list import VideoItem, list_videos
@@ -65,7 +67,8 @@ def build_clips(
         warn: called with one line for every file that is left out.
 
     Raises:
-        ValueError: no usable files, or fewer held-out ones than wanted.
+        ValueError: no usable files, fewer held-out ones than wanted, or a `damage_log` that cannot
+            be written.
     """
     shape = (recipe.num_frames, recipe.height, recipe.width)
     wanted = recipe.validation_clips
@@ -128,7 +131,17 @@ def _listed(
     return videos, facts
 
 
+def _check_damage_log(path: Path) -> None:
+    """Returns None if lines can be appended to a file at `path`, which is not made yet."""
+    check_output_file(path, "train", "data.damage_log")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ValueError(f"train: data.damage_log must be a writable file, got {path}")
+
+
 def _video_clips(recipe: DataRecipe, seed: int, warn: Callable[[str], None]) -> VideoClips:
+    damage_log = None if recipe.damage_log is None else Path(recipe.damage_log)
+    if damage_log is not None:
+        on_rank_0(partial(_check_damage_log, damage_log))
     options = {"root": recipe.root, "fraction": recipe.fraction}
     videos, facts = _listed(str(recipe.folder), warn, recipe.scan, **options)
     rate = recipe.fps
@@ -145,7 +158,7 @@ def _video_clips(recipe: DataRecipe, seed: int, warn: Callable[[str], None]) -> 
         seed=seed,
         scan=recipe.scan,
         facts=facts,
-        damage_log=None if recipe.damage_log is None else Path(recipe.damage_log),
+        damage_log=damage_log,
     )
 
 
