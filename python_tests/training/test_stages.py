@@ -234,6 +234,11 @@ def test_a_later_stage_cannot_have_what_it_takes_from_the_first(setting, name, t
         stage_recipes(stages, tmp_path)
 
 
+def test_a_later_stage_may_have_a_pattern_of_tars(tmp_path):
+    stages = load_stages("smoke_two_stage", ["data.folder=shards/*.tar", "data.validation_clips=0"])
+    assert stage_recipes(stages, tmp_path)[1][0].data.folder == "shards/*.tar"
+
+
 def test_a_resumed_stage_needs_no_checkpoints_of_the_one_before(tmp_path):
     """What it took over is in its own: log variance, LeCam averages and discriminator."""
     recipes = load_stages("smoke_two_stage", [*OVERRIDES, "run.steps=1", "run.sample_every=0"])

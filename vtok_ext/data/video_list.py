@@ -57,6 +57,16 @@ class VideoItem:
         return content
 
 
+def source_exists(source: str | Path) -> bool:
+    """Returns whether there is a source as `list_videos` takes it; a pattern may match nothing."""
+    path = Path(source)
+    return _is_pattern(path) or path.is_dir() or path.is_file()
+
+
+def _is_pattern(path: Path) -> bool:
+    return "*" in path.name
+
+
 def list_videos(
     source: str | Path,
     *,
@@ -79,13 +89,13 @@ def list_videos(
     if not 0 < fraction <= 1:
         raise ValueError(f"list_videos: fraction must be in (0, 1], got {fraction}")
     path = Path(source)
-    if "*" in path.name:
+    if not source_exists(path):
+        raise FileNotFoundError(f"list_videos: source must exist, got {path}")
+    if _is_pattern(path):
         tars = sorted(path.parent.glob(path.name))
         items = [item for tar in tars for item in _of_tar(tar, warn)]
     elif path.is_dir():
         items = _of_folder(path, warn)
-    elif not path.is_file():
-        raise FileNotFoundError(f"list_videos: source must exist, got {path}")
     elif path.suffix == ".tar":
         items = list(_of_tar(path, warn))
     elif path.suffix in (".csv", ".jsonl"):

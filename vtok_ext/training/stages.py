@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vtok_ext.data.video_list import source_exists
 from vtok_ext.training.checkpoint import has_checkpoints
 from vtok_ext.training.recipe import TokenizerRecipe
 
@@ -82,7 +83,7 @@ def _check_follows(number: int, recipe: Any, first: Any) -> None:
             )
     for name in ("folder", "validation_folder"):
         path = getattr(recipe.data, name)
-        if path is not None and not Path(path).exists():
+        if path is not None and not source_exists(path):
             raise ValueError(f"recipe: data.{name} of stage {number} must exist, got {path}")
 
 
