@@ -186,6 +186,30 @@ def test_a_failed_background_checkpoint_does_not_cost_the_next(stopped, tmp_path
     assert result.step == (3 if stopped else 6) and result.checkpoint.is_dir()
 
 
+def test_an_error_saves_the_step_whose_background_checkpoint_fails(tmp_path, monkeypatch):
+    """The step has begun to be written when the error comes, and is not written for that."""
+    write, calls = checkpoint_storage.write_part, []
+
+    def fail_once(tensors, path):
+        calls.append(path)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        return write(tensors, path)
+
+    def fail_after_saving(self, step, stopped, mark=loop._Run._mark):
+        mark(self, step, stopped)
+        if step == 2:
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(checkpoint_storage, "write_part", fail_once)
+    monkeypatch.setattr(loop._Run, "_mark", fail_after_saving)
+    warnings = []
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(tiny(*PLAIN, "run.background_checkpoints=true"), tmp_path, warn=warnings.append)
+    assert sum("No space left" in line for line in warnings) == 1
+    assert latest_checkpoint(tmp_path / "checkpoints", pytest.fail).step == 2
+
+
 def test_another_run_is_not_overwritten(finished):
     out, _, _ = finished
     with pytest.raises(ValueError, match="out must be a folder without checkpoints"):

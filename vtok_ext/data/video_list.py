@@ -183,7 +183,7 @@ def _of_json_lines(path: Path, root: Path, warn: Callable[[str], None]) -> Itera
             if not line.strip():
                 continue
             try:
-                values = json.loads(line.decode("utf-8"))
+                values = json.loads(line.decode("utf-8-sig"))
                 name = values.pop("video", None) or values.pop("path")
                 yield VideoItem(str(name), root / str(name), fields=values)
             except (ValueError, KeyError, AttributeError, TypeError):

@@ -365,7 +365,10 @@ class _Run:
 
     def _rescue(self) -> None:
         """Saves on the way out; what hinders that must not hide why."""
-        if self.training.step == self.first_step or self._is_saved():
+        if self.training.step == self.first_step:
+            return
+        self._settle()  # a checkpoint of this very step may still fail in the background
+        if self._is_saved():
             return
         try:
             self._save(last=True)
