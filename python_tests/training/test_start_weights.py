@@ -1,10 +1,11 @@
-"""How VidToks start: what of a latent depends on the video, and what is refused."""
+"""How tokenizers start: what of a latent depends on the video, which places are alike."""
 
 import pytest
 import torch
 from tiny_recipe import tiny
 
 import vtok_ext as vt
+from vtok_ext.training.recipe import ModelRecipe
 from vtok_ext.training.start_weights import start
 from vtok_ext.training.tokenizer_task import build_model
 
@@ -57,3 +58,47 @@ def test_a_recipe_says_how():
         tiny("model.name=null", "model.overrides={}", "model.weights=x", "model.start=scaled")
     with pytest.raises(ValueError, match="start: model must be a VidTok for 'scaled', got ProMAG"):
         start(vt.create_model("promag_base_4x8x8", ch=16, num_res_blocks=1), "scaled")
+    with pytest.raises(ValueError, match="must be a CoordTok for 'sinusoidal', got VidTok"):
+        start(published, "sinusoidal")
+
+
+@pytest.mark.parametrize("width", [32, 36, 45])
+def test_a_sinusoidal_start_makes_near_places_alike(width):
+    """In tables as large as the published ones; only these change."""
+    torch.manual_seed(0)
+    model = vt.create_model(
+        "coordtok_small_128",
+        **{"video_shape": (16, 16, 24), "latent_resolution": (8, 4, 4), "latent_channels": 4},
+        **{"enc_embed_dim": width, "enc_num_heads": 1, "enc_num_layers": 1},
+        **{"dec_embed_dim": width, "dec_num_heads": 1, "dec_num_layers": 1},
+        **{"enc_patch_num_layers": 1, "enc_patch_size": (2, 4, 4), "dec_patch_size": (1, 4, 4)},
+        latent_patch_size=(4, 2, 2),
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    start(model, "sinusoidal")
+    grids = {
+        "encoder.encoder.pos_emb": model.config.memory_grid(),
+        "encoder.cross_pos_emb": model.config.memory_grid(),
+        "decoder.transformer.pos_embed": model.config.point_grid(),
+    }
+    after = model.state_dict()
+    assert {name for name in after if not torch.equal(after[name], before[name])} == set(grids)
+    for name, grid in grids.items():
+        sizes = [tables[name].square().mean().item() for tables in (after, before)]
+        assert sizes[0] == pytest.approx(sizes[1], rel=0.1)
+        table = after[name].view(*grid, width)
+        for axis in range(3):
+            place = table.movedim(axis, 0)
+            distances = (place - place[:1]).square().sum(-1).flatten(1).mean(1)
+            assert distances[0] == 0 < distances[1] < distances[2:].min()
+        flat = table.flatten(0, 2)
+        apart = torch.cdist(flat, flat) + 1e9 * torch.eye(len(flat))
+        assert apart.min() > 0.05 * flat.norm(dim=1).mean()  # no two places are one
+
+
+def test_a_recipe_of_coordtok_says_how():
+    fields = {"name": "coordtok_small_128", "overrides": {"enc_embed_dim": 48, "enc_num_heads": 4}}
+    model = build_model(ModelRecipe(**fields, start="sinusoidal"))
+    table = model.encoder.cross_pos_emb[0]
+    assert torch.equal(table, model.encoder.encoder.pos_emb[0])
+    assert (table[1:] * table[:-1]).sum(1).mean() > 0.5 * table.square().sum(1).mean()

@@ -23,7 +23,7 @@ PARALLEL = ("ddp", "fsdp")
 PRECISIONS = ("float32", "bfloat16", "float16")
 PERCEPTUAL_NETWORKS = ("published", "random")
 FREEZABLE = ("encoder",)
-STARTS = ("published", "scaled")
+STARTS = ("published", "scaled", "sinusoidal")
 # Of section data, what says nothing of procedural clips.
 _OF_FILES = (
     *("root", "fraction", "buckets", "fps", "sampling", "crop", "zoom", "flip", "resize", "scan"),
@@ -50,8 +50,8 @@ class ModelRecipe:
         name: preset, or released YAML file, of random weights.
         overrides: fields of its configuration to change.
         weights: folder of a saved model to start from, instead of name and overrides.
-        start: of random weights, "published" or, for a VidTok, "scaled", which learns faster from
-            nothing; see `start_weights`.
+        start: of random weights, "published"; or, what learns faster from nothing, "scaled" for a
+            VidTok and "sinusoidal" for a CoordTok; see `start_weights`.
         freeze: ["encoder"] trains the decoder alone; the encoder's losses then are constants and
             not computed.
     """

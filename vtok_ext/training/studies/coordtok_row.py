@@ -68,6 +68,7 @@ class CoordTokRow:
         model: fields of `CoordTokConfig`; `video_shape` is that of the clips.
         sampling: "patches" or "frames", see `PointLossConfig`.
         ratio: points per clip and step, as a fraction of all its points.
+        start: of a CoordTok's weights, see `start_weights`.
         vidtok: fields of a `VidTokConfig` with "kl" to train that model; null for the CoordTok.
         window: frames of a VidTok's clips.
         steps, batch_size, warmup: of a CoordTok's training.
@@ -85,6 +86,7 @@ class CoordTokRow:
     model: dict[str, Any]
     sampling: str = "patches"
     ratio: float = 0.03125
+    start: str = "published"
     vidtok: dict[str, Any] | None = None
     window: int = 16
     steps: int = 1500
@@ -121,6 +123,8 @@ class CoordTokRow:
             raise ValueError(f"study: vidtok must have regularizer 'kl', got {found!r}")
         if row.vidtok is not None and row.muon_lr is None:
             raise ValueError("study: muon_lr must be given for a VidTok, got null")
+        if row.vidtok is not None and row.start != "published":
+            raise ValueError(f"study: start must not be given with vidtok, got {row.start!r}")
         return row
 
     def config(self) -> CoordTokConfig:
@@ -135,7 +139,9 @@ class CoordTokRow:
     def new_model(self) -> CoordTok | VidTok:
         """Returns the model of random weights."""
         if self.vidtok is None:
-            return CoordTok(self.config(), "study")
+            coordtok = CoordTok(self.config(), "study")
+            start(coordtok, self.start)
+            return coordtok
         model = VidTok(VidTokConfig.from_dict(self.vidtok), "study")
         start(model, "scaled")
         return model
