@@ -225,6 +225,24 @@ def test_training_finds_clusters(kind):
     assert used[True] == 8 and used[True] >= used[False]
 
 
+@pytest.mark.parametrize("kind", ["gradient", "ema"])
+def test_vq_starts_from_latents(kind):
+    """Every vector is another latent, so that all of them are used at once."""
+    torch.manual_seed(0)
+    layer, z = VQ(16, 3, codebook=kind).eval(), latent(2, 3, 2, 4, 2, seed=3)
+    assert layer(z, compute_loss=True)[2]["codebook_use"] < 0.8
+    layer.start_from(z)
+    assert layer(z, compute_loss=True)[2]["codebook_use"] == 1
+    tokens = z.movedim(1, -1).reshape(-1, 3)
+    assert (layer.codebook[:, None] == tokens).all(-1).sum() == 16
+    if kind == "ema":
+        assert torch.equal(layer.total, layer.codebook) and (layer.count == 1).all()
+    with pytest.raises(ValueError, match="at least 16 positions to start from, got 12"):
+        layer.start_from(z[:1, :, :, :3])
+    with pytest.raises(ValueError, match="must have 3 channels"):
+        layer.start_from(z[:, :2])
+
+
 def test_vq_refuses():
     for arguments, message in (
         ((0, 4), "codebook_size and dim must be at least 1, got 0, 4"),

@@ -45,6 +45,17 @@ def test_the_architecture_without_factorised_blocks_starts_too():
     assert share_of_the_video(model) > 0.85
 
 
+@pytest.mark.parametrize("architecture", ["vidtok", "full_3d", "without_blender", "without_3d"])
+def test_residual_blocks_of_all_architectures_start_as_their_shortcut(architecture):
+    model = vt.create_model("vidtok_fsq_causal_488_4096", architecture=architecture, **SMALL)
+    start(model, "scaled")
+    blocks = [m for m in model.modules() if "ResidualBlock" in type(m).__name__]
+    assert len(blocks) > 10
+    for block in blocks:
+        last = block.conv2.state_dict().values()
+        assert not any(parameter.any() for parameter in last), type(block).__name__
+
+
 def test_a_recipe_says_how():
     torch.manual_seed(0)
     published = build_model(tiny().model)

@@ -1,5 +1,6 @@
 """Studies: specification, runs that survive a kill, verdicts, report."""
 
+import itertools
 import json
 import os
 import signal
@@ -11,9 +12,10 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from vtok_ext.cli.app import run as vtok
-from vtok_ext.training.studies import kinds, runner, vidtok_row
+from vtok_ext.training.studies import kinds, row_training, runner, vidtok_row
 from vtok_ext.training.studies.report import write_report
 from vtok_ext.training.studies.row_result import FinishedRun, RowResult, read_result, result_path
 from vtok_ext.training.studies.runner import planned_runs, run_study
@@ -110,6 +112,40 @@ def test_a_failure_leaves_the_others(make_study, tmp_path):
     outcome = run_study(study, tmp_path, planned_runs(study), warn=lambda line: None)
     assert outcome.failed == {"a, seed 1": "RuntimeError: diverged"} and len(outcome.done) == 5
     assert not result_path(tmp_path, "a", 1).exists()
+
+
+def test_a_report_names_rows_of_other_code(make_study, tmp_path):
+    study = make_study()
+    run_study(study, tmp_path, planned_runs(study))
+    for seed in study.seeds:
+        path = result_path(tmp_path, "b", seed)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"code": "0ldc0de"}))
+    write_report(study, tmp_path, tmp_path / "r.md")
+    assert "0ldc0de (3: b)" in (tmp_path / "r.md").read_text()
+
+
+def test_trained_weights_are_used_again_by_the_same_code_only(tmp_path, monkeypatch):
+    trainings = []
+    for code in ("a", "a", "b"):
+        monkeypatch.setattr(row_training, "code_in_words", lambda code=code: code)
+        row_training.trained_once(
+            torch.nn.Linear(2, 2), tmp_path, "k", {}, lambda code=code: trainings.append(code)
+        )
+    assert trainings == ["a", "b"]
+
+
+def test_a_smoke_run_replaces_no_results(make_study, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_study()
+    place = ["study", "sums.yaml", "--out", "results"]
+    assert vtok(place) == 0
+    kept = {p: p.read_bytes() for p in (tmp_path / "results" / "runs").glob("*/*.json")}
+    assert len(kept) == 6
+    assert vtok([*place, "--smoke"]) == 2
+    assert "out of a smoke run must be a folder without other results" in capsys.readouterr().err
+    assert all(p.read_bytes() == content for p, content in kept.items())
+    for _ in range(2):  # a smoke run may be repeated
+        assert vtok(["study", "sums.yaml", "--smoke", "--out", "smoke"]) == 0
 
 
 def test_values_must_be_finite():
@@ -338,5 +374,67 @@ def test_a_frozen_encoder_stays_as_it_is(tmp_path, monkeypatch):
         vidtok_row.run_row({**settings, "stages": stages}, 0, folder, lambda *seen: None)
     changed = {name for name, p in seen[0].items() if not p.equal(seen[1][name])}
     assert changed and all(name.startswith("decoder.") for name in changed)
+    work = settings | {"steps": 3}
+    tera = [
+        vidtok_row.run_row({**work, "stages": [stage]}, 0, folder, lambda *seen: None).summary[
+            "training_tera_macs"
+        ]
+        for stage in ({}, {"freeze_encoder": True}, {"steps": 6})
+    ]
+    assert 0.6 < tera[1] / tera[0] < 1 and tera[2] == pytest.approx(2 * tera[0])
     with pytest.raises(ValueError, match="model must be discrete"):
         vidtok_row.run_row({"model": {"regularizer": "kl"}}, 0, folder, lambda *seen: None)
+
+
+def test_an_encoder_is_frozen_for_its_stage_only(tmp_path, monkeypatch):
+    """With moving averages, which no gradient moves."""
+    seen = []
+    train = vidtok_row.train_steps
+
+    def spy(loss_of, optimizers, steps, **options):
+        seen.append(None)
+        train(loss_of, optimizers, steps, **options)
+
+    measure = vidtok_row._measure
+
+    def keep(model, *rest, **options):
+        seen[-1] = {name: value.clone() for name, value in model.state_dict().items()}
+        return measure(model, *rest, **options)
+
+    monkeypatch.setattr(vidtok_row, "train_steps", spy)
+    monkeypatch.setattr(vidtok_row, "_measure", keep)
+    model = {"regularizer": "vq", "codebook": "ema", "codebook_size": 8, "z_channels": 4}
+    settings = {"model": {**model, "ch": 4, "ch_mult": [1, 1], "num_res_blocks": 1}}
+    settings |= {"num_frames": 5, "size": 16, "train_clips": 2, "batch_size": 2, "steps": 2}
+    settings |= {"eval_clips": 1, "usage_clips": 1, "start_codebook": True}
+    folder = tmp_path / "work" / "row" / "seed-0"
+    folder.mkdir(parents=True)
+    frozen = {"freeze_encoder": True}
+    states = []
+    for stages in ([{}], [{}, frozen], [{}, frozen, {}]):
+        vidtok_row.run_row({**settings, "stages": stages}, 0, folder, lambda *seen: None)
+        states.append(seen[-1])
+    changed = [
+        {name.split(".")[0] for name in now if not now[name].equal(before[name])}
+        for before, now in itertools.pairwise(states)
+    ]
+    assert changed == [{"decoder"}, {"decoder", "encoder", "quantizer"}]
+    with pytest.raises(ValueError, match="start_codebook must be of regularizer 'vq', got 'fsq'"):
+        vidtok_row.VidTokRow.of({"model": {"regularizer": "fsq"}, "start_codebook": True})
+
+
+FAILING = TINY.replace("seeds: [0, 1]", "seeds: [0]").replace(
+    "variant: fsq, codes: 16}\n  lfq", "variant: fsq, codes: 17}\n  lfq"
+)
+
+
+def test_several_processes_try_a_failing_run_once(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(FAILING)
+    options = ("--rows", "fsq,lfq", "--jobs", "2", "--json", "--out", "results")
+    process = start_study(tmp_path, "tiny.yaml", *options)
+    stdout, stderr = process.communicate()
+    assert process.returncode == 2, stderr
+    outcome = json.loads(stdout)
+    assert list(outcome["failed"]) == ["fsq, seed 0"] and outcome["done"] == ["lfq, seed 0"]
+    assert "codes must be the size of the codebook" in outcome["failed"]["fsq, seed 0"]
+    assert stderr.count("fsq, seed 0 failed") == 1 and outcome["elsewhere"] == []

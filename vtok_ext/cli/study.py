@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from vtok_ext.training.studies.report import finished_runs, write_report
-from vtok_ext.training.studies.runner import StudyOutcome, planned_runs, run_study
+from vtok_ext.training.studies.row_result import result_path
+from vtok_ext.training.studies.runner import (
+    StudyOutcome,
+    planned_runs,
+    run_study,
+    valid_result,
+)
 from vtok_ext.training.studies.specification import (
     Study,
     find_study,
@@ -49,7 +55,8 @@ def run_study_command(
 
     Raises:
         ValueError, OSError: see `load_study`, `planned_runs`, `run_study`, `write_report`; or there
-            are results already and neither `resume` nor `report_only` was given.
+            are results already and neither `resume` nor `report_only` was given, or a smoke run
+            would replace others.
     """
     console = Console(as_json)
     path = find_study(name)
@@ -65,6 +72,8 @@ def run_study_command(
             raise ValueError(
                 f"study: out must be a folder without results, got {results}; --resume goes on"
             )
+        if smoke and out is not None:
+            _check_only_smoke(study, results)
         with console.progress(f"study {study.name}", 1.0) as progress:
             outcome = run_study(
                 study,
@@ -88,6 +97,17 @@ def run_study_command(
     counts = f"{len(outcome.done)} runs made, {len(outcome.skipped)} were there"
     console.result(values, [*lines, f"{counts}; report in {report}"])
     return [f"{run}: {reason}" for run, reason in outcome.failed.items()]
+
+
+def _check_only_smoke(study: Study, results: Path) -> None:
+    """Raises ValueError if a smoke run would replace results of other settings."""
+    for run in planned_runs(study):
+        known = result_path(results, run.row, run.seed).exists()
+        if known and valid_result(study, results, run, smoke=True) is None:
+            raise ValueError(
+                f"study: out of a smoke run must be a folder without other results, got {results}, "
+                f"which has one of {run}"
+            )
 
 
 def _places(path: Path, study: Study, out: Path | None, smoke: bool) -> tuple[Path, Path]:

@@ -43,9 +43,9 @@ class VQ(nn.Module):
         decay: of the moving averages.
         dead_count: assignments per batch below which a vector is dead.
 
-    The codebook starts uniform in +-1 / N. Moving averages, an "ema" codebook among them, stay
-    float32 in a layer of half precision. With torch.distributed, moving averages and restarts are
-    those of all ranks, which must call the layer equally often.
+    The codebook starts uniform in +-1 / N, see also `start_from`. Moving averages, an "ema"
+    codebook among them, stay float32 in a layer of half precision. With torch.distributed, moving
+    averages and restarts are those of all ranks, which must call the layer equally often.
 
     Raises:
         ValueError: a size below 1, another kind of codebook, or a decay outside [0, 1).
@@ -116,11 +116,7 @@ class VQ(nn.Module):
         """
         if not z.is_floating_point():
             raise TypeError(f"VQ: z must be floating, got {z.dtype}")
-        if z.shape[self.channel_dim] != self.dim:
-            raise ValueError(
-                f"VQ: z must have {self.dim} channels in dimension {self.channel_dim}, "
-                f"got {list(z.shape)}"
-            )
+        self._check_channels(z)
         rows = z.movedim(self.channel_dim, -1)
         tokens = rows.reshape(-1, self.dim).float()
         nearest = self._nearest(tokens)
@@ -151,6 +147,40 @@ class VQ(nn.Module):
                     f"VQ: indices must lie in 0..{self.codebook_size - 1}, got {low}..{high}"
                 )
         return self.codebook[indices.long()].detach().to(dtype).movedim(-1, self.channel_dim)
+
+    @torch.no_grad()
+    def start_from(self, z: Tensor) -> None:
+        """Puts the vectors on N different latents, drawn with torch's generator.
+
+        Vectors near 0 must first be carried to the latents: with gradients by the sum of the
+        learning rates, which in a short training is less than the latents are wide.
+
+        Args:
+            z: [B, D, ...] with at least N positions.
+
+        Raises:
+            ValueError: z has other than D channels, or fewer than N positions.
+        """
+        self._check_channels(z)
+        tokens = z.movedim(self.channel_dim, -1).reshape(-1, self.dim)
+        if len(tokens) < self.codebook_size:
+            raise ValueError(
+                f"VQ: z must have at least {self.codebook_size} positions to start from, "
+                f"got {len(tokens)}"
+            )
+        chosen = torch.randperm(len(tokens))[: self.codebook_size].to(tokens.device)
+        self.codebook.copy_(tokens[chosen])
+        if self.follows_averages:
+            self.total.copy_(tokens[chosen])
+        if self.follows_averages or self.restart_dead:
+            self.count.fill_(1)
+
+    def _check_channels(self, z: Tensor) -> None:
+        if z.shape[self.channel_dim] != self.dim:
+            raise ValueError(
+                f"VQ: z must have {self.dim} channels in dimension {self.channel_dim}, "
+                f"got {list(z.shape)}"
+            )
 
     def _apply(self, fn, recurse=True):
         """Moves and converts as any module, but rounds no moving average to half precision: a step

@@ -160,6 +160,16 @@ def center_latent(model: VidTok, video: torch.Tensor) -> None:
         model: a VidTok.
         video: [B, 3, T, H, W] in [-1, 1].
     """
+    channels = raw_latent(model, video).transpose(0, 1).flatten(1)  # [C, B T H W]
+    mean, deviation = channels.mean(1), channels.std(1).clamp(min=1e-6)
+    weight, bias = model.encoder.conv_out.parameters()
+    weight.div_(deviation.view(-1, 1, 1, 1, 1))
+    bias.sub_(mean).div_(deviation)
+
+
+@torch.no_grad()
+def raw_latent(model: VidTok, video: torch.Tensor) -> torch.Tensor:
+    """Returns what the encoder gives its quantizer, [B, C, T, H, W], of a video as `encode` has."""
     latents: list[torch.Tensor] = []
     last = model.encoder.conv_out
     hook = last.register_forward_hook(lambda module, inputs, output: latents.append(output))
@@ -167,11 +177,7 @@ def center_latent(model: VidTok, video: torch.Tensor) -> None:
         model.encode(video, compute_loss=False)
     finally:
         hook.remove()
-    channels = latents[0].transpose(0, 1).flatten(1)  # [C, B T H W]
-    mean, deviation = channels.mean(1), channels.std(1).clamp(min=1e-6)
-    weight, bias = last.parameters()
-    weight.div_(deviation.view(-1, 1, 1, 1, 1))
-    bias.sub_(mean).div_(deviation)
+    return latents[0]
 
 
 def _check_limits(max_steps: int | None, max_seconds: float | None, min_steps: int) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from vtok_ext.layers.attention import FrameAttention
 from vtok_ext.layers.residual import ResidualBlock1d, ResidualBlock2d, ResidualBlock3d
+from vtok_ext.layers.unblended import VolumeResidualBlock
 from vtok_ext.models.coordtok import CoordTok
 from vtok_ext.models.vidtok import VidTok
 from vtok_ext.training.recipe import STARTS
@@ -110,6 +111,6 @@ def _waves(length: int, dim: int) -> Tensor:
 
 def _ends_of_branches(model: nn.Module) -> list[nn.Module]:
     """Returns the layers whose result is added to what goes past them."""
-    blocks = (ResidualBlock1d, ResidualBlock2d, ResidualBlock3d)
+    blocks = (ResidualBlock1d, ResidualBlock2d, ResidualBlock3d, VolumeResidualBlock)
     found: list[nn.Module] = [m.conv2 for m in model.modules() if isinstance(m, blocks)]
     return found + [m.proj_out for m in model.modules() if isinstance(m, FrameAttention)]

@@ -17,6 +17,7 @@ from vtok_ext.training.studies.specification import Comparison, Study
 from vtok_ext.training.studies.verdict import Verdict, judge
 
 Runs = dict[tuple[str, int], FinishedRun]
+_NAMED_ROWS = 6
 
 
 def finished_runs(study: Study, out: Path, smoke: bool = False) -> Runs:
@@ -186,13 +187,24 @@ def _origin_lines(study: Study, runs: Runs) -> list[str]:
     if runs:
         seconds = [run.seconds for run in runs.values()]
         machines = sorted({run.machine for run in runs.values()})
-        codes = Counter(run.code or "code not recorded" for run in runs.values())
+        codes = Counter(_code_of(run) for run in runs.values())
         lines += [
             f"Made on {'; '.join(machines)}; last run {max(run.date for run in runs.values())}; "
             f"{min(seconds):.0f} to {max(seconds):.0f} s a run on the wall clock, "
             f"{sum(seconds) / 3600:.1f} hours in all. Runs by commit: "
-            f"{', '.join(f'{code} ({count})' for code, count in codes.most_common())}.",
+            f"{'; '.join(_code_words(runs, *found) for found in codes.most_common())}.",
             "",
         ]
     lines += [f"`vtok study {study.name} --resume` makes what is missing and writes this page."]
     return lines
+
+
+def _code_of(run: FinishedRun) -> str:
+    return run.code or "code not recorded"
+
+
+def _code_words(runs: Runs, code: str, count: int) -> str:
+    """Returns a commit with the number of its runs, and their rows where these are few."""
+    rows = dict.fromkeys(row for (row, _), run in runs.items() if _code_of(run) == code)
+    named = f": {', '.join(rows)}" if len(rows) <= _NAMED_ROWS else ""
+    return f"{code} ({count}{named})"

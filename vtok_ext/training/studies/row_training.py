@@ -19,6 +19,7 @@ from torch import Tensor, nn, optim
 from vtok_ext.data.atomic_output import output_file
 from vtok_ext.models.failed_computation import FailedComputationError
 from vtok_ext.training.overfit import clipped_step
+from vtok_ext.training.studies.row_result import code_in_words
 
 
 def train_steps(
@@ -71,6 +72,7 @@ def trained_once(
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
+    facts = {"facts": facts, "code": code_in_words()}  # weights of other code are other weights
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     path = folder / f"{kind}-{digest}.safetensors"
     if path.exists():

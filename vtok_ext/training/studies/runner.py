@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableSequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,8 +136,13 @@ def _work(
     smoke: bool,
     progress: Progress,
     warn: Callable[[str], None],
+    failures: MutableSequence[int] | None = None,
 ) -> StudyOutcome:
-    """Makes the missing runs in this process."""
+    """Makes the missing runs in this process.
+
+    `failures` says by position in `runs`, for several processes, which one of them failed at.
+    """
+    failures = [0] * len(runs) if failures is None else failures
     outcome = StudyOutcome()
     missing = [run for run in runs if valid_result(study, out, run, smoke) is None]
     outcome.skipped = [str(run) for run in runs if run not in missing]
@@ -147,7 +152,8 @@ def _work(
             progress((at + fraction) / len(missing), f"{run}: {note}" if note else str(run))
 
         with _claimed(out, run) as folder:
-            if folder is None:
+            number = runs.index(run)
+            if folder is None or failures[number]:
                 outcome.elsewhere.append(str(run))
             elif valid_result(study, out, run, smoke) is not None:
                 outcome.skipped.append(str(run))
@@ -156,6 +162,7 @@ def _work(
                     make_run(study, out, run, folder, smoke, show)
                     outcome.done.append(str(run))
                 except Exception as error:  # the other runs are worth having nevertheless
+                    failures[number] = 1
                     outcome.failed[str(run)] = " ".join(f"{type(error).__name__}: {error}".split())
                     warn(f"{run} failed: {traceback.format_exc()}")
         progress((position + 1) / len(missing), str(run))
@@ -228,7 +235,8 @@ def _work_in_processes(
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
     threads = max(1, torch.get_num_threads() // jobs)
-    arguments = (study, out, runs, smoke, threads, os.getpid(), queue)
+    failures = context.Array("b", len(runs), lock=False)  # written under the lock of a run
+    arguments = (study, out, runs, smoke, threads, os.getpid(), queue, failures)
     workers = [context.Process(target=_worker, args=arguments, daemon=True) for _ in range(jobs)]
     before = {run for run in runs if valid_result(study, out, run, smoke) is not None}
     missing = [run for run in runs if run not in before]
@@ -251,17 +259,21 @@ def _work_in_processes(
             progress((ended + len(failed)) / len(missing), note)
         if alive:
             time.sleep(_POLL_S)
+    done = [str(run) for run in missing if valid_result(study, out, run, smoke) is not None]
+    failed = {run: reason for run, reason in failed.items() if run not in done}
+    rest = [str(run) for run in missing if str(run) not in done and str(run) not in failed]
     for worker in workers:
         worker.join()
         if worker.exitcode:
             failed[f"process {worker.pid}"] = f"ended with exit code {worker.exitcode}"
-    done = [str(run) for run in missing if valid_result(study, out, run, smoke) is not None]
-    rest = [str(run) for run in missing if str(run) not in done and str(run) not in failed]
+    if any(worker.exitcode for worker in workers):
+        failed |= dict.fromkeys(rest, "not made, a process ended before")
+        rest = []
     # A run that no process of this call made although none failed was another call's.
     return StudyOutcome(done, [str(run) for run in before], rest, failed)
 
 
-def _worker(study, out, runs, smoke, threads, parent, queue) -> None:
+def _worker(study, out, runs, smoke, threads, parent, queue, failures) -> None:
     """One of the processes."""
     torch.set_num_threads(threads)
 
@@ -270,6 +282,9 @@ def _worker(study, out, runs, smoke, threads, parent, queue) -> None:
             os._exit(1)
         queue.put(("note", note, ""))
 
-    outcome = _work(study, out, runs, smoke, show, lambda line: queue.put(("warn", line, "")))
+    def warn(line: str) -> None:
+        queue.put(("warn", line, ""))
+
+    outcome = _work(study, out, runs, smoke, show, warn, failures)
     for run, reason in outcome.failed.items():
         queue.put(("failed", run, reason))

@@ -103,7 +103,8 @@ class Study:
             _require(ok, "a row's name", "letters, digits and _.+-", name)
             _require(isinstance(settings, Mapping), f"rows.{name}", "settings", settings)
         for name in ("settings", "smoke", "metrics"):
-            _require(isinstance(getattr(self, name), Mapping), name, "a mapping", None)
+            found = getattr(self, name)
+            _require(isinstance(found, Mapping), name, "a mapping", found)
         ok = isinstance(self.seeds, list) and bool(self.seeds)
         ok = ok and all(isinstance(s, int) and not isinstance(s, bool) for s in self.seeds)
         ok = ok and len(set(self.seeds)) == len(self.seeds) and min(self.seeds) >= 0

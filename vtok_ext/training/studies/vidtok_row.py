@@ -6,11 +6,12 @@
 Every row of a study sees the same clips in the same order. Metrics per clip: psnr, ssim, and
 psnr_mean_colour and psnr_mean_frame, see `without_training`; with `strata` also psnr_motion_1, ...,
 where the clips are sorted by mean frame difference. Of the run: codebook_use, perplexity and tokens
-of `usage_clips` clips; million_parameters; cpu_seconds.
+of `usage_clips` clips; million_parameters; cpu_seconds and training_tera_macs, 10^12 multiply-adds.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +21,11 @@ import torch
 from torch import Tensor
 
 from vtok_ext.metrics import CodebookCounter, psnr, ssim
+from vtok_ext.models.multiply_adds import multiply_adds_of
 from vtok_ext.models.vidtok import VidTok
 from vtok_ext.models.vidtok_config import VidTokConfig
 from vtok_ext.training.clip_order import ClipOrder
-from vtok_ext.training.overfit import center_latent, muon_and_adamw
+from vtok_ext.training.overfit import center_latent, muon_and_adamw, raw_latent
 from vtok_ext.training.start_weights import start
 from vtok_ext.training.studies.clip_measures import strata, without_training
 from vtok_ext.training.studies.clip_store import clip_store, fingerprint
@@ -53,6 +55,7 @@ class VidTokRow:
         steps, batch_size, warmup: of the training, per stage.
         lr, adam_lr: of Muon, and of AdamW for vectors, output layers and codebooks.
         center_latent: spread the first latents over the levels, see `overfit.center_latent`.
+        start_codebook: of a VQ, put the codes on first latents, see `VQ.start_from`.
         aux_weight: of the quantizer's auxiliary loss.
         num_frames, size: T and H = W of the clips, >= 11 px.
         motion: of the procedural clips.
@@ -73,6 +76,7 @@ class VidTokRow:
     adam_lr: float = 2e-3
     warmup: int = 10
     center_latent: bool = True
+    start_codebook: bool = False
     aux_weight: float = 1.0
     num_frames: int = 17
     size: int = 32
@@ -95,6 +99,9 @@ class VidTokRow:
         row = read_settings(cls, "vidtok", settings)
         if row.model.get("regularizer") == "kl":
             raise ValueError("study: model must be discrete, its loss has no KL term, got kl")
+        if row.start_codebook and row.model.get("regularizer") != "vq":
+            found = row.model.get("regularizer")
+            raise ValueError(f"study: start_codebook must be of regularizer 'vq', got {found!r}")
         if not 1 <= row.eval_clips <= row.usage_clips:
             raise ValueError(
                 f"study: usage_clips must be >= eval_clips >= 1, "
@@ -158,8 +165,19 @@ def run_row(settings: dict[str, Any], seed: int, folder: Path, progress: Progres
         "million_parameters": parameters / 1e6,
         # Of training in this process, so that what else a machine does changes little.
         "cpu_seconds": round(seconds, 1),
+        "training_tera_macs": sum(_multiply_adds(model, row, stage) for stage in stages) / 1e12,
     }
     return result
+
+
+def _multiply_adds(model: VidTok, row: VidTokRow, stage: Stage) -> int:
+    """Returns the multiply-adds of a stage: a backward pass counts as two forward passes."""
+    video = torch.zeros(1, 3, row.num_frames, stage.size, stage.size)
+    encodings: list[Any] = []
+    encoder = multiply_adds_of(lambda: encodings.append(model.encode(video, compute_loss=False)))
+    decoder = multiply_adds_of(lambda: model.decode(encodings[0]))
+    passes = (1 if stage.freeze_encoder else 3) * encoder + 3 * decoder
+    return passes * stage.steps * stage.batch_size
 
 
 def _training_clips(row: VidTokRow, stage: Stage, folder: Path) -> Tensor:
@@ -185,15 +203,19 @@ def _train(
     total: int,
 ) -> int:
     """Returns the steps done after training for one stage."""
-    frozen = [model.encoder, model.quantizer] if stage.freeze_encoder else []
-    for part in frozen:
-        if part is not None:
-            part.requires_grad_(False)
+    encoding = [part for part in (model.encoder, model.quantizer) if part is not None]
+    for part in encoding:
+        part.requires_grad_(not stage.freeze_encoder)
     optimizers = muon_and_adamw(model, stage.lr, row.adam_lr * stage.lr / row.lr)
     order = ClipOrder(len(clips), stage.batch_size, seed=seed)
     model.train()
     if done == 0 and row.center_latent:
         center_latent(model, to_video(clips[:_CENTERING_CLIPS]))
+    if done == 0 and row.start_codebook:
+        _start_codebook(model, clips)
+    if stage.freeze_encoder:
+        for part in encoding:  # moving averages of a codebook stay too
+            part.eval()
 
     def loss_of(step: int) -> Tensor:
         places = [index for _, index in order.places(step, 0)]
@@ -210,6 +232,15 @@ def _train(
 
     train_steps(loss_of, optimizers, stage.steps, warmup=row.warmup, on_step=on_step)
     return done + stage.steps
+
+
+def _start_codebook(model: VidTok, clips: Tensor) -> None:
+    """Puts the codes of a VQ on latents of the first clips, of as many as there need be."""
+    quantizer: Any = model.quantizer
+    per_clip = math.prod(model.token_grid(*clips.shape[2:]))
+    count = max(_CENTERING_CLIPS, -(-quantizer.codebook_size // per_clip))
+    parts = to_video(clips[:count]).split(_CENTERING_CLIPS)
+    quantizer.start_from(torch.cat([raw_latent(model, part) for part in parts]))
 
 
 @torch.no_grad()
