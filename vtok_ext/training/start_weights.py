@@ -11,8 +11,8 @@
 
 Measured on a VidTok of 0.4 M parameters (4x4x4, FSQ of 4,096 codes, procedural clips of 32 px):
 after 78 steps of 4 clips the mean squared error is 0.115 published, 0.093 scaled; the variance of
-the videos is 0.133. Learning a single clip by heart takes as long either way. For CoordTok see
-the row `sinusoidal` of the study coordtok.
+the videos is 0.133. Learning a single clip by heart takes as long either way. A CoordTok of 0.9 M
+parameters has 0.28 dB more after 2,400 steps of 8 clips with `sinusoidal`; see the study coordtok.
 Source: LeCun et al. 1998 for the variance; Goyal et al. (arXiv 1706.02677) for branches that start
 at 0; Vaswani et al. (arXiv 1706.03762) for sines and cosines, here with periods that fit the axis.
 """
